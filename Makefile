@@ -1,0 +1,34 @@
+# make demo   compile, train, evaluate and predict on the photos under examples/
+# make test   lint, types and tests (make check is the same)
+# make clean  remove what they made
+# Both install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+venv := .venv
+bin := $(venv)/bin
+installed := $(venv)/.installed
+
+.PHONY: demo test check clean
+
+demo: $(installed)
+	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
+
+test check: $(installed)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/pytest -n $(JOBS)
+
+$(installed): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: pbc needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,models,dev]'
+	touch $@
+
+clean:
+	rm -rf $(venv) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,135 @@
+"""The command line: each command parses, calls one library function, and prints.
+
+A command's module is imported when the command runs, so that `pbc --help` and `pbc train` never
+load the compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from pbc import __version__
+from pbc.errors import PbcError, UsageError, suggest
+from pbc.registry import summary
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command is, and which extra brings the torch that it may need."""
+
+    module: str
+    attribute: str
+    torch_extra: str = "compile"
+
+
+COMMANDS: Mapping[str, Command] = {
+    "compile": Command("pbc.cli.compile", "compile"),
+    "inspect": Command("pbc.cli.inspect", "inspect"),
+    "train": Command("pbc.cli.train", "train", torch_extra="device"),
+    "eval": Command("pbc.cli.train", "evaluate", torch_extra="device"),
+    "predict": Command("pbc.cli.train", "predict", torch_extra="device"),
+    "forget": Command("pbc.cli.train", "forget"),
+    "targets": Command("pbc.cli.listing", "targets"),
+    "passes": Command("pbc.cli.listing", "passes"),
+    "strategies": Command("pbc.cli.listing", "strategies"),
+}
+
+EXTRAS: Mapping[str, str] = {
+    "torch_pruning": "compile",
+    "torchvision": "models",
+    "timm": "models",
+    "tensorboard": "tensorboard",
+}
+"""Which extra brings a package that is not part of the core; torch depends on the command."""
+
+
+class Main(click.Group):
+    """The `pbc` command: finds its commands lazily and says what went wrong in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        where = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(where.module), where.attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise UsageError(suggest("command", args[0], COMMANDS))
+        ctx.invoked_subcommand = args[0]  # known before its module is imported
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        rows = [(name, summary(c.module, c.attribute)) for name, c in COMMANDS.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            command = COMMANDS.get(ctx.invoked_subcommand or "")
+            extra = EXTRAS.get(package)
+            if package == "torch" and command is not None:
+                extra = command.torch_extra
+            if extra is None:
+                raise
+            raise PbcError(
+                f"this needs {package}, which is not installed: pip install 'pbc[{extra}]'"
+            ) from error
+        sys.stdout.flush()  # a closed pipe is met here, where click expects it
+        return result
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run; as the standalone program, end with one line on stderr and an exit code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except PbcError as error:
+            _fail(str(error), error.exit_code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            _fail("interrupted", 130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    sys.exit(exit_code)
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="pbc")
+def main() -> None:
+    r"""Compile a pretrained network for a device, and personalise it there.
+
+    \b
+      pbc compile resnet50 --target jetson-tx2 -o model.pbc
+      pbc train model.pbc photos/ -o mine
+      pbc predict mine photo.jpg
+    """

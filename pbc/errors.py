@@ -1,0 +1,40 @@
+"""What the user can fix, said in one line; any other exception is our bug."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PbcError(Exception):
+    """What the user can fix: one line, exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(PbcError):
+    """A command or an option that cannot be meant: one line, exit code 2."""
+
+    exit_code = 2
+
+
+def suggest(kind: str, name: str, available: Iterable[str]) -> str:
+    """Return the line for a name that does not exist, with the nearest one that does.
+
+    >>> suggest("pass", "prune-dim", ["align", "prune-dims"])
+    "no pass named 'prune-dim'; did you mean 'prune-dims'? (available: align, prune-dims)"
+    """
+    names = sorted(set(available))
+    close = nearest(name, names)
+    hint = f"; did you mean {close!r}?" if close else ""
+    return f"no {kind} named {name!r}{hint} (available: {', '.join(names) or 'none'})"
+
+
+def nearest(name: str, available: Iterable[str]) -> str | None:
+    """Return the available name most like `name`, or None if nothing comes near."""
+    lowered = {candidate.lower(): candidate for candidate in sorted(available)}
+    wanted = name.lower()
+    matches = difflib.get_close_matches(wanted, lowered, n=1, cutoff=0.6)
+    if not matches and wanted:  # a word cut short, like 'prun' for 'prune-dims'
+        matches = [candidate for candidate in lowered if candidate.startswith(wanted)][:1]
+    return lowered[matches[0]] if matches else None

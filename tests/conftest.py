@@ -1,0 +1,48 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Workers in parallel with many threads each only wait for each other; set before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder that holds pbc/, passes/, targets/ and examples/."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def examples(root: Path) -> Path:
+    """The weights and photos that come with the sources."""
+    return root / "examples"
+
+
+@pytest.fixture
+def install_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a distribution with entry points and one module on sys.path, as pip would."""
+    site = tmp_path / "site"
+    monkeypatch.syspath_prepend(site)
+
+    def install(
+        distribution: str, entry_points: str, source: str, module: str = "acme_plugin"
+    ) -> None:
+        info = site / f"{distribution}-1.2.3.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2.3\n"
+        )
+        (info / "entry_points.txt").write_text(entry_points)
+        (site / f"{module}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return install

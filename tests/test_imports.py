@@ -1,0 +1,125 @@
+"""A device has numpy and one engine: what runs there must import nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DEVICE_MODULES = [
+    "pbc",
+    "pbc.bundle",
+    "pbc.cli",
+    "pbc.cli.listing",
+    "pbc.cli.train",
+    "pbc.data",
+    "pbc.errors",
+    "pbc.ladder",
+    "pbc.registry",
+    "pbc.runtime",
+    "pbc.target",
+]
+
+FORBIDDEN = {"onnx", "onnxruntime", "sympy", "timm", "torch", "torch_pruning", "torchvision", "tvm"}
+
+# The core's own dependencies, and theirs.
+ALLOWED = {"PIL", "click", "numpy", "rich", "safetensors"} | {"markdown_it", "mdurl", "pygments"}
+
+SCRIPT = """
+import importlib, importlib.abc, json, sys
+
+forbidden, statement = set(json.loads(sys.argv[1])), sys.argv[2]
+
+class Guard(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in forbidden:
+            raise ImportError(f"{name} must not be imported here")
+
+sys.meta_path.insert(0, Guard())
+sys.argv = ["pbc", *sys.argv[3:]]
+before = set(sys.modules)
+try:
+    exec(statement)
+except SystemExit as end:
+    assert not end.code, end.code
+print(json.dumps(sorted({name.partition(".")[0] for name in set(sys.modules) - before})))
+"""
+
+
+def imported(statement: str, *args: str, forbidden: set[str] = FORBIDDEN) -> set[str]:
+    """Run a statement in a fresh interpreter and return the top-level modules it imported."""
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(sorted(forbidden)), statement, *args],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    names: list[str] = json.loads(result.stdout.splitlines()[-1])
+    return set(names)
+
+
+def third_party(names: set[str]) -> set[str]:
+    return {name for name in names if name not in sys.stdlib_module_names and name[0] != "_"}
+
+
+@pytest.mark.parametrize("module", DEVICE_MODULES)
+def test_what_runs_on_a_device_is_light(module: str) -> None:
+    names = imported(f"import {module}")
+    assert third_party(names) <= ALLOWED | {"pbc"}
+
+
+def test_every_runtime_module_but_the_engines_is_light(root: Path) -> None:
+    runtime = root / "pbc" / "runtime"
+    engines = runtime / "engines"
+    modules = [
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for file in sorted(runtime.rglob("*.py"))
+        if file.parent != engines or file.name == "__init__.py"
+    ]
+    assert modules
+    names = imported("import " + ", ".join(modules))
+    assert third_party(names) <= ALLOWED | {"pbc"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["targets"],
+        ["passes"],
+        ["strategies"],
+        ["targets", "--json"],
+        ["train", "--help"],
+    ],
+)
+def test_commands_that_need_no_engine_load_none(args: list[str]) -> None:
+    names = imported("from pbc.cli import main; main()", *args)
+    assert third_party(names) <= ALLOWED | {"pbc"}
+
+
+def test_importing_pbc_costs_nothing() -> None:
+    assert third_party(imported("import pbc")) == {"pbc"}
+
+
+@pytest.mark.parametrize("folder", ["passes", "targets"])
+def test_a_second_copy_of_the_plugins_is_refused(root: Path, folder: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); import {folder}"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert f"ImportError: import pbc.{folder}, not {folder}" in result.stderr
+
+
+def test_the_compiler_is_loaded_on_first_use() -> None:
+    import pbc
+    import pbc.compiler
+
+    assert pbc.compile is pbc.compiler.compile
+    with pytest.raises(AttributeError, match="module 'pbc' has no attribute 'complie'"):
+        getattr(pbc, "complie")  # noqa: B009
