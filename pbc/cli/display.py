@@ -1,0 +1,109 @@
+"""Show a training run: a live bar on a terminal, a line per epoch anywhere else."""
+
+from __future__ import annotations
+
+from time import monotonic
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from pbc.runtime.events import EpochReport, Event, Note, Progress, StepReport
+
+_REFRESH_SECONDS = 0.1
+
+
+class TrainDisplay:
+    """A report callback that draws; costs next to nothing per step."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+        self._console = Console(stderr=True)
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._stage = ""
+        self._shown_at = 0.0
+        self._started: tuple[float, int] | None = None
+
+    def __enter__(self) -> TrainDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of the run."""
+        if isinstance(event, Note):
+            self.line(event.text)
+        elif isinstance(event, EpochReport):
+            self.line(epoch_line(event, self._epochs))
+        elif self._console.is_terminal and self._due(event):
+            self._draw(event)
+
+    def reading(self, done: int, total: int) -> None:
+        """Show how far the decoding of photos is."""
+        self(Progress("reading", done, total))
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _due(self, event: Progress | StepReport) -> bool:
+        now = monotonic()
+        last = event.done == event.total if isinstance(event, Progress) else False
+        if not last and now - self._shown_at < _REFRESH_SECONDS:
+            return False
+        self._shown_at = now
+        return True
+
+    def _draw(self, event: Progress | StepReport) -> None:
+        if isinstance(event, Progress):
+            self._advance(event.stage, event.done, event.total, "")
+            return
+        done = (event.epoch - 1) * event.total + event.samples
+        if self._started is None:
+            self._started = (monotonic(), done)
+        since, before = self._started
+        rate = (done - before) / max(monotonic() - since, _REFRESH_SECONDS)
+        facts = f"loss {event.loss:.3f}  {level_shares(event.levels)}  {rate:.0f} samples/s"
+        self._advance("training", done, self._epochs * event.total, facts)
+
+    def _advance(self, stage: str, done: int, total: int, facts: str) -> None:
+        if stage != self._stage:
+            for task in self._bars.task_ids:
+                self._bars.remove_task(task)
+            self._bars.add_task(stage, total=total, completed=done, facts=facts)
+            self._stage = stage
+        self._bars.update(self._bars.task_ids[0], completed=done, total=total, facts=facts)
+
+
+def epoch_line(report: EpochReport, epochs: int) -> str:
+    """Return one line that says how an epoch went."""
+    skipped = f"  skipped {report.skipped}/{report.steps}" if report.skipped else ""
+    return (
+        f"epoch {report.epoch}/{epochs}  loss {report.loss:.4f}  {level_shares(report.levels)}  "
+        f"{report.samples_per_second:.0f} samples/s{skipped}"
+    )
+
+
+def level_shares(visits: tuple[int, ...]) -> str:
+    """Return the share of every level that was visited, like `L0 62% L2 38%`."""
+    total = max(sum(visits), 1)
+    return " ".join(
+        f"L{level} {100 * count / total:.0f}%" for level, count in enumerate(visits) if count
+    )

@@ -1,0 +1,207 @@
+"""The commands of the device: train a bundle on photos, use and forget what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pbc.cli.display import TrainDisplay
+from pbc.data import ImageFolder, Samples, read_image
+from pbc.errors import PbcError
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.output import Output
+from pbc.runtime.personal import Personal
+from pbc.runtime.runtime import Runtime
+
+_PATH = click.Path(path_type=Path)
+_DEFAULTS = TrainOptions()
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@click.argument("data", type=_PATH)
+@click.option("-o", "--output", "out", type=_PATH, required=True, help="Folder of the result.")
+@click.option("--val", type=_PATH, help="Labelled photos to evaluate the result on.")
+@click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
+@click.option(
+    "--lr", "learning_rate", type=float, help="Learning rate.  [default: sgd 0.01, adam 0.001]"
+)
+@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True, help="sgd or adam.")
+@click.option(
+    "--alpha",
+    type=float,
+    default=_DEFAULTS.alpha,
+    show_default=True,
+    help="Skip the backward where the loss is below alpha times its running mean.",
+)
+@click.option(
+    "--fidelity-floor",
+    type=float,
+    default=_DEFAULTS.fidelity_floor,
+    show_default=True,
+    help="Never route a sample to a level that is less faithful.",
+)
+@click.option("--scheduler", default=_DEFAULTS.scheduler, show_default=True)
+@click.option("--no-routing", is_flag=True, help="Run every sample at level 0.")
+@click.option("--no-skip", is_flag=True, help="Never skip a backward.")
+@click.option(
+    "--cache", default=_DEFAULTS.cache, show_default=True, help="Keep features: off, ram or disk."
+)
+@click.option("--cache-mb", type=int, default=_DEFAULTS.cache_mb, show_default=True)
+@click.option(
+    "--cache-dtype", default=_DEFAULTS.cache_dtype, show_default=True, help="float32 or float16."
+)
+@click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True)
+@click.option("--threads", type=int, help="Threads of the engine.  [default: the engine's choice]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
+@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
+@click.option("--strict", is_flag=True, help="Stop at the first broken image.")
+@click.option(
+    "--checkpoint-seconds", type=float, default=_DEFAULTS.checkpoint_seconds, show_default=True
+)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too.")
+def train(
+    bundle: Path,
+    data: Path,
+    out: Path,
+    val: Path | None,
+    no_routing: bool,
+    no_skip: bool,
+    resume: bool,
+    overwrite: bool,
+    strict: bool,
+    **settings: Any,
+) -> None:
+    """Train a bundle on labelled photos: a folder of class folders, or a zip file of them.
+
+    Training can be killed at any moment; the same command with --resume goes on, to the same
+    result. Photos, features and metrics stay on this machine; `pbc forget` removes them.
+    """
+    known = {field.name for field in dataclasses.fields(TrainOptions)}
+    assert settings.keys() <= known
+    options = TrainOptions(routing=not no_routing, skip=not no_skip, **settings)
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    runtime = Runtime.open(bundle)
+    try:
+        display = TrainDisplay(options.epochs)
+        with display:
+            samples = ImageFolder.open(data, runtime.spec, strict=strict, progress=display.reading)
+            _tell_skipped(samples, display.line)
+            validation = None
+            if val is not None:
+                validation = ImageFolder.open(
+                    val, runtime.spec, strict=strict, progress=display.reading
+                )
+                _tell_skipped(validation, display.line)
+            result = runtime.fit(
+                samples,
+                options,
+                out,
+                val=validation,
+                resume=resume,
+                overwrite=overwrite,
+                report=display,
+            )
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command with --resume goes on from here", err=True)
+        sys.exit(130)
+    if result is not None:
+        click.echo(f"accuracy {result.accuracy:.2%} on {result.count} samples (level 0)")
+    click.echo(f"wrote {out}")
+
+
+@click.command("eval")
+@click.argument("out", type=_PATH)
+@click.argument("data", type=_PATH)
+@click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
+@click.option("--threads", type=int, help="Threads of the engine.")
+@click.option("--strict", is_flag=True, help="Stop at the first broken image.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(
+    out: Path, data: Path, level: int, threads: int | None, strict: bool, as_json: bool
+) -> None:
+    """Measure the accuracy of a personal model on labelled photos."""
+    personal = Personal.open(out, threads=threads)
+    samples = ImageFolder.open(data, personal.spec, strict=strict)
+    _tell_skipped(samples, functools.partial(click.echo, err=True))
+    result = personal.evaluate(samples, level=level)
+    if as_json:
+        click.echo(
+            json.dumps({**result.to_json(), "level": level, "skipped": len(samples.skipped)})
+        )
+        return
+    click.echo(
+        f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
+        f"on {result.count} samples (level {level})"
+    )
+
+
+@click.command()
+@click.argument("out", type=_PATH)
+@click.argument("images", type=_PATH, nargs=-1, required=True)
+@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
+@click.option("--threads", type=int, help="Threads of the engine.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def predict(
+    out: Path, images: tuple[Path, ...], top: int, level: int, threads: int | None, as_json: bool
+) -> None:
+    """Name what a personal model sees in photos, the likeliest class first."""
+    personal = Personal.open(out, threads=threads)
+    found = {
+        str(path): personal.predict(read_image(path, personal.spec), top=top, level=level)
+        for path in images
+    }
+    if as_json:
+        rows = [
+            {
+                "image": image,
+                "classes": [{"class": name, "probability": share} for name, share in best],
+            }
+            for image, best in found.items()
+        ]
+        click.echo(json.dumps(rows))
+        return
+    table = Table("image", "class", "probability")
+    for image, best in found.items():
+        for rank, (name, share) in enumerate(best):
+            table.add_row("" if rank else image, name, f"{share:.1%}")
+    Console().print(table)
+
+
+@click.command()
+@click.argument("out", type=_PATH)
+@click.option("--all", "everything", is_flag=True, help="Remove the personal model too.")
+def forget(out: Path, everything: bool) -> None:
+    """Remove what a run keeps of the user's photos: cached features, checkpoint, metrics."""
+    if not out.is_dir():
+        raise PbcError(f"no folder {out}; give the output folder of pbc train")
+    output = Output(out)
+    with output.locked():
+        gone = output.forget(model=everything)
+    for path in gone:
+        click.echo(f"removed {path}")
+    if not gone:
+        click.echo(f"nothing to forget in {out}")
+
+
+def _tell_skipped(samples: Samples, tell: Callable[[str], None]) -> None:
+    """Name the broken images that were left out, the first few of them."""
+    broken = samples.skipped
+    if not broken:
+        return
+    shown = ", ".join(f"{name} ({reason})" for name, reason in broken[:3])
+    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+    total = len(samples) + len(broken)
+    tell(f"skipped {len(broken)} broken images of {total}: {shown}{more}")

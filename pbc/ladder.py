@@ -1,0 +1,64 @@
+"""The ladder: level 0 is the original network, every further level a cheaper proxy of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pbc.errors import PbcError
+
+ORIGINAL = "original"
+ALIGNED = "aligned"
+UNALIGNED = "unaligned"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One rung: what running the frozen part at this level costs and how faithful it is.
+
+    cost: relative to level 0, under the ladder's cost model (0 < cost <= 1 for level 0).
+    latency_ms: of prefix and body forward for one batch, None where it was not measured.
+    macs: multiply-accumulates of prefix and body for one sample.
+    fidelity: centred, standardised cosine to level 0 on held-out calibration images
+        (docs/architecture.md, «Fidelity»); None for a level that was never aligned.
+    status: "original", "aligned" or "unaligned".
+    """
+
+    level: int
+    cost: float
+    latency_ms: float | None
+    macs: float
+    fidelity: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """All levels, cheapest last, and the cost model their costs come from."""
+
+    levels: tuple[Level, ...] = ()
+    cost_model: str = "macs"
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(level) for level in self.levels]
+
+    @staticmethod
+    def from_json(rows: list[dict[str, Any]], cost_model: str) -> Ladder:
+        """Read the manifest's `levels`; raises PbcError when they are not a ladder."""
+        names = {field.name for field in fields(Level)}
+        for row in rows:
+            if set(row) != names:
+                raise PbcError(
+                    f"a level in the manifest has the fields {sorted(row)}; "
+                    f"expected {sorted(names)}"
+                )
+        levels = tuple(Level(**row) for row in rows)
+        if [level.level for level in levels] != list(range(len(levels))) or not levels:
+            raise PbcError(
+                f"the manifest's levels are {[level.level for level in levels]}; "
+                "expected 0, 1, 2, …"
+            )
+        return Ladder(levels, cost_model)

@@ -1,0 +1,61 @@
+"""What an engine is: the two protocols between the runtime and what executes a bundle.
+
+Everything that crosses this border is a numpy array by name, so that the runtime knows no engine.
+Images and 4-D features are [B, C, H, W]; an engine may return, and accepts, views of NHWC memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from pbc.bundle import Bundle
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Executable(Protocol):
+    """A loaded bundle that runs and trains; levels are loaded when they are first used."""
+
+    def policy(self, views: np.ndarray) -> np.ndarray:
+        """f32[B, C, h, w] to the predicted fidelity of levels 1…N, f32[B, N]."""
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        """f32[B, C, H, W] to the features that the body reads; {"x": images} without a prefix."""
+
+    def logits(self, level: int, features: Arrays) -> np.ndarray:
+        """f32[B, classes] at the current parameters; nothing is kept for a backward."""
+
+    def start(self, parameters: Arrays, optimizer: str, learning_rate: float) -> None:
+        """Set the trainable parameters; begin with a fresh state of the optimizer."""
+
+    def forward(
+        self, level: int, features: Arrays, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Per-sample losses f32[B] and logits f32[B, classes]; keeps what `update` needs."""
+
+    def update(self) -> None:
+        """Run the backward of the last forward's mean loss, and one step of the optimizer."""
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Copy the trainable parameters out."""
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """Copy the optimizer's state out, by names like `momentum/fc.weight` or `step`."""
+
+    def load_optimizer_state(self, state: Arrays) -> None:
+        """Set what `optimizer_state` returned."""
+
+
+class Engine(Protocol):
+    """Loads bundles; the object of an entry point in the group `pbc.engines` makes one."""
+
+    name: str
+
+    def version(self) -> str:
+        """Name everything whose change could change a result's last bit, for cache keys."""
+
+    def load(self, bundle: Bundle, *, threads: int | None = None) -> Executable:
+        """Make the bundle executable, on so many threads or as many as the engine likes."""

@@ -1,0 +1,71 @@
+"""What a run tells whoever watches it; the runtime itself prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line that the user should read."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Preparation under way: `done` of `total` samples."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """After each mini-batch; epoch and step count from 1.
+
+    samples: those of this epoch so far, of `total`. loss: the mini-batch's mean.
+    levels: visits per level in this epoch so far.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    samples: int
+    total: int
+    loss: float
+    levels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """After each epoch; also a line of metrics.jsonl.
+
+    loss: mean over the samples, before each one's update. levels: visits per level.
+    skipped: mini-batches without a backward. seconds: all that training needed, by stage in
+    `stage_seconds`; the first epoch's include routing and the filling of the cache.
+    """
+
+    epoch: int
+    loss: float
+    levels: tuple[int, ...]
+    steps: int
+    skipped: int
+    samples_per_second: float
+    seconds: float
+    stage_seconds: dict[str, float]
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Event: TypeAlias = Note | Progress | StepReport | EpochReport
+Report: TypeAlias = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Tell nobody."""

@@ -1,0 +1,159 @@
+"""Read the declarative graph of a bundle: JSON in, a checked list of steps over numbered slots out.
+
+    {"format": 1, "inputs": ["x"], "outputs": {"flatten": "flatten"},
+     "tensors": {"c0": "weights/level-0.safetensors#features.0.0.weight"},
+     "nodes": [{"name": "conv2d", "op": "aten.conv2d.default",
+                "args": [{"ref": "x"}, {"ref": "c0"}, null, [1, 1]], "kwargs": {}}]}
+
+An argument is null, a bool, a number, a string, a list of arguments, {"ref": name},
+{"dtype": "float32"} or {"float": "inf" | "-inf" | "nan"}. Nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from pbc.errors import PbcError
+
+FORMAT = 1
+DTYPES = frozenset(
+    (
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+    )
+)
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a value lies while the graph runs."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type by its numpy name."""
+
+    name: str
+
+
+Argument: TypeAlias = "bool | int | float | str | Slot | DType | list[Argument] | None"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator call; the slots in `dead` are not read by any later step."""
+
+    name: str
+    op: str
+    args: list[Argument]
+    kwargs: dict[str, Argument]
+    output: Slot
+    dead: tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Steps in order over `slot_count` slots; `tensors` maps a slot to (file, key)."""
+
+    inputs: dict[str, Slot]
+    outputs: dict[str, Slot]
+    tensors: dict[Slot, tuple[str, str]]
+    steps: tuple[Step, ...]
+    slot_count: int
+
+
+def parse(data: Any, ops: frozenset[str], where: str) -> Graph:
+    """Check a decoded JSON graph and number its values; raises PbcError, naming `where`."""
+    _expect_keys(data, {"format", "inputs", "outputs", "tensors", "nodes"}, where)
+    if data["format"] != FORMAT:
+        raise PbcError(f"{where} has format {data['format']}; this pbc reads format {FORMAT}")
+    slots: dict[str, Slot] = {}
+
+    def define(name: str) -> Slot:
+        if name in slots:
+            raise PbcError(f"{where} defines {name!r} twice")
+        return slots.setdefault(name, Slot(len(slots)))
+
+    inputs = {name: define(name) for name in data["inputs"]}
+    tensors: dict[Slot, tuple[str, str]] = {}
+    for name, source in data["tensors"].items():
+        file, sharp, key = source.partition("#")
+        if not sharp:
+            raise PbcError(f"{where}: tensor {name!r} is {source!r}; expected file#key")
+        tensors[define(name)] = (file, key)
+    calls = []
+    for node in data["nodes"]:
+        _expect_keys(node, {"name", "op", "args", "kwargs"}, f"a node of {where}")
+        if node["op"] not in ops:
+            raise PbcError(f"{where}: {node['name']!r} uses {node['op']!r}, which is not allowed")
+        at = f"{where}: {node['name']!r}"
+        args = [_argument(value, slots, at) for value in node["args"]]
+        kwargs = {key: _argument(value, slots, at) for key, value in node["kwargs"].items()}
+        calls.append((node["name"], node["op"], args, kwargs, define(node["name"])))
+    outputs = {}
+    for name, source in data["outputs"].items():
+        if source not in slots:
+            raise PbcError(f"{where}: output {name!r} is {source!r}, which no node defines")
+        outputs[name] = slots[source]
+    dead = _dead_after([_slots([*args, *kwargs.values()]) for _, _, args, kwargs, _ in calls])
+    kept = set(outputs.values()) | set(tensors)
+    steps = tuple(
+        Step(*call, tuple(slot for slot in slots_dead if slot not in kept))
+        for call, slots_dead in zip(calls, dead, strict=True)
+    )
+    return Graph(inputs, outputs, tensors, steps, len(slots))
+
+
+def _expect_keys(data: Any, keys: set[str], where: str) -> None:
+    found = set(data) if isinstance(data, dict) else set()
+    if found != keys:
+        raise PbcError(f"{where} has the fields {sorted(found)}; expected {sorted(keys)}")
+
+
+def _argument(value: Any, slots: dict[str, Slot], where: str) -> Argument:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [_argument(item, slots, where) for item in value]
+    if isinstance(value, dict) and len(value) == 1:
+        ((kind, content),) = value.items()
+        if kind == "ref" and content in slots:
+            return slots[content]
+        if kind == "dtype" and content in DTYPES:
+            return DType(content)
+        if kind == "float" and content in _FLOATS:
+            return _FLOATS[content]
+    raise PbcError(f"{where} has the argument {value!r}, which is not a value of this format")
+
+
+def _slots(arguments: list[Argument]) -> set[Slot]:
+    found: set[Slot] = set()
+    for argument in arguments:
+        if isinstance(argument, Slot):
+            found.add(argument)
+        elif isinstance(argument, list):
+            found |= _slots(argument)
+    return found
+
+
+def _dead_after(reads: list[set[Slot]]) -> list[list[Slot]]:
+    """For every step the slots that it is the last to read."""
+    seen: set[Slot] = set()
+    dead: list[list[Slot]] = []
+    for read in reversed(reads):
+        dead.append(sorted(read - seen, key=lambda slot: slot.index))
+        seen |= read
+    return dead[::-1]

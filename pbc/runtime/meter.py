@@ -1,0 +1,37 @@
+"""Where the time goes, and how much memory the process has needed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from time import perf_counter
+
+STAGES = ("decode", "policy", "prefix", "cache", "forward", "backward", "bookkeeping")
+
+
+class Meter:
+    """Seconds per stage, by laps: each lap charges the time since the previous one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self._last = perf_counter()
+
+    def restart(self) -> None:
+        """Begin to count now: the time since the last lap belongs to no stage."""
+        self._last = perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Charge the time since the last lap to `stage`."""
+        now = perf_counter()
+        self.seconds[stage] += now - self._last
+        self._last = now
+
+    def total_seconds(self) -> float:
+        """Sum over the stages."""
+        return sum(self.seconds.values())
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

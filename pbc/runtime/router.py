@@ -1,0 +1,74 @@
+"""Routing: how cheap a level each sample tolerates, and where it must never go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pbc.data import Samples, pooled_view
+from pbc.ladder import Ladder
+from pbc.runtime.engines import Executable
+from pbc.runtime.meter import Meter
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The outcome for n samples.
+
+    levels: int64[n], each sample's difficulty: the cheapest level it tolerates.
+    allowed: bool[n, levels], every level at which it may run.
+    """
+
+    levels: np.ndarray
+    allowed: np.ndarray
+
+
+def routable(ladder: Ladder, floor: float) -> np.ndarray:
+    """bool[levels]: level 0, and what is aligned and faithful enough on held-out images."""
+    fidelities = [level.fidelity for level in ladder.levels]
+    faithful = [fidelity is not None and fidelity >= floor for fidelity in fidelities]
+    return np.array([True, *faithful[1:]])
+
+
+def route(predicted: np.ndarray, ladder: Ladder, floor: float) -> Routing:
+    """Send each sample to the largest level that it and the ladder allow.
+
+    predicted: f32[n, N], the policy's fidelity of levels 1…N for each sample. A level is allowed
+    where both this and the ladder's own fidelity reach the floor.
+    """
+    allowed = np.ones((len(predicted), len(ladder)), dtype=bool)
+    allowed[:, 1:] = predicted >= floor
+    allowed &= routable(ladder, floor)
+    cheapest = len(ladder) - 1 - allowed[:, ::-1].argmax(axis=1)
+    return Routing(cheapest.astype(np.int64), allowed)
+
+
+def stay(levels: np.ndarray, ladder: Ladder) -> Routing:
+    """Pin every sample to its level."""
+    return Routing(levels, np.arange(len(ladder)) == levels[:, None])
+
+
+def predict(
+    samples: Samples,
+    executable: Executable,
+    view: tuple[int, int],
+    batch: int,
+    meter: Meter,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
+    """Ask the policy about every sample: f32[n, N], the fidelity of levels 1…N.
+
+    view: height and width of what the policy looks at. progress: called with (done, total).
+    """
+    count = len(samples)
+    predicted = []
+    for start in range(0, count, batch):
+        indices = np.arange(start, min(start + batch, count))
+        images = samples.images(indices)
+        meter.lap("decode")
+        predicted.append(executable.policy(pooled_view(images, *view)))
+        meter.lap("policy")
+        progress(start + len(indices), count)
+    return np.concatenate(predicted)
