@@ -1,0 +1,331 @@
+"""Align the proxies to the original at the interface, on calibration data."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from pbc.atomic import replacing
+from pbc.calibration import Calibration
+from pbc.interface import BATCH, Standard, Tapped, sample_fidelity, standards
+from pbc.ladder import ALIGNED
+from pbc.program import Program, body, get_tensor, op_name, prefix, put_tensor, tensor_names
+from pbc.progress import report
+
+SAVE_SECONDS = 60.0
+STATISTICS_BATCHES = 16
+BATCH_NORM_MOMENTUM = 0.1
+TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments
+
+
+@dataclass(frozen=True)
+class Align:
+    """Distil each proxy so that what reaches the trainable part matches what level 0 sends there.
+
+    Graphs keep their form; the frozen weights of `prefix/k` (and of `body/k`, as far as a
+    trainable layer reads what they compute) change, and `program.ladder` gains fidelities. Level k
+    starts from the slices of the aligned level k-1. The loss is, on interface tensors standardised
+    by level 0's per-channel statistics, mean squared error plus one minus the cosine (PieBridge,
+    SenSys 2024, «latent space alignment»); AdamW with cosine decay; batch norms use and update
+    batch statistics meanwhile, which are measured afresh at the end.
+
+    Does nothing without calibration data: levels stay unaligned and unrouted.
+
+    align_steps: steps per level; None lets `align_time` decide alone.
+    align_time: minutes for the whole ladder, shared equally; None lets `align_steps` decide alone.
+        With neither, ten minutes.
+    """
+
+    align_steps: int | None = None
+    align_time: float | None = None
+    stage: ClassVar[str] = "align"
+
+    def __call__(self, program: Program) -> Program:
+        calibration = program.calibration
+        proxies = [level for level in program.levels if level > 0]
+        if calibration is None or not proxies:
+            return program.copy()
+        program = program.copy()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        original = Tapped(program, 0).to(device).eval()
+        standard = standards(
+            original, (batch.to(device) for batch in _unaugmented(calibration, STATISTICS_BATCHES))
+        )
+        for level in proxies:
+            self._start_from_above(program, level)
+            # A copy of its own: tensors that no plan shrank are level 0's too.
+            tapped = copy.deepcopy(Tapped(program, level))
+            run = _Run(
+                original,
+                tapped.to(device),
+                standard,
+                calibration,
+                program.seed * 1000 + level,
+                steps=self.align_steps,
+                seconds=self._seconds_per_level(len(proxies)),
+                saved=self._saved_as(program, level),
+                label=f"level {level} of {len(proxies)}",
+            )
+            run.train()
+            _adopt(program, level, tapped.cpu())
+        values = sample_fidelity(program, proxies, calibration, calibration.held_out)
+        levels = list(program.ladder.levels)
+        for level, fidelity in zip(proxies, values.mean(0), strict=True):
+            levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
+        return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
+
+    def _seconds_per_level(self, count: int) -> float | None:
+        minutes = self.align_time
+        if minutes is None and self.align_steps is None:
+            minutes = 10.0
+        return None if minutes is None else minutes * 60 / count
+
+    def _start_from_above(self, program: Program, level: int) -> None:
+        """Replace a proxy's tensors by the slices of the level above, which is aligned already."""
+        assert program.dims is not None
+        if level == 1:
+            return
+        for kind in (prefix, body):
+            if kind(level) not in program.graphs:
+                continue
+            graph, above = program.graphs[kind(level)], program.graphs[kind(level - 1)]
+            for name in tensor_names(graph):
+                _put(graph, name, program.dims.slice(
+                    name, get_tensor(above, name), program.plan[level], program.plan[level - 1]
+                ))  # fmt: skip
+
+    def _saved_as(self, program: Program, level: int) -> Path | None:
+        """Where this level's training is kept between interruptions, by all that decides it."""
+        if program.work is None:
+            return None
+        assert program.calibration is not None
+        identity = hashlib.sha256(program.graphs[body(level)].code.encode())
+        for name, graph in sorted(program.graphs.items()):
+            if name in (prefix(0), prefix(level)):
+                identity.update(graph.code.encode())
+                for tensor in tensor_names(graph):
+                    if name == prefix(0):
+                        identity.update(get_tensor(graph, tensor).numpy().tobytes())
+        identity.update(program.calibration.samples.digest().encode())
+        identity.update(
+            json.dumps([asdict(self), program.seed, program.plan[: level + 1]]).encode()
+        )
+        return program.work / f"align-{level}-{identity.hexdigest()[:16]}.safetensors"
+
+
+@dataclass
+class _Run:
+    """The distillation of one level: its state can be saved at any step and continued."""
+
+    original: Tapped
+    proxy: Tapped
+    standard: list[Standard]
+    calibration: Calibration
+    seed: int
+    steps: int | None
+    seconds: float | None
+    saved: Path | None
+    label: str
+    step: int = 0
+    elapsed: float = 0.0
+
+    def train(self) -> None:
+        weights = [(n, p) for n, p in self.proxy.named_parameters()]
+        for _, weight in weights:
+            weight.requires_grad_(True)
+        norms = _batch_norms(self.proxy)
+        rate = 1.5e-3 if norms else 5e-4
+        optimizer = torch.optim.AdamW([p for _, p in weights], lr=rate, weight_decay=1e-4)
+        done = self._resume(optimizer)
+        if not done:
+            _use_batch_statistics(self.proxy, True)
+            last, saved_at = time.monotonic(), time.monotonic()
+            while self.fraction() < 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * self._decay()
+                loss = self._step(optimizer)
+                self.step += 1
+                now = time.monotonic()
+                self.elapsed += now - last
+                last = now
+                report("align", self.fraction(), f"{self.label}, step {self.step}, loss {loss:.3f}")
+                if now - saved_at > SAVE_SECONDS:
+                    self._save(optimizer, done=False)
+                    saved_at = now
+            _use_batch_statistics(self.proxy, False)
+            self._recalibrate()
+            self._save(optimizer, done=True)
+        for _, weight in weights:
+            weight.requires_grad_(False)
+
+    def fraction(self) -> float:
+        """How much of the budget is used: of steps or time, whichever is nearer its end."""
+        by_steps = self.step / self.steps if self.steps else 0.0
+        by_time = self.elapsed / self.seconds if self.seconds else 0.0
+        return max(by_steps, by_time)
+
+    def _decay(self) -> float:
+        warm_up = min(1.0, (self.step + 1) / 20)
+        return warm_up * 0.5 * (1 + math.cos(math.pi * min(self.fraction(), 1.0)))
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+        device = self.standard[0].mean.device
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        chosen = torch.randint(len(self.calibration.align), (BATCH,), generator=generator)
+        images = self.calibration.batch(self.calibration.align[chosen.numpy()]).to(device)
+        images = augment(images, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                targets = self.original(images)
+            outputs = self.proxy(images)
+        loss = alignment_loss(outputs, targets, self.standard)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.proxy.parameters(), 5.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def _recalibrate(self) -> None:
+        """Measure the batch norms' statistics afresh, at the final weights."""
+        norms = _batch_norms(self.proxy)
+        if not norms:
+            return
+        device = self.standard[0].mean.device
+        _use_batch_statistics(self.proxy, True)
+        for number, images in enumerate(_unaugmented(self.calibration, STATISTICS_BATCHES)):
+            for graph, node in norms:
+                _set_argument(graph, node, MOMENTUM, 1 / (number + 1))
+            for graph in {id(g): g for g, _ in norms}.values():
+                graph.recompile()
+            self.proxy(images.to(device))
+        _use_batch_statistics(self.proxy, False)
+
+    def _save(self, optimizer: torch.optim.Optimizer, done: bool) -> None:
+        if self.saved is None:
+            return
+        tensors = {f"proxy/{n}": t.contiguous() for n, t in self.proxy.state_dict().items()}
+        if not done:
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam/{number}/{k}": v.contiguous() for k, v in state.items()}
+        facts = {"step": self.step, "elapsed": self.elapsed, "done": done}
+        data = safetensors.torch.save(tensors, {"run": json.dumps(facts)})
+        with replacing(self.saved) as file:
+            file.write(data)
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Continue from what an interrupted compilation saved; True if it had finished."""
+        if self.saved is None or not self.saved.is_file():
+            return False
+        with safe_open(self.saved, "pt") as file:
+            facts = json.loads(file.metadata()["run"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.step, self.elapsed = facts["step"], facts["elapsed"]
+        self.proxy.load_state_dict(
+            {n.removeprefix("proxy/"): t for n, t in tensors.items() if n.startswith("proxy/")}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam/"):
+                _, number, key = name.split("/")
+                state.setdefault(int(number), {})[key] = tensor
+        if state:
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        return bool(facts["done"])
+
+
+def alignment_loss(
+    outputs: list[Tensor], targets: list[Tensor], standard: list[Standard]
+) -> Tensor:
+    """Mean over interface tensors of squared error plus one minus cosine, both standardised."""
+    total = torch.zeros((), device=outputs[0].device)
+    for output, target, normal in zip(outputs, targets, standard, strict=True):
+        z, goal = normal(output.float()).flatten(1), normal(target.float()).flatten(1)
+        total = total + functional.mse_loss(z, goal) + 1 - torch.cosine_similarity(z, goal).mean()
+    return total / len(outputs)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip half of the batch, and resize one random crop of it to the full size."""
+    flip = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(3), images)
+    height, width = images.shape[2:]
+    scale = 0.6 + 0.4 * float(torch.rand((), generator=generator))
+    crop = [max(1, round(height * scale)), max(1, round(width * scale))]
+    top = int(torch.randint(height - crop[0] + 1, (), generator=generator))
+    left = int(torch.randint(width - crop[1] + 1, (), generator=generator))
+    images = images[:, :, top : top + crop[0], left : left + crop[1]]
+    images = functional.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _unaugmented(calibration: Calibration, count: int) -> Iterator[Tensor]:
+    """At most `count` batches, evenly spread over the alignment images."""
+    chosen = calibration.align
+    if len(chosen) > count * BATCH:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, count * BATCH).astype(int)]
+    for start in range(0, len(chosen), BATCH):
+        yield calibration.batch(chosen[start : start + BATCH])
+
+
+def _batch_norms(proxy: Tapped) -> list[tuple[GraphModule, torch.fx.Node]]:
+    graphs = [g for g in (proxy.prefix, proxy.body) if g is not None]
+    return [
+        (graph, node)
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+        and op_name(node) == "aten.batch_norm.default"
+        and all(a.op == "get_attr" for a in node.args[1:5] if isinstance(a, torch.fx.Node))
+    ]
+
+
+def _set_argument(graph: GraphModule, node: torch.fx.Node, position: int, value: object) -> None:
+    arguments = list(node.args)
+    arguments[position] = value  # type: ignore[call-overload]
+    node.args = tuple(arguments)
+
+
+def _use_batch_statistics(proxy: Tapped, on: bool) -> None:
+    """Switch batch norms between their batch's statistics (updating the running ones) and these."""
+    for graph, node in _batch_norms(proxy):
+        _set_argument(graph, node, TRAINING, on)
+        _set_argument(graph, node, MOMENTUM, BATCH_NORM_MOMENTUM)
+    for part in (proxy.prefix, proxy.body):
+        if part is not None:
+            part.recompile()
+
+
+def _put(graph: GraphModule, name: str, tensor: Tensor) -> None:
+    """Replace a tensor, keeping its kind (parameter or buffer)."""
+    if isinstance(get_tensor(graph, name), nn.Parameter):
+        tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph.get_submodule(owner), leaf)
+    put_tensor(graph, name, tensor)
+
+
+def _adopt(program: Program, level: int, proxy: Tapped) -> None:
+    """Take a trained proxy's tensors over into the program's graphs."""
+    for kind, trained in ((prefix, proxy.prefix), (body, proxy.body)):
+        if trained is not None:
+            for name in tensor_names(trained):
+                value = get_tensor(trained, name).detach().contiguous().clone()
+                _put(program.graphs[kind(level)], name, value)

@@ -1,0 +1,43 @@
+"""Find the trainable-independent dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pbc.dim_rules import analyse
+from pbc.program import Program
+
+
+@dataclass(frozen=True)
+class IndependentDims:
+    """Attach to the program which dimensions of its frozen tensors may shrink.
+
+    Graphs stay as they are; `program.dims` gains every dimension of every frozen tensor, whether it
+    is trainable-independent, and the reason for each that is not. Where nothing is independent
+    (batch-norm tuning of a convnet trains something on every channel) the program is told so once,
+    in `program.notes`, and gets no proxies.
+    """
+
+    stage: ClassVar[str] = "analyse"
+
+    def __call__(self, program: Program) -> Program:
+        dims = analyse(program)
+        notes = program.notes
+        if not dims.independent():
+            notes += (nothing_to_prune(program),)
+        for operator, node in dims.unknown.items():
+            notes += (
+                f"operator {operator} (at {node}) has no dimension rule: "
+                "what it touches is not pruned",
+            )
+        return replace(program.copy(), dims=dims, notes=notes)
+
+
+def nothing_to_prune(program: Program) -> str:
+    """One line that says why a strategy leaves nothing to prune, and what would."""
+    return (
+        f"strategy {program.strategy} leaves nothing to prune in {program.provenance.model}: every "
+        "channel dimension of the frozen part is read or written by a trained parameter; "
+        "level 0 is the only level (linear-probe, last-k or adapters leave dimensions free)"
+    )

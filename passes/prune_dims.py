@@ -1,0 +1,87 @@
+"""Emit the proxies by slicing along independent dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pbc.dims import Dims, atoms
+from pbc.emit import emit
+from pbc.program import Program, body, get_tensor, prefix, tensor_names
+
+
+@dataclass(frozen=True)
+class PruneDims:
+    """Add `prefix/k` and `body/k` of every planned level k.
+
+    Before, at level 0::
+
+        %conv2d: [b, 64, 8, 8] = conv2d(%x, @conv1.weight)
+
+    After, at a level whose plan keeps 32 of the 64 channels (conv1.weight is sliced)::
+
+        %conv2d: [b, 32, 8, 8] = conv2d(%x, @conv1.weight)
+
+    The indices of a level are among those of the level before it, so that a proxy can start from
+    its aligned neighbour. Node names, inputs and outputs stay as they are at level 0. Does nothing
+    when only level 0 is planned.
+    """
+
+    stage: ClassVar[str] = "prune"
+
+    def __call__(self, program: Program) -> Program:
+        dims = program.dims
+        assert dims is not None
+        program = program.copy()
+        scores = magnitude(program, dims)
+        graphs = dict(program.graphs)
+        plans: list[dict[str, list[int]]] = [{}]
+        for level in range(1, len(program.sizes)):
+            keep = {
+                name: largest(scores[name], size, plans[-1].get(name))
+                for name, size in program.sizes[level].items()
+            }
+            plans.append(keep)
+            for kind in (prefix, body):
+                if kind(0) in graphs:
+                    graphs[kind(level)] = emit(graphs[kind(0)], dims, keep)
+        return replace(program, graphs=graphs, plan=tuple(plans))
+
+
+def magnitude(program: Program, dims: Dims) -> dict[str, Tensor]:
+    """Importance of every index of every independent dimension, float32 [size].
+
+    The squared norm of the weights that belong to an index, summed over the matrices and kernels
+    that share the dimension, each tensor's norms first divided by their mean (DepGraph, Fang et
+    al., CVPR 2023, «group-level importance»; Torch-Pruning's GroupMagnitudeImportance).
+    """
+    tensors = {
+        name: get_tensor(graph, name)
+        for graph in (program.graphs.get(prefix(0)), program.graphs[body(0)])
+        if graph is not None
+        for name in tensor_names(graph)
+    }
+    scores = {}
+    for dimension in dims.independent():
+        score = torch.zeros(dimension.size)
+        for slot in dimension.slots:
+            tensor = tensors[slot.tensor]
+            if tensor.dim() < 2:
+                continue
+            parts = [variable.size for variable in atoms(dims.tensors[slot.tensor][slot.axis])]
+            by_index = tensor.detach().float().square().movedim(slot.axis, 0)
+            by_index = by_index.reshape(*parts, -1).movedim(slot.part, 0)
+            norms = by_index.reshape(dimension.size, -1).sum(1)
+            score += norms / norms.mean().clamp_min(1e-12)
+        scores[dimension.name] = score
+    return scores
+
+
+def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:
+    """The `count` indices of the largest scores, ascending, chosen among the given ones."""
+    candidates = torch.arange(len(score)) if among is None else torch.tensor(among)
+    best = score[candidates].topk(count).indices
+    return sorted(int(index) for index in candidates[best])

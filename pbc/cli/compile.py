@@ -1,0 +1,184 @@
+"""`pbc compile`: parse, call the compiler, print."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pbc import compiler
+from pbc.bundle import Bundle
+from pbc.cli.inspect import show_levels
+from pbc.errors import UsageError
+from pbc.progress import reporting_to
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`3x128x128` as (channels, height, width); raises UsageError."""
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise UsageError(f"--input is {text!r}; expected CHANNELSxHEIGHTxWIDTH, such as 3x128x128")
+    channels, height, width = (int(size) for size in sizes)
+    return channels, height, width
+
+
+@click.command()
+@click.argument("model")
+@click.option("--target", default="host", show_default=True, help="The device; see `pbc targets`.")
+@click.option(
+    "--weights",
+    default="default",
+    show_default=True,
+    help="A .safetensors file, `default` (the zoo's pretrained weights) or `random`.",
+)
+@click.option(
+    "--strategy",
+    default="linear-probe",
+    show_default=True,
+    help="What trains; see `pbc strategies` (last-k:K, adapters:N, …).",
+)
+@click.option(
+    "--classes", type=int, help="How many classes; without it and --data, training decides."
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Class folders, or a zip of them, to take the class names from.",
+)
+@click.option(
+    "--levels", default=4, show_default=True, help="How many proxies; the original is extra."
+)
+@click.option(
+    "--min-cost",
+    default=0.3,
+    show_default=True,
+    help="The cheapest level's cost relative to the original.",
+)
+@click.option("--engine", help="What executes on the device; the target's own by default.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Unlabelled images (folder or zip) to align the proxies on.",
+)
+@click.option("--align-steps", type=click.IntRange(min=1), help="Alignment steps per level.")
+@click.option(
+    "--align-time",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="Minutes of alignment for all levels together.  [default: 10]",
+)
+@click.option("--input", "shape", metavar="CxHxW", help="Input size; the model's own by default.")
+@click.option("--batch", default=8, show_default=True, help="Samples per mini-batch on the device.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--with", "passes", multiple=True, metavar="PASS", help="Add a pass; repeatable.")
+@click.option("--without", multiple=True, metavar="PASS", help="Leave a pass out; repeatable.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The bundle.  [default: MODEL.pbc]"
+)
+@click.option(
+    "--dump-ir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the program as text after each pass.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def compile(
+    model: str, output: Path | None, shape: str | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
+    chosen = compiler.Options(
+        shape=None if shape is None else parse_shape(shape),
+        command=shlex.join(["pbc", *sys.argv[1:]]),
+        **options,
+    )
+    if output is None:
+        output = Path(f"{model.rpartition(':')[2].rpartition('/')[2]}.pbc")
+    with progress_bar(quiet=as_json):
+        result = (
+            compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
+        )
+    if isinstance(result, compiler.Plan):
+        _show_plan(result, as_json)
+    elif as_json:
+        click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
+    else:
+        _show_result(result)
+
+
+def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plan.to_json(), indent=2))
+        return
+    click.echo(f"passes: {', '.join(plan.passes)}")
+    click.echo(f"engine: {plan.engine}")
+    show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
+    for name, size in plan.file_bytes.items():
+        click.echo(f"{name}: {size / 1e6:.2f} MB expected")
+    _show_notes(plan.notes)
+    click.echo("dry run: nothing was written")
+
+
+def _show_result(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    show_levels(manifest["levels"], manifest["cost_model"])
+    _show_notes(manifest["notes"])
+    size = sum(facts["size_bytes"] for facts in manifest["files"].values())
+    click.echo(
+        f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
+    )
+
+
+def _show_notes(notes: tuple[str, ...] | list[str]) -> None:
+    for note in notes:
+        click.echo(f"{click.style('note:', fg='yellow')} {note}")
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[None]:
+    """Show what the compiler reports: a bar on a terminal, a line per stage otherwise."""
+    console = Console(stderr=True)
+    if quiet:
+        yield
+    elif not console.is_terminal:
+        with reporting_to(_line_per_stage()):
+            yield
+    else:
+        columns = (
+            TextColumn("{task.description:>18}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=1.0, text="")
+
+            def show(stage: str, fraction: float, text: str) -> None:
+                if bar.tasks[0].description != stage:
+                    bar.reset(task, description=stage, total=1.0)
+                bar.update(task, completed=fraction, text=text)
+
+            with reporting_to(show):
+                yield
+
+
+def _line_per_stage() -> Callable[[str, float, str], None]:
+    seen = ""
+
+    def show(stage: str, fraction: float, text: str) -> None:
+        nonlocal seen
+        head = f"{stage}{': ' + text.partition(',')[0] if stage == 'align' and text else ''}"
+        if head != seen:
+            click.echo(f"  {head} …", err=True)
+            seen = head
+
+    return show

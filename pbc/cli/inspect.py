@@ -1,0 +1,145 @@
+"""`pbc inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pbc.bundle import Bundle
+from pbc.errors import PbcError
+
+DIMS = "dims.json"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--dims", is_flag=True, help="Every dimension of the frozen part, and why it is fixed."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
+    """Show what BUNDLE holds, after verifying every file in it."""
+    opened = Bundle.open(bundle)
+    opened.verify()
+    if dims and DIMS not in opened.manifest["files"]:
+        raise PbcError(f"{bundle} has no table of dimensions ({DIMS})")
+    table = opened.json(DIMS) if dims else None
+    if as_json:
+        shown = opened.manifest if table is None else table
+        click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+    elif table is not None:
+        _show_dims(table)
+    else:
+        _show_manifest(opened.manifest)
+
+
+def _show_manifest(manifest: dict[str, Any]) -> None:
+    provenance = manifest["provenance"]
+    shape = "x".join(str(size) for size in manifest["input"]["shape"])
+    frozen = manifest["features"]
+    sent = ", ".join(f"{name} {size}" for name, size in frozen.items())
+    names = manifest["classes"]
+    count = manifest["class_count"]
+    trained = sum(_elements(size, count) for size in manifest["parameters"].values())
+    rows = {
+        "model": f"{manifest['model']} (weights: {provenance['weights']})",
+        "input": shape,
+        "strategy": f"{manifest['strategy']}: {trained:,} trainable values in "
+        f"{len(manifest['parameters'])} tensors",
+        "prefix sends": "the images themselves (no prefix)" if list(frozen) == ["x"] else sent,
+        "classes": "open: training sizes the head"
+        if count is None
+        else f"{count}"
+        + (f" ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""),
+        "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
+        "requires": ", ".join(f"{k} {v}" for k, v in manifest["requires"].items()),
+        "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
+        "digest": manifest["digest"],
+    }
+    grid = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        grid.add_row(Text(key, style="bold"), Text(str(value)))
+    console().print(grid)
+    show_levels(manifest["levels"], manifest["cost_model"])
+    policy = manifest["policy"]
+    if policy is None:
+        click.echo("policy: none (nothing is routed)")
+    else:
+        report = policy["report"]
+        click.echo(
+            f"policy: predicts fidelity from {policy['view'][1]}x{policy['view'][2]} views "
+            f"(ships the {report['shipped']}); on {report['held_out_samples']} held-out images "
+            f"mean error {report['mean_absolute_error']:.3f} "
+            f"(each level's mean: {report['mean_absolute_error_of_means']:.3f}); "
+            f"at floor {report['floor']}: {report['right']:.0%} right, "
+            f"{report['off_by_one_at_most']:.0%} within one level, "
+            f"{report['violations']:.0%} too cheap"
+        )
+    files = Table("file", "bytes", "sha256", box=None, pad_edge=False, header_style="bold")
+    files.columns[1].justify = "right"
+    for name, facts in manifest["files"].items():
+        files.add_row(name, f"{facts['size_bytes']:,}", facts["sha256"][:16] + "…")
+    console().print(files)
+    for note in manifest["notes"]:
+        click.echo(f"{click.style('note:', fg='yellow')} {note}")
+
+
+def _elements(shape: list[int | None], classes: int | None) -> int:
+    product = 1
+    for size in shape:
+        product *= size if size is not None else (classes or 1)
+    return product
+
+
+def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:
+    """Print the ladder as a table."""
+    table = Table("level", f"cost ({cost_model})", "ms/batch", "MACs", "fidelity", "status",
+                  box=None, pad_edge=False, header_style="bold")  # fmt: skip
+    for column in table.columns[:5]:
+        column.justify = "right"
+    for row in levels:
+        fidelity = row["fidelity"]
+        table.add_row(
+            str(row["level"]),
+            f"{row['cost']:.3f}",
+            "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",
+            f"{row['macs'] / 1e6:.1f} M",
+            "-" if fidelity is None else f"{fidelity:.3f}",
+            row["status"],
+        )
+    console().print(table)
+
+
+def _show_dims(table: dict[str, Any]) -> None:
+    rows = table["dimensions"]
+    free = [row for row in rows if row["independent"]]
+    shown = Table("dimension", "size", "kind", "independent", "tensors", "why not",
+                  box=None, pad_edge=False, header_style="bold")  # fmt: skip
+    for column in (shown.columns[1], shown.columns[4]):
+        column.justify = "right"
+    for row in rows:
+        shown.add_row(
+            row["name"], str(row["size"]), row["kind"], "yes" if row["independent"] else "no",
+            str(row["tensors"]), row["reason"] or "",
+        )  # fmt: skip
+    console().print(shown)
+    click.echo(
+        f"{len(free)} of {len(rows)} dimensions are trainable-independent; they scale "
+        f"{table['prunable_share']:.1%} of {table['macs'] / 1e6:.1f} M multiply-accumulates"
+    )
+    for operator, node in table["operators_without_rule"].items():
+        click.echo(f"note: {operator} (at {node}) has no dimension rule; what it touches is fixed")
+
+
+def console() -> Console:
+    """Standard output; a pipe gets whole lines."""
+    made = Console(highlight=False)
+    if not made.is_terminal:
+        made.width = 200
+    return made

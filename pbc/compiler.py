@@ -1,0 +1,262 @@
+"""The compiler: model in, bundle out. What the command line can do, a script can."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pbc import manifest, models, pipeline, registry, strategy
+from pbc.bundle import Bundle, write
+from pbc.calibration import Calibration
+from pbc.capture import capture
+from pbc.data import class_names
+from pbc.errors import PbcError, UsageError, suggest
+from pbc.ladder import Ladder
+from pbc.program import MODEL, Head, Program, Provenance
+from pbc.target import Target, load_target
+
+DEFAULT_ENGINE = "pytorch"
+UP_TO_PLAN = pipeline.STAGES.index("plan")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that `pbc compile` takes besides the model.
+
+    classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
+    left open. shape: channels, height, width; None is the model's own. levels counts proxies.
+    passes, without: names of passes to add and to leave out. command: for the provenance.
+    """
+
+    target: str = "host"
+    weights: str = models.DEFAULT
+    strategy: str = "linear-probe"
+    classes: int | None = None
+    data: Path | None = None
+    levels: int = 4
+    min_cost: float = 0.3
+    engine: str | None = None
+    calibration: Path | None = None
+    shape: tuple[int, int, int] | None = None
+    batch: int = 8
+    seed: int = 0
+    align_steps: int | None = None
+    align_time: float | None = None
+    passes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    dump_ir: Path | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.levels < 0:
+            raise UsageError(f"--levels is {self.levels}; expected 0 (no proxies) or more")
+        if not 0 < self.min_cost < 1:
+            raise UsageError(f"--min-cost is {self.min_cost}; expected between 0 and 1")
+        if self.batch < 1:
+            raise UsageError(f"--batch is {self.batch}; expected 1 or more")
+        if self.classes is not None and self.classes < 2:
+            raise UsageError(f"--classes is {self.classes}; expected 2 or more")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compilation would do: its passes, levels with expected costs, and file sizes."""
+
+    passes: tuple[str, ...]
+    ladder: Ladder
+    file_bytes: Mapping[str, int]
+    notes: tuple[str, ...]
+    engine: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passes": list(self.passes),
+            "engine": self.engine,
+            "cost_model": self.ladder.cost_model,
+            "levels": self.ladder.to_json(),
+            "file_bytes": dict(self.file_bytes),
+            "notes": list(self.notes),
+        }
+
+
+def compile(model: str, output: Path | str, options: Options = Options()) -> Bundle:
+    """Compile a model (see pbc.models.load for its names) into a bundle at `output`.
+
+    Long work is kept beside the output while it runs, so that the same call after an interruption
+    continues; the folder goes when the bundle is written. Raises PbcError for what the user can
+    fix; nothing is written then.
+    """
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise PbcError(f"the folder {output.parent} of {output} does not exist")
+    program = begin(model, options)
+    if options.calibration is not None:
+        data = Calibration.open(options.calibration, program.input, options.seed)
+        program = replace(program, calibration=data)
+    else:
+        note = "no --calibration: proxies stay unaligned, and nothing is routed to them"
+        program = replace(program, notes=(*program.notes, note))
+    work = output.with_name(f".{output.name}.work")
+    program = replace(program, work=work)
+    program = _passes(options).run(program, options.dump_ir)
+    bundle = write(output, *package(program))
+    if work.is_dir():
+        for file in work.iterdir():
+            file.unlink()
+        work.rmdir()
+    return bundle
+
+
+def plan(model: str, options: Options = Options()) -> Plan:
+    """What `compile` would do, without aligning, measuring the result or writing anything."""
+    passes = _passes(options)
+    program = begin(model, options)
+    planning = [p for p in passes.passes if pipeline.STAGES.index(p[1].stage) <= UP_TO_PLAN]
+    program = pipeline.PassPipeline(tuple(planning)).run(program)
+    assert program.dims is not None
+    expected = {
+        f"level {level}": program.dims.bytes(sizes) for level, sizes in enumerate(program.sizes)
+    }
+    theta = sum(p.numel() * p.element_size() for p in program.parameters.values())
+    return Plan(
+        passes=tuple(name for name, _ in passes.passes),
+        ladder=program.ladder,
+        file_bytes={**expected, "trainable": theta},
+        notes=program.notes,
+        engine=program.engine,
+    )
+
+
+def _passes(options: Options) -> pipeline.PassPipeline:
+    return pipeline.build(vars(options), options.passes, options.without)
+
+
+def begin(model: str | models.Source, options: Options) -> Program:
+    """Load the model, apply the strategy and capture it: the program that passes start from.
+
+    model: its name, or a module with its facts; what a strategy inserts stays in that module.
+    """
+    target = load_target(options.target)
+    engine, notes = choose_engine(target, options.engine)
+    chosen = strategy.parse(options.strategy)
+    names, count = _classes(options)
+    if isinstance(model, models.Source):
+        source = model
+    else:
+        source = models.load(model, options.weights, options.shape, options.seed)
+    if source.weights == models.RANDOM:
+        notes += ("random weights: costs are real, fidelity and accuracy mean nothing",)
+    module = source.module
+    torch.manual_seed(options.seed)
+    if count is not None:
+        _resize_classifier(module, source.classifier, count)
+    example = torch.randn(2, *source.input.shape)
+    with torch.no_grad():
+        try:
+            chosen.insert(module, example)
+            reference = module.eval()(example)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PbcError(
+                f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
+                f"{reason}"
+            ) from error
+    trainable = chosen.trainable(module, source.classifier)
+    classifier = module.get_submodule(source.classifier)
+    assert isinstance(classifier, nn.Linear)
+    if reference.shape != (2, classifier.out_features):
+        raise PbcError(
+            f"{source.name} puts out {list(reference.shape)} for two images, but its last linear "
+            f"layer {source.classifier} has {classifier.out_features} outputs; "
+            "pbc trains classifiers"
+        )
+    has_bias = classifier.bias is not None
+    return Program(
+        graphs={MODEL: capture(module, source.input.shape)},
+        strategy=options.strategy,
+        trainable=trainable,
+        target=target,
+        engine=engine,
+        input=source.input,
+        head=Head(
+            f"{source.classifier}.weight",
+            f"{source.classifier}.bias" if has_bias else None,
+            classifier.in_features,
+        ),
+        example=example,
+        reference=reference,
+        provenance=Provenance(source.name, source.weights, source.weights_sha256, options.command),
+        batch=options.batch,
+        seed=options.seed,
+        class_names=names,
+        class_count=count,
+        notes=notes,
+    )
+
+
+def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ...]]:
+    """The engine to lower to, and a note when it is not the one that the target prefers.
+
+    Raises UsageError for an engine that was asked for and that the target or pbc does not have.
+    """
+    available = registry.entries("pbc.lowerings")
+    if asked is not None:
+        if asked not in available and asked not in target.engines:
+            raise UsageError(suggest("engine", asked, {*available, *target.engines}))
+        if asked not in target.engines:
+            raise UsageError(
+                f"engine {asked!r} does not run on {target.name}, which allows "
+                f"{', '.join(target.engines)}"
+            )
+        if asked not in available:
+            raise UsageError(
+                f"engine {asked!r} is not installed (available: {', '.join(available)})"
+            )
+        return asked, ()
+    if target.engine in available:
+        return target.engine, ()
+    for engine in (*target.engines, DEFAULT_ENGINE):
+        if engine in available:
+            missing = f"{target.name} prefers engine {target.engine}, which is not installed"
+            return engine, (f"{missing}: using {engine}",)
+    raise PbcError(f"no engine of {target.name} is installed ({', '.join(target.engines)})")
+
+
+def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
+    if options.data is None:
+        return None, options.classes
+    names = tuple(class_names(options.data))
+    if options.classes is not None and options.classes != len(names):
+        raise UsageError(
+            f"--classes is {options.classes}, but {options.data} has {len(names)} class folders"
+        )
+    return names, len(names)
+
+
+def _resize_classifier(module: nn.Module, name: str, count: int) -> None:
+    old = module.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    owner, _, leaf = name.rpartition(".")
+    new = nn.Linear(old.in_features, count, bias=old.bias is not None)
+    setattr(module.get_submodule(owner), leaf, new)
+
+
+def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the files of a lowered program."""
+    lowering = registry.load("pbc.lowerings", program.engine)()
+    assert program.dims is not None
+    files = {
+        **program.artifacts,
+        manifest.TRAINABLE: manifest.trainable_file(program),
+        manifest.DIMS: json.dumps(manifest.dims_table(program.dims), indent=1).encode(),
+    }
+    graph_files = {name: lowering.graph_file(name) for name in program.graphs}
+    requires = {**program.target.requires, **lowering.requires()}
+    return manifest.manifest(program, requires, graph_files), files
