@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import time
@@ -26,6 +25,7 @@ from pbc.interface import BATCH, Standard, Tapped, sample_fidelity, standards
 from pbc.ladder import ALIGNED
 from pbc.program import Program, body, get_tensor, op_name, prefix, put_tensor, tensor_names
 from pbc.progress import report
+from pbc.work import work_file
 
 SAVE_SECONDS = 60.0
 STATISTICS_BATCHES = 16
@@ -111,21 +111,15 @@ class Align:
 
     def _saved_as(self, program: Program, level: int) -> Path | None:
         """Where this level's training is kept between interruptions, by all that decides it."""
-        if program.work is None:
-            return None
         assert program.calibration is not None
-        identity = hashlib.sha256(program.graphs[body(level)].code.encode())
-        for name, graph in sorted(program.graphs.items()):
-            if name in (prefix(0), prefix(level)):
-                identity.update(graph.code.encode())
-                for tensor in tensor_names(graph):
-                    if name == prefix(0):
-                        identity.update(get_tensor(graph, tensor).numpy().tobytes())
-        identity.update(program.calibration.samples.digest().encode())
-        identity.update(
-            json.dumps([asdict(self), program.seed, program.plan[: level + 1]]).encode()
-        )
-        return program.work / f"align-{level}-{identity.hexdigest()[:16]}.safetensors"
+        decided_by = [
+            asdict(self),
+            program.seed,
+            program.plan[: level + 1],
+            program.calibration.samples.digest(),
+        ]
+        graphs = (prefix(0), body(0))
+        return work_file(program, f"align-{level}", decided_by, graphs, ".safetensors")
 
 
 @dataclass
@@ -145,33 +139,38 @@ class _Run:
     elapsed: float = 0.0
 
     def train(self) -> None:
-        weights = [(n, p) for n, p in self.proxy.named_parameters()]
-        for _, weight in weights:
+        weights = list(self.proxy.parameters())
+        for weight in weights:
             weight.requires_grad_(True)
-        norms = _batch_norms(self.proxy)
-        rate = 1.5e-3 if norms else 5e-4
-        optimizer = torch.optim.AdamW([p for _, p in weights], lr=rate, weight_decay=1e-4)
-        done = self._resume(optimizer)
-        if not done:
+        rate = 1.5e-3 if _batch_norms(self.proxy) else 5e-4
+        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-4)
+        if not self._resume(optimizer):
             _use_batch_statistics(self.proxy, True)
-            last, saved_at = time.monotonic(), time.monotonic()
-            while self.fraction() < 1:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * self._decay()
-                loss = self._step(optimizer)
-                self.step += 1
-                now = time.monotonic()
-                self.elapsed += now - last
-                last = now
-                report("align", self.fraction(), f"{self.label}, step {self.step}, loss {loss:.3f}")
-                if now - saved_at > SAVE_SECONDS:
-                    self._save(optimizer, done=False)
-                    saved_at = now
+            try:
+                self._steps(optimizer, rate)
+            except KeyboardInterrupt:
+                self._save(optimizer, done=False)
+                raise
             _use_batch_statistics(self.proxy, False)
             self._recalibrate()
             self._save(optimizer, done=True)
-        for _, weight in weights:
+        for weight in weights:
             weight.requires_grad_(False)
+
+    def _steps(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        last = saved_at = time.monotonic()
+        while self.fraction() < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._decay()
+            loss = self._step(optimizer)
+            self.step += 1
+            now = time.monotonic()
+            self.elapsed += now - last
+            last = now
+            report("align", self.fraction(), f"{self.label}, step {self.step}, loss {loss:.3f}")
+            if now - saved_at > SAVE_SECONDS:
+                self._save(optimizer, done=False)
+                saved_at = now
 
     def fraction(self) -> float:
         """How much of the budget is used: of steps or time, whichever is nearer its end."""

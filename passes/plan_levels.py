@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -9,15 +10,19 @@ from typing import ClassVar
 import numpy as np
 
 from pbc import registry
+from pbc.atomic import replace_bytes
 from pbc.dims import HEADS, Dimension, Dims
 from pbc.emit import emit
 from pbc.ladder import ORIGINAL, UNALIGNED, Ladder, Level
-from pbc.program import Program, op_name
+from pbc.program import Program, body, op_name, prefix
+from pbc.work import work_file
 
 Sizes = dict[str, int]
 
-# Common widths at which costs are taken; between them they are interpolated.
-WIDTHS = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+# Common widths at which a latency is measured; between them it is interpolated.
+MEASURED_WIDTHS = np.linspace(0.1, 1.0, 10)
+# MACs follow from the sizes, at any width.
+COUNTED_WIDTHS = np.linspace(0.1, 1.0, 181)
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,23 @@ class PlanLevels:
         def sizes_at(width: float) -> Sizes:
             return uniform_sizes(dims, width, rounding)
 
-        costs = self._costs(program, dims, sizes_at) if count else np.ones(len(WIDTHS))
+        widths = MEASURED_WIDTHS if program.target.local else COUNTED_WIDTHS
+        costs = self._costs(program, dims, widths, sizes_at) if count else np.ones(len(widths))
         plans: list[Sizes] = [{}]
         expected = [1.0]
         notes = program.notes
         cheapest = max(self.min_cost, float(costs[0]))
         for level in range(1, count + 1):
             target = 1 - level * (1 - cheapest) / count
-            width = float(np.interp(target, costs, WIDTHS))
+            width = float(np.interp(target, costs, widths))
             sizes = sizes_at(width)
             if sizes == plans[-1]:
                 notes += (f"level {level} of {count} is dropped: it rounds to the level above it",)
                 continue
             plans.append(sizes)
-            expected.append(float(np.interp(width, WIDTHS, costs)))
+            # MACs follow from the sizes; a latency is read off between the widths measured.
+            measured = float(np.interp(width, widths, costs))
+            expected.append(measured if program.target.local else dims.macs(sizes) / dims.macs())
         if count and cheapest > self.min_cost:
             notes += (
                 f"a cost of {self.min_cost:.2f} is out of reach: a tenth of every width still "
@@ -81,21 +89,38 @@ class PlanLevels:
         return replace(program.copy(), ladder=ladder, sizes=tuple(plans), notes=notes)
 
     def _costs(
-        self, program: Program, dims: Dims, sizes_at: Callable[[float], Sizes]
+        self,
+        program: Program,
+        dims: Dims,
+        widths: np.ndarray,
+        sizes_at: Callable[[float], Sizes],
     ) -> np.ndarray:
-        """Relative cost at each of WIDTHS, never falling."""
+        """Relative cost at each of the widths, never falling."""
+        sizes = [sizes_at(float(width)) for width in widths]
         if program.target.local:
-            candidates = []
-            for width in WIDTHS:
-                # Which indices stay changes no latency, so the first ones stand for all.
-                keep = {name: list(range(size)) for name, size in sizes_at(width).items()}
-                graphs = {name: emit(graph, dims, keep) for name, graph in program.graphs.items()}
-                candidates.append(graphs)
-            lowering = registry.load("pbc.lowerings", program.engine)()
-            absolute = np.array(lowering.latency_ms(program, candidates))
+            absolute = np.array(self._latencies_ms(program, dims, sizes))
         else:
-            absolute = np.array([dims.macs(sizes_at(width)) for width in WIDTHS])
+            absolute = np.array([dims.macs(at_width) for at_width in sizes])
         return np.maximum.accumulate(absolute / absolute[-1]).clip(max=1.0)
+
+    def _latencies_ms(self, program: Program, dims: Dims, sizes: list[Sizes]) -> list[float]:
+        """Measure; keep the result, since a resumed compilation must come to the same plan."""
+        decided_by = [sizes, program.batch, program.engine]
+        kept = work_file(program, "latencies", decided_by, (prefix(0), body(0)), ".json")
+        if kept is not None and kept.is_file():
+            measured: list[float] = json.loads(kept.read_text())
+            return measured
+        candidates = []
+        for at_width in sizes:
+            # Which indices stay changes no latency, so the first ones stand for all.
+            keep = {name: list(range(size)) for name, size in at_width.items()}
+            graphs = {name: emit(graph, dims, keep) for name, graph in program.graphs.items()}
+            candidates.append(graphs)
+        lowering = registry.load("pbc.lowerings", program.engine)()
+        measured = lowering.latency_ms(program, candidates)
+        if kept is not None:
+            replace_bytes(kept, json.dumps(measured).encode())
+        return measured
 
 
 def uniform_sizes(dims: Dims, width: float, rounding: int) -> Sizes:

@@ -155,7 +155,8 @@ def analyse(program: Program) -> Dims:
     "relu.default", "relu6.default", "hardswish.default", "hardsigmoid.default", "hardtanh.default",
     "gelu.default", "silu.default", "mish.default", "sigmoid.default", "tanh.default",
     "exp.default", "neg.default", "rsqrt.default", "sqrt.default", "elu.default",
-    "leaky_relu.default", "clamp.default", "pow.Tensor_Scalar", "_to_copy.default", "to.dtype", "contiguous.default",
+    "leaky_relu.default", "clamp.default", "pow.Tensor_Scalar", "_to_copy.default", "to.dtype",
+    "contiguous.default",
     "dropout.default", "softplus.default", "add.Scalar", "mul.Scalar", "sub.Scalar", "div.Scalar",
 )  # fmt: skip
 def _elementwise(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:

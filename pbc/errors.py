@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED_MOST = 15
+_LISTED_NEAREST = 5
+
 
 class PbcError(Exception):
     """What the user can fix: one line, exit code 1."""
@@ -27,7 +30,15 @@ def suggest(kind: str, name: str, available: Iterable[str]) -> str:
     names = sorted(set(available))
     close = nearest(name, names)
     hint = f"; did you mean {close!r}?" if close else ""
-    return f"no {kind} named {name!r}{hint} (available: {', '.join(names) or 'none'})"
+    return f"no {kind} named {name!r}{hint} (available: {listed(name, names) or 'none'})"
+
+
+def listed(name: str, names: list[str]) -> str:
+    """Return all names in one line, or the nearest few where they would fill a screen."""
+    if len(names) <= _LISTED_MOST:
+        return ", ".join(names)
+    near = difflib.get_close_matches(name, names, n=_LISTED_NEAREST, cutoff=0.0)
+    return f"{', '.join(near)} and {len(names) - len(near)} more"
 
 
 def nearest(name: str, available: Iterable[str]) -> str | None:

@@ -154,7 +154,10 @@ def _torchvision(
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
-        raise UsageError(suggest("model", name, [*known, "timm:NAME", "path/to/file.py:factory"]))
+        raise UsageError(
+            suggest("torchvision model", name, known)
+            + "; also timm:NAME and path/to/file.py:factory"
+        )
     default = models.get_model_weights(name).DEFAULT
     preset = default.transforms()
     size = preset.crop_size[0]

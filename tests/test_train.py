@@ -458,7 +458,7 @@ def test_an_unfinished_run_is_no_personal_model(assets: Path, tmp_path: Path) ->
         raise Killed
 
     with pytest.raises(Killed):
-        runtime.fit(samples, TrainOptions(routing=False), tmp_path, report=kill)
+        runtime.fit(samples, TrainOptions(routing=False, cache="off"), tmp_path, report=kill)
     with pytest.raises(PbcError, match=r"holds no personal model; finish it with pbc train … --re"):
         Personal.open(tmp_path)
 
@@ -467,7 +467,9 @@ def test_an_unfinished_run_is_no_personal_model(assets: Path, tmp_path: Path) ->
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run: Run) -> None:
-    result = run("train", "@whole.pbc", "@photos", "-o", "a", "--lr", "1e30", fails=1)
+    result = run(
+        "train", "@whole.pbc", "@photos", "-o", "a", "--cache", "off", "--lr", "1e30", fails=1
+    )
     assert "the loss is nan in epoch 1, step " in result.stderr
     assert (
         "lower the learning rate (it is 1e+30); the last good checkpoint is in a" in result.stderr

@@ -102,10 +102,14 @@ def compile(
     )
     if output is None:
         output = Path(f"{model.rpartition(':')[2].rpartition('/')[2]}.pbc")
-    with progress_bar(quiet=as_json):
-        result = (
-            compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
-        )
+    try:
+        with progress_bar(quiet=as_json):
+            result = (
+                compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
+            )
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command goes on from here", err=True)
+        sys.exit(130)
     if isinstance(result, compiler.Plan):
         _show_plan(result, as_json)
     elif as_json:

@@ -119,7 +119,9 @@ class PyTorchExecutable:
     def _program(self, name: str) -> _Program:
         program = self._programs.get(name)
         if program is None:
-            program = self._programs[name] = self._load(name)
+            # Made in inference mode, a frozen tensor could not take part in a backward later.
+            with torch.inference_mode(False):
+                program = self._programs[name] = self._load(name)
         return program
 
     def _load(self, name: str) -> _Program:

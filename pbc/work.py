@@ -1,0 +1,37 @@
+"""Work in progress: what long passes keep, so that an interrupted compilation can continue."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from pbc.program import Program, get_tensor, tensor_names
+
+
+def work_file(
+    program: Program, name: str, decided_by: Any, graphs: Iterable[str], suffix: str
+) -> Path | None:
+    """Where the work called `name` is kept; None when the program has no folder for it.
+
+    The file's name holds a hash of all that decides the work: the code and tensors of the graphs
+    named, and `decided_by`, which must be JSON. Work of another compilation is never found.
+    """
+    if program.work is None:
+        return None
+    identity = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode())
+    for graph in graphs:
+        if graph in program.graphs:
+            _add(identity, program.graphs[graph])
+    return program.work / f"{name}-{identity.hexdigest()[:16]}{suffix}"
+
+
+def _add(identity: Any, graph: GraphModule) -> None:
+    identity.update(graph.code.encode())
+    for name in tensor_names(graph):
+        identity.update(name.encode())
+        identity.update(get_tensor(graph, name).detach().numpy().tobytes())
