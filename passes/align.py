@@ -30,6 +30,11 @@ from pbc.work import work_file
 SAVE_SECONDS = 60.0
 STATISTICS_BATCHES = 16
 BATCH_NORM_MOMENTUM = 0.1
+LEARNING_RATE = 1.5e-3
+LEARNING_RATE_WITHOUT_BATCH_NORM = 5e-4
+MINUTES = 10.0
+# Of the ladder's time: the first proxy pays for all, since each further one starts from it.
+FIRST_LEVEL_SHARE = 0.4
 TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments
 
 
@@ -47,8 +52,8 @@ class Align:
     Does nothing without calibration data: levels stay unaligned and unrouted.
 
     align_steps: steps per level; None lets `align_time` decide alone.
-    align_time: minutes for the whole ladder, shared equally; None lets `align_steps` decide alone.
-        With neither, ten minutes.
+    align_time: minutes for the whole ladder, of which level 1 gets two fifths; None lets
+        `align_steps` decide alone. With neither, ten minutes.
     """
 
     align_steps: int | None = None
@@ -77,7 +82,7 @@ class Align:
                 calibration,
                 program.seed * 1000 + level,
                 steps=self.align_steps,
-                seconds=self._seconds_per_level(len(proxies)),
+                seconds=self._seconds(level, len(proxies)),
                 saved=self._saved_as(program, level),
                 label=f"level {level} of {len(proxies)}",
             )
@@ -89,11 +94,17 @@ class Align:
             levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
         return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
 
-    def _seconds_per_level(self, count: int) -> float | None:
+    def _seconds(self, level: int, count: int) -> float | None:
+        """The time for one level of `count`; None when steps alone decide."""
         minutes = self.align_time
         if minutes is None and self.align_steps is None:
-            minutes = 10.0
-        return None if minutes is None else minutes * 60 / count
+            minutes = MINUTES
+        if minutes is None:
+            return None
+        share = 1.0
+        if count > 1:
+            share = FIRST_LEVEL_SHARE if level == 1 else (1 - FIRST_LEVEL_SHARE) / (count - 1)
+        return minutes * 60 * share
 
     def _start_from_above(self, program: Program, level: int) -> None:
         """Replace a proxy's tensors by the slices of the level above, which is aligned already."""
@@ -142,7 +153,7 @@ class _Run:
         weights = list(self.proxy.parameters())
         for weight in weights:
             weight.requires_grad_(True)
-        rate = 1.5e-3 if _batch_norms(self.proxy) else 5e-4
+        rate = LEARNING_RATE if _batch_norms(self.proxy) else LEARNING_RATE_WITHOUT_BATCH_NORM
         optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-4)
         if not self._resume(optimizer):
             _use_batch_statistics(self.proxy, True)

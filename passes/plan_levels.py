@@ -114,8 +114,12 @@ class PlanLevels:
         for at_width in sizes:
             # Which indices stay changes no latency, so the first ones stand for all.
             keep = {name: list(range(size)) for name, size in at_width.items()}
-            graphs = {name: emit(graph, dims, keep) for name, graph in program.graphs.items()}
-            candidates.append(graphs)
+            candidates.append(
+                {
+                    name: emit(graph, dims, keep, shapes=False)
+                    for name, graph in program.graphs.items()
+                }
+            )
         lowering = registry.load("pbc.lowerings", program.engine)()
         measured = lowering.latency_ms(program, candidates)
         if kept is not None:

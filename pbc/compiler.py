@@ -162,12 +162,19 @@ def begin(model: str | models.Source, options: Options) -> Program:
         try:
             chosen.insert(module, example)
             reference = module.eval()(example)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except PbcError:
+            raise
+        except Exception as error:  # whatever a model raises, it is the model that failed
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PbcError(
                 f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
                 f"{reason}"
             ) from error
+    if not isinstance(reference, torch.Tensor):
+        raise PbcError(
+            f"{source.name} returns a {type(reference).__name__}; pbc trains models that return "
+            "one tensor of logits"
+        )
     trainable = chosen.trainable(module, source.classifier)
     classifier = module.get_submodule(source.classifier)
     assert isinstance(classifier, nn.Linear)

@@ -15,11 +15,12 @@ from pbc.dims import Axis, Dims, Keep, Variable, atoms, size
 from pbc.program import get_tensor, op_name, put_tensor, tensor_names
 
 
-def emit(graph: GraphModule, dims: Dims, keep: Keep) -> GraphModule:
+def emit(graph: GraphModule, dims: Dims, keep: Keep, *, shapes: bool = True) -> GraphModule:
     """The proxy of a level-0 graph: sliced tensors, rewritten sizes, the same node names.
 
     Tensors that the plan does not touch are shared with the given graph. An empty plan gives the
-    same outputs bit for bit.
+    same outputs bit for bit. shapes: bring every node's meta["val"] up to date; a trial that is
+    only run does without, which is most of the time that emission takes.
     """
     sizes = {dims.variables[name]: len(index) for name, index in keep.items()}
     root = torch.nn.Module()
@@ -43,7 +44,7 @@ def emit(graph: GraphModule, dims: Dims, keep: Keep) -> GraphModule:
     emitted = GraphModule(root, new)
     emitted.graph.eliminate_dead_code()
     emitted.recompile()
-    if sizes:
+    if sizes and shapes:
         _Shapes(emitted).run_on_placeholders()
     return emitted
 
@@ -108,5 +109,12 @@ class _Resizer:
             return count
         x = next(node for node in self.graph.nodes if node.op == "placeholder")
         with self.graph.inserting_before(before):
-            batch = self.graph.call_function(torch.ops.aten.sym_size.int, (x, 0))
-            return self.graph.call_function(operator.mul, (batch, count)) if count != 1 else batch
+            # Names that no node of level 0 has: those keep theirs.
+            batch = self.graph.create_node(
+                "call_function", torch.ops.aten.sym_size.int, (x, 0), name="resized_batch"
+            )
+            if count == 1:
+                return batch
+            return self.graph.create_node(
+                "call_function", operator.mul, (batch, count), name="resized"
+            )

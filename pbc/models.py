@@ -62,15 +62,18 @@ def load(
     if weights not in (RANDOM, DEFAULT):
         state, digest = _read_weights(Path(weights))
     torch.manual_seed(seed)
-    if kind == "timm" and rest:
-        module, spec = _timm(rest, weights == DEFAULT, shape, state)
-    elif ".py" in name and ":" in name:
-        path, _, factory = name.rpartition(":")
-        module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape, state)
-    else:
-        module, spec = _torchvision(
-            rest if kind == "torchvision" else name, weights == DEFAULT, shape, state
-        )
+    try:
+        if kind == "timm" and rest:
+            module, spec = _timm(rest, weights == DEFAULT, shape, state)
+        elif ".py" in name and ":" in name:
+            path, _, factory = name.rpartition(":")
+            module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape, state)
+        else:
+            module, spec = _torchvision(
+                rest if kind == "torchvision" else name, weights == DEFAULT, shape, state
+            )
+    except AssertionError as error:  # how the zoos refuse a size
+        raise PbcError(f"{name} cannot be built for inputs of shape {shape}: {error}") from error
     classifier = last_linear(module, name)
     if state is not None:
         _apply_weights(module, state, classifier, weights)
@@ -240,18 +243,32 @@ def _user_file(
     try:
         spec.loader.exec_module(code)
     except Exception as error:
-        raise PbcError(f"{path} failed to run: {type(error).__name__}: {error}") from error
+        raise PbcError(f"{path} failed to run: {_reason(error)}") from error
     build = getattr(code, factory, None)
     if not callable(build):
         functions = [n for n, v in vars(code).items() if callable(v) and not n.startswith("_")]
         raise UsageError(suggest(f"function in {path}", factory, functions))
+
+    def made(**options: Any) -> nn.Module:
+        try:
+            module = build(**options)
+        except Exception as error:
+            raise PbcError(f"{path}:{factory} failed: {_reason(error)}") from error
+        if not isinstance(module, nn.Module):
+            raise PbcError(
+                f"{path}:{factory} returned {type(module).__name__}; expected a torch.nn.Module"
+            )
+        return module
+
     takes_classes = "num_classes" in inspect.signature(build).parameters
-    module = _rebuild(build, state, factory) if takes_classes else build()
-    if not isinstance(module, nn.Module):
-        raise PbcError(
-            f"{path}:{factory} returned {type(module).__name__}; expected a torch.nn.Module"
-        )
+    module = _rebuild(made, state, factory) if takes_classes else made()
     return module, InputSpec(shape or (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in code that is not ours, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _no_download(name: str, error: BaseException) -> PbcError:

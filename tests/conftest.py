@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Workers in parallel with many threads each only wait for each other; set before torch is loaded.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Threads that find the cores busy only wait for each other; set before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 
