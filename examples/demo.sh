@@ -13,10 +13,10 @@ say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
 run() { say "$@"; "$@"; }
 
 # On the workstation: MobileNetV3-Large and cheaper proxies of its frozen part, for this machine.
-# Two minutes of alignment on 300 photos are little; give a ladder of your own more of both.
+# Three minutes of alignment on 300 photos are little; give a ladder of your own more of both.
 run pbc compile mobilenet_v3_large --weights examples/weights/mobilenet_v3_large.safetensors \
     --input 3x128x128 --strategy linear-probe --data $photos/train \
-    --calibration examples/calibration --levels 2 --min-cost 0.6 --align-time 2 \
+    --calibration examples/calibration --levels 2 --min-cost 0.6 --align-time 3 \
     --target host -o $out/model.pbc
 run pbc inspect $out/model.pbc
 

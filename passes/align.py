@@ -34,7 +34,7 @@ LEARNING_RATE = 1.5e-3
 LEARNING_RATE_WITHOUT_BATCH_NORM = 5e-4
 MINUTES = 10.0
 # Of the ladder's time: the first proxy pays for all, since each further one starts from it.
-FIRST_LEVEL_SHARE = 0.4
+FIRST_LEVEL_SHARE = 0.5
 TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments
 
 
@@ -52,7 +52,7 @@ class Align:
     Does nothing without calibration data: levels stay unaligned and unrouted.
 
     align_steps: steps per level; None lets `align_time` decide alone.
-    align_time: minutes for the whole ladder, of which level 1 gets two fifths; None lets
+    align_time: minutes for the whole ladder, of which level 1 gets half; None lets
         `align_steps` decide alone. With neither, ten minutes.
     """
 
