@@ -69,6 +69,8 @@ def main() -> None:
         accuracy = f"{reached[name]:.1%}"
         table.add_row(name, accuracy, f"{seconds:.1f}", f"{baseline / seconds:.2f}x", shares)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # whoever reads a pipe wants whole lines
     console.print(f"{len(photos)} photos, {given.epochs} epochs in turn, one process:")
     console.print(table)
 
