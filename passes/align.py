@@ -14,13 +14,14 @@ from typing import ClassVar
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
 from pbc.atomic import replacing
 from pbc.calibration import Calibration
+from pbc.errors import PbcError
 from pbc.interface import BATCH, Standard, Tapped, sample_fidelity, standards
 from pbc.ladder import ALIGNED
 from pbc.program import Program, body, get_tensor, op_name, prefix, put_tensor, tensor_names
@@ -67,7 +68,8 @@ class Align:
             return program.copy()
         program = program.copy()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        original = Tapped(program, 0).to(device).eval()
+        # A copy of its own: moving a module moves the tensors it shares.
+        original = copy.deepcopy(Tapped(program, 0)).to(device).eval()
         standard = standards(
             original, (batch.to(device) for batch in _unaugmented(calibration, STATISTICS_BATCHES))
         )
@@ -174,6 +176,11 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = rate * self._decay()
             loss = self._step(optimizer)
+            if not math.isfinite(loss):
+                raise PbcError(
+                    f"alignment of {self.label} diverged: the loss is {loss} at step {self.step}; "
+                    "check the calibration images and the weights"
+                )
             self.step += 1
             now = time.monotonic()
             self.elapsed += now - last
@@ -242,9 +249,13 @@ class _Run:
         """Continue from what an interrupted compilation saved; True if it had finished."""
         if self.saved is None or not self.saved.is_file():
             return False
-        with safe_open(self.saved, "pt") as file:
-            facts = json.loads(file.metadata()["run"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.saved, "pt") as file:
+                facts = json.loads(file.metadata()["run"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError):
+            self.saved.unlink()  # damaged: what it held is computed again
+            return False
         self.step, self.elapsed = facts["step"], facts["elapsed"]
         self.proxy.load_state_dict(
             {n.removeprefix("proxy/"): t for n, t in tensors.items() if n.startswith("proxy/")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -107,9 +108,11 @@ class PlanLevels:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""
         decided_by = [sizes, program.batch, program.engine]
         kept = work_file(program, "latencies", decided_by, (prefix(0), body(0)), ".json")
+        measured: list[float]
         if kept is not None and kept.is_file():
-            measured: list[float] = json.loads(kept.read_text())
-            return measured
+            with contextlib.suppress(ValueError):  # damaged: measure again
+                measured = json.loads(kept.read_text())
+                return measured
         candidates = []
         for at_width in sizes:
             # Which indices stay changes no latency, so the first ones stand for all.

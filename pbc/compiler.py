@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,8 @@ class Options:
 
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
-    passes, without: names of passes to add and to leave out. command: for the provenance.
+    passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
+    command: for the provenance.
     """
 
     target: str = "host"
@@ -51,6 +53,7 @@ class Options:
     passes: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     dump_ir: Path | None = None
+    folder: bool = False
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -59,6 +62,8 @@ class Options:
             raise UsageError(f"--levels is {self.levels}; expected 0 (no proxies) or more")
         if not 0 < self.min_cost < 1:
             raise UsageError(f"--min-cost is {self.min_cost}; expected between 0 and 1")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; expected 0 or more")
         if self.batch < 1:
             raise UsageError(f"--batch is {self.batch}; expected 1 or more")
         if self.classes is not None and self.classes < 2:
@@ -96,17 +101,21 @@ def compile(model: str, output: Path | str, options: Options = Options()) -> Bun
     output = Path(output)
     if not output.parent.is_dir():
         raise PbcError(f"the folder {output.parent} of {output} does not exist")
+    if output.is_dir() != options.folder and output.exists():
+        kind = "a folder" if output.is_dir() else "a file"
+        raise PbcError(f"{output} is {kind}; a bundle of the other kind cannot replace it")
+    if not os.access(output.parent, os.W_OK):
+        raise PbcError(f"the folder {output.parent.resolve()} of {output} is not writable")
     program = begin(model, options)
     if options.calibration is not None:
         data = Calibration.open(options.calibration, program.input, options.seed)
         program = replace(program, calibration=data)
-    else:
-        note = "no --calibration: proxies stay unaligned, and nothing is routed to them"
-        program = replace(program, notes=(*program.notes, note))
     work = output.with_name(f".{output.name}.work")
     program = replace(program, work=work)
     program = _passes(options).run(program, options.dump_ir)
-    bundle = write(output, *package(program))
+    notes = (*program.notes, *_without_calibration(options, program.ladder))
+    program = replace(program, notes=notes)
+    bundle = write(output, *package(program), as_folder=options.folder)
     if work.is_dir():
         for file in work.iterdir():
             file.unlink()
@@ -124,12 +133,12 @@ def plan(model: str, options: Options = Options()) -> Plan:
     expected = {
         f"level {level}": program.dims.bytes(sizes) for level, sizes in enumerate(program.sizes)
     }
-    theta = sum(p.numel() * p.element_size() for p in program.parameters.values())
+    theta = len(manifest.trainable_file(program))
     return Plan(
         passes=tuple(name for name, _ in passes.passes),
         ladder=program.ladder,
         file_bytes={**expected, "trainable": theta},
-        notes=program.notes,
+        notes=(*program.notes, *_without_calibration(options, program.ladder)),
         engine=program.engine,
     )
 
@@ -175,6 +184,11 @@ def begin(model: str | models.Source, options: Options) -> Program:
             f"{source.name} returns a {type(reference).__name__}; pbc trains models that return "
             "one tensor of logits"
         )
+    if not torch.isfinite(reference).all():
+        raise PbcError(
+            f"{source.name} puts out values that are not finite: its weights ({source.weights}) "
+            "are damaged"
+        )
     trainable = chosen.trainable(module, source.classifier)
     classifier = module.get_submodule(source.classifier)
     assert isinstance(classifier, nn.Linear)
@@ -206,6 +220,12 @@ def begin(model: str | models.Source, options: Options) -> Program:
         class_count=count,
         notes=notes,
     )
+
+
+def _without_calibration(options: Options, ladder: Ladder) -> tuple[str, ...]:
+    if options.calibration is not None or len(ladder) == 1:
+        return ()
+    return ("no --calibration: proxies stay unaligned, and nothing is routed to them",)
 
 
 def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ...]]:
@@ -240,6 +260,8 @@ def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
     if options.data is None:
         return None, options.classes
     names = tuple(class_names(options.data))
+    if len(names) < 2:
+        raise PbcError(f"{options.data} has one class folder, {names[0]!r}; two are the least")
     if options.classes is not None and options.classes != len(names):
         raise UsageError(
             f"--classes is {options.classes}, but {options.data} has {len(names)} class folders"

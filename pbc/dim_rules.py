@@ -435,7 +435,13 @@ def _chunk(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     return axes
 
 
-_RULES["operator.getitem"] = _elementwise
+def _getitem(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    if inputs[0] is None:  # of an operator that could not be followed
+        raise _CannotFollow
+    return inputs[0]
+
+
+_RULES["operator.getitem"] = _getitem
 
 
 @rule("sym_size.int")

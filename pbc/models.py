@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         )
     try:
         state = load_file(path)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise PbcError(f"{path} is not a readable safetensors file: {error}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, digest
@@ -173,6 +174,11 @@ def _torchvision(
     if pretrained:
         try:
             module = models.get_model(name, weights=default, **options)
+        except ValueError as error:  # the builder's own options are those of the weights
+            raise PbcError(
+                f"the default weights of {name} are for {size}x{size} inputs, not "
+                f"{chosen[1]}x{chosen[2]}: leave out --input, or name a file with --weights"
+            ) from error
         except (OSError, RuntimeError) as error:
             raise _no_download(name, error) from error
     else:
@@ -217,8 +223,6 @@ def _timm(
             raise
         raise _no_download(name, error) from error
     mean, std = own.get("mean", IMAGENET_MEAN), own.get("std", IMAGENET_STD)
-    if state is not None:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
     return module, InputSpec(chosen, tuple(mean), tuple(std))
 
 
@@ -240,6 +244,10 @@ def _user_file(
     assert spec is not None
     assert spec.loader is not None
     code = importlib.util.module_from_spec(spec)
+    # As `python path/to/file.py` would: dataclasses look their module up, siblings can be imported.
+    sys.modules.setdefault(path.stem, code)
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(code)
     except Exception as error:

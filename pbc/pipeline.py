@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from pbc import registry
+from pbc.atomic import replace_bytes
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.program import Program, prefix
 from pbc.progress import report
@@ -73,8 +74,8 @@ class PassPipeline:
                 )
             program.checks["level_0_error"] = error
             if dump is not None:
-                dump.mkdir(parents=True, exist_ok=True)
-                (dump / f"{number:02}-{name}.txt").write_text(program.text() + "\n")
+                text = program.text() + "\n"
+                replace_bytes(dump / f"{number:02}-{name}.txt", text.encode(), mode=0o644)
             report(name, 1.0)
         return program
 

@@ -18,12 +18,14 @@ def work_file(
 ) -> Path | None:
     """Where the work called `name` is kept; None when the program has no folder for it.
 
-    The file's name holds a hash of all that decides the work: the code and tensors of the graphs
-    named, and `decided_by`, which must be JSON. Work of another compilation is never found.
+    The file's name holds a hash of all that decides the work: the input, the code and tensors of
+    the graphs named, and `decided_by`, which must be JSON. Work of another compilation is never
+    found.
     """
     if program.work is None:
         return None
-    identity = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode())
+    everything = [decided_by, program.input.to_json()]
+    identity = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
     for graph in graphs:
         if graph in program.graphs:
             _add(identity, program.graphs[graph])

@@ -472,7 +472,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(run: 
     )
     assert "the loss is nan in epoch 1, step " in result.stderr
     assert (
-        "lower the learning rate (it is 1e+30); the last good checkpoint is in a" in result.stderr
+        "lower the learning rate (it is 1e+30) and start again with --overwrite; "
+        "the last good checkpoint is in a" in result.stderr
     )
     arrays = Checkpoint.load(Path("a/checkpoint.safetensors")).arrays
     assert all(np.isfinite(arrays[name]).all() for name in arrays if name.startswith("theta/"))

@@ -83,6 +83,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle.  [default: MODEL.pbc]"
 )
+@click.option("--folder", is_flag=True, help="Write the bundle as a folder, not as one file.")
 @click.option(
     "--dump-ir",
     type=click.Path(path_type=Path),

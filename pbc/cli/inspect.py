@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pbc.bundle import Bundle
+from pbc.cli.tables import console
 from pbc.errors import PbcError
 
 DIMS = "dims.json"
@@ -135,11 +135,3 @@ def _show_dims(table: dict[str, Any]) -> None:
     )
     for operator, node in table["operators_without_rule"].items():
         click.echo(f"note: {operator} (at {node}) has no dimension rule; what it touches is fixed")
-
-
-def console() -> Console:
-    """Standard output; a pipe gets whole lines."""
-    made = Console(highlight=False)
-    if not made.is_terminal:
-        made.width = 200
-    return made

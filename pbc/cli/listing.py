@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pbc import registry
+from pbc.cli.tables import console
 from pbc.registry import Entry
 from pbc.target import load_target
 
@@ -95,7 +95,4 @@ def _show(
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text(cell(row)) for cell in columns.values()))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # whoever reads a pipe wants whole lines
-    console.print(table)
+    console().print(table)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pbc.cli.display import TrainDisplay
+from pbc.cli.tables import console
 from pbc.data import ImageFolder, Samples, read_image
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
@@ -125,7 +126,7 @@ def train(
 @click.argument("out", type=_PATH)
 @click.argument("data", type=_PATH)
 @click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
-@click.option("--threads", type=int, help="Threads of the engine.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--strict", is_flag=True, help="Stop at the first broken image.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
@@ -152,7 +153,7 @@ def evaluate(
 @click.argument("images", type=_PATH, nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
-@click.option("--threads", type=int, help="Threads of the engine.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def predict(
     out: Path, images: tuple[Path, ...], top: int, level: int, threads: int | None, as_json: bool
@@ -173,11 +174,11 @@ def predict(
         ]
         click.echo(json.dumps(rows))
         return
-    table = Table("image", "class", "probability")
+    table = Table("image", "class", "probability", box=None, pad_edge=False, header_style="bold")
     for image, best in found.items():
         for rank, (name, share) in enumerate(best):
-            table.add_row("" if rank else image, name, f"{share:.1%}")
-    Console().print(table)
+            table.add_row(Text("" if rank else image), Text(name), f"{share:.1%}")
+    console().print(table)
 
 
 @click.command()
@@ -188,6 +189,8 @@ def forget(out: Path, everything: bool) -> None:
     if not out.is_dir():
         raise PbcError(f"no folder {out}; give the output folder of pbc train")
     output = Output(out)
+    if not output.is_run():
+        raise PbcError(f"{out} is not the output folder of pbc train; nothing was removed")
     with output.locked():
         gone = output.forget(model=everything)
     for path in gone:

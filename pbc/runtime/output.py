@@ -93,6 +93,10 @@ class Output:
         except OSError as error:
             raise PbcError(cannot_write(self.bundle, error)) from error
 
+    def is_run(self) -> bool:
+        """Say whether a training run wrote into this folder."""
+        return any(path.exists() for path in (self.model, self.checkpoint, self.root / ".lock"))
+
     def forget(self, *, model: bool) -> list[Path]:
         """Remove what was derived from the user's photos, the model too if asked; say what."""
         private = [self.cache, self.checkpoint, self.metrics, self.tensorboard]

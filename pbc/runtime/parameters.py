@@ -35,6 +35,8 @@ def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.
 
 def labelled_for(bundle: Bundle, samples: Samples) -> Samples:
     """Number the labels as the bundle does; an open head takes the classes of the data."""
+    if len(samples.classes) < 2:
+        raise PbcError(f"the data has one class, {samples.classes[0]!r}; two are the least")
     names, count = bundle.manifest.get("classes"), bundle.manifest.get("class_count")
     if names is not None:
         differences = _differences(set(samples.classes), set(names), "data", "bundle")
@@ -43,8 +45,6 @@ def labelled_for(bundle: Bundle, samples: Samples) -> Samples:
         return samples.with_classes(names)
     if count is not None and count != len(samples.classes):
         raise PbcError(f"the data has {len(samples.classes)} classes, the bundle {count}")
-    if len(samples.classes) < 2:
-        raise PbcError(f"the data has one class, {samples.classes[0]!r}; two are the least")
     return samples
 
 

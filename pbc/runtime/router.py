@@ -12,6 +12,9 @@ from pbc.ladder import Ladder
 from pbc.runtime.engines import Executable
 from pbc.runtime.meter import Meter
 
+# The policy is so small that what surrounds a call would cost more than the call.
+_BATCH = 64
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -39,7 +42,8 @@ def route(predicted: np.ndarray, ladder: Ladder, floor: float) -> Routing:
     where both this and the ladder's own fidelity reach the floor.
     """
     allowed = np.ones((len(predicted), len(ladder)), dtype=bool)
-    allowed[:, 1:] = predicted >= floor
+    # Who tolerates a level tolerates every more expensive one: grouping moves samples up there.
+    allowed[:, 1:] = np.maximum.accumulate(predicted[:, ::-1], axis=1)[:, ::-1] >= floor
     allowed &= routable(ladder, floor)
     cheapest = len(ladder) - 1 - allowed[:, ::-1].argmax(axis=1)
     return Routing(cheapest.astype(np.int64), allowed)
@@ -64,6 +68,7 @@ def predict(
     """
     count = len(samples)
     predicted = []
+    batch = max(batch, _BATCH)
     for start in range(0, count, batch):
         indices = np.arange(start, min(start + batch, count))
         images = samples.images(indices)

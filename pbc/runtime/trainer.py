@@ -201,11 +201,8 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write all that `prepare(resume=True)` needs; refuses parameters that are not finite."""
-        theta = self._executable.parameters()
-        if not all(np.isfinite(value).all() for value in theta.values()):
-            raise PbcError(self._diverged("a parameter is not finite", self.step))
         parts = {
-            "theta": theta,
+            "theta": self._check_parameters(),
             "optimizer": self._executable.optimizer_state(),
             "scheduler": self._scheduler.state(),
         }
@@ -221,6 +218,13 @@ class Trainer:
         Checkpoint(facts, join(parts)).save(self._output.checkpoint)
         self._saved_at = monotonic()
         self._meter.lap("bookkeeping")
+
+    def _check_parameters(self) -> dict[str, np.ndarray]:
+        """Return the trainable parameters; PbcError if one is not finite."""
+        theta = self._executable.parameters()
+        if not all(np.isfinite(value).all() for value in theta.values()):
+            raise PbcError(self._diverged("a parameter is not finite", self.step))
+        return theta
 
     # ---- preparation -----------------------------------------------------------------------
 
@@ -357,6 +361,7 @@ class Trainer:
             stage_seconds=dict(self._meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )
+        self._check_parameters()
         self.epoch, self.step = self.epoch + 1, 0
         self._totals = self._no_totals()
         self._meter.seconds = dict.fromkeys(self._meter.seconds, 0.0)
@@ -371,6 +376,6 @@ class Trainer:
     def _diverged(self, what: str, step: int) -> str:
         return (
             f"{what} in epoch {self.epoch + 1}, step {step}: lower the learning rate "
-            f"(it is {self.learning_rate:g}); the last good checkpoint is in "
-            f"{self._output.root}"
+            f"(it is {self.learning_rate:g}) and start again with --overwrite; "
+            f"the last good checkpoint is in {self._output.root}"
         )
