@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pbc import registry
 from pbc.ladder import Ladder
+from pbc.lowering import Lowering
 from pbc.program import Program, body, prefix
 
 
@@ -24,12 +25,12 @@ class Lower:
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
-        lowering = registry.load("pbc.lowerings", program.engine)()
+        lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
         if program.target.local:
             program = self._measured(program, lowering)
         return replace(program, artifacts=lowering.lower(program))
 
-    def _measured(self, program: Program, lowering: object) -> Program:
+    def _measured(self, program: Program, lowering: Lowering) -> Program:
         candidates = [
             {
                 kind(0): program.graphs[kind(level)]
@@ -38,7 +39,7 @@ class Lower:
             }
             for level in program.levels
         ]
-        latency = lowering.latency_ms(program, candidates)  # type: ignore[attr-defined]
+        latency = lowering.latency_ms(program, candidates)
         levels = tuple(
             replace(level, latency_ms=ms, cost=ms / latency[0])
             for level, ms in zip(program.ladder.levels, latency, strict=True)

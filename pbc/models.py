@@ -132,23 +132,16 @@ def _apply_weights(module: nn.Module, state: dict[str, Tensor], classifier: str,
     module.load_state_dict(fitting, strict=False)
 
 
-def _class_count(state: dict[str, Tensor] | None, candidates: list[str]) -> int | None:
-    """How many classes a weights file's classifier has, under the first name that it holds."""
-    for name in candidates:
-        if state is not None and f"{name}.weight" in state:
-            return int(state[f"{name}.weight"].shape[0])
-    return None
-
-
 def _rebuild(
     build: Callable[..., nn.Module], state: dict[str, Tensor] | None, name: str
 ) -> nn.Module:
     """Build once to find the classifier, again when the weights file has another class count."""
     module = build()
     classifier = last_linear(module, name)
-    count = _class_count(state, [classifier])
-    if count is None or count == module.get_submodule(classifier).out_features:
+    weight = (state or {}).get(f"{classifier}.weight")
+    if weight is None or len(weight) == module.get_submodule(classifier).out_features:
         return module
+    count = len(weight)
     return build(num_classes=count)
 
 
