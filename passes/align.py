@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from pbc import parallel
 from pbc.atomic import replacing
 from pbc.calibration import Calibration
 from pbc.errors import PbcError
@@ -30,7 +31,6 @@ from pbc.work import work_file
 
 SAVE_SECONDS = 60.0
 STATISTICS_BATCHES = 16
-BATCH_NORM_MOMENTUM = 0.1
 LEARNING_RATE = 1.5e-3
 LEARNING_RATE_WITHOUT_BATCH_NORM = 5e-4
 MINUTES = 10.0
@@ -47,14 +47,17 @@ class Align:
     trainable layer reads what they compute) change, and `program.ladder` gains fidelities. Level k
     starts from the slices of the aligned level k-1. The loss is, on interface tensors standardised
     by level 0's per-channel statistics, mean squared error plus one minus the cosine (PieBridge,
-    SenSys 2024, «latent space alignment»); AdamW with cosine decay; batch norms use and update
-    batch statistics meanwhile, which are measured afresh at the end.
+    SenSys 2024, «latent space alignment»); AdamW with cosine decay. Batch norms' statistics are
+    measured afresh where channels went, and then stay: training with those of each batch is slower
+    to learn and worse on images of another kind (docs/alignment.md). It runs on a GPU where there
+    is one, in bfloat16 autocast; processes started by torchrun share each step's batch.
 
-    Does nothing without calibration data: levels stay unaligned and unrouted.
+    A level that differs from the original in precision alone keeps the original's weights, and is
+    only measured. Does nothing without calibration data: levels stay unaligned and unrouted.
 
     align_steps: steps per level; None lets `align_time` decide alone.
-    align_time: minutes for the whole ladder, of which level 1 gets half; None lets
-        `align_steps` decide alone. With neither, ten minutes.
+    align_time: minutes for the whole ladder, of which the first level that is trained gets half;
+        None lets `align_steps` decide alone. With neither, ten minutes.
     """
 
     align_steps: int | None = None
@@ -67,13 +70,14 @@ class Align:
         if calibration is None or not proxies:
             return program.copy()
         program = program.copy()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = parallel.device()
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(Tapped(program, 0)).to(device).eval()
         standard = standards(
             original, (batch.to(device) for batch in _unaugmented(calibration, STATISTICS_BATCHES))
         )
-        for level in proxies:
+        trained = [level for level in proxies if _gives_up_more_than_precision(program, level)]
+        for level in trained:
             self._start_from_above(program, level)
             # A copy of its own: tensors that no plan shrank are level 0's too.
             tapped = copy.deepcopy(Tapped(program, level))
@@ -84,8 +88,9 @@ class Align:
                 calibration,
                 program.seed * 1000 + level,
                 steps=self.align_steps,
-                seconds=self._seconds(level, len(proxies)),
+                seconds=self._seconds(level == trained[0], len(trained)),
                 saved=self._saved_as(program, level),
+                channels_went=bool(program.plan[level]),
                 label=f"level {level} of {len(proxies)}",
             )
             run.train()
@@ -96,8 +101,8 @@ class Align:
             levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
         return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
 
-    def _seconds(self, level: int, count: int) -> float | None:
-        """The time for one level of `count`; None when steps alone decide."""
+    def _seconds(self, first: bool, count: int) -> float | None:
+        """The time for one of `count` levels; None when steps alone decide."""
         minutes = self.align_time
         if minutes is None and self.align_steps is None:
             minutes = MINUTES
@@ -105,7 +110,7 @@ class Align:
             return None
         share = 1.0
         if count > 1:
-            share = FIRST_LEVEL_SHARE if level == 1 else (1 - FIRST_LEVEL_SHARE) / (count - 1)
+            share = FIRST_LEVEL_SHARE if first else (1 - FIRST_LEVEL_SHARE) / (count - 1)
         return minutes * 60 * share
 
     def _start_from_above(self, program: Program, level: int) -> None:
@@ -129,10 +134,15 @@ class Align:
             asdict(self),
             program.seed,
             program.plan[: level + 1],
+            [program.ladder.resolution(above) for above in range(level + 1)],
             program.calibration.samples.digest(),
         ]
         graphs = (prefix(0), body(0))
         return work_file(program, f"align-{level}", decided_by, graphs, ".safetensors")
+
+
+def _gives_up_more_than_precision(program: Program, level: int) -> bool:
+    return bool(program.sizes[level]) or program.ladder.resolution(level) is not None
 
 
 @dataclass
@@ -147,6 +157,7 @@ class _Run:
     steps: int | None
     seconds: float | None
     saved: Path | None
+    channels_went: bool
     label: str
     step: int = 0
     elapsed: float = 0.0
@@ -155,24 +166,30 @@ class _Run:
         weights = list(self.proxy.parameters())
         for weight in weights:
             weight.requires_grad_(True)
+        self._forward = self._distributed()
         rate = LEARNING_RATE if _batch_norms(self.proxy) else LEARNING_RATE_WITHOUT_BATCH_NORM
         optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-4)
         if not self._resume(optimizer):
-            _use_batch_statistics(self.proxy, True)
+            if self.step == 0 and self.channels_went:
+                self._recalibrate()
             try:
                 self._steps(optimizer, rate)
             except KeyboardInterrupt:
                 self._save(optimizer, done=False)
                 raise
-            _use_batch_statistics(self.proxy, False)
-            self._recalibrate()
             self._save(optimizer, done=True)
         for weight in weights:
             weight.requires_grad_(False)
 
+    def _distributed(self) -> Callable[[Tensor], list[Tensor]]:
+        """The proxy's forward; among several processes its gradients are averaged."""
+        if parallel.size() == 1:
+            return self.proxy
+        return nn.parallel.DistributedDataParallel(self.proxy)
+
     def _steps(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         last = saved_at = time.monotonic()
-        while self.fraction() < 1:
+        while parallel.once(self.fraction) < 1:
             for group in optimizer.param_groups:
                 group["lr"] = rate * self._decay()
             loss = self._step(optimizer)
@@ -202,14 +219,16 @@ class _Run:
 
     def _step(self, optimizer: torch.optim.Optimizer) -> float:
         device = self.standard[0].mean.device
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        chosen = torch.randint(len(self.calibration.align), (BATCH,), generator=generator)
+        seed = (self.seed * 1_000_003 + self.step) * parallel.size() + parallel.rank()
+        generator = torch.Generator().manual_seed(seed)
+        count = max(2, BATCH // parallel.size())
+        chosen = torch.randint(len(self.calibration.align), (count,), generator=generator)
         images = self.calibration.batch(self.calibration.align[chosen.numpy()]).to(device)
         images = augment(images, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
                 targets = self.original(images)
-            outputs = self.proxy(images)
+            outputs = self._forward(images)
         loss = alignment_loss(outputs, targets, self.standard)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -219,7 +238,7 @@ class _Run:
 
     @torch.no_grad()
     def _recalibrate(self) -> None:
-        """Measure the batch norms' statistics afresh, at the final weights."""
+        """Measure the batch norms' statistics afresh, of the channels that are left."""
         norms = _batch_norms(self.proxy)
         if not norms:
             return
@@ -234,7 +253,7 @@ class _Run:
         _use_batch_statistics(self.proxy, False)
 
     def _save(self, optimizer: torch.optim.Optimizer, done: bool) -> None:
-        if self.saved is None:
+        if self.saved is None or parallel.rank() > 0:
             return
         tensors = {f"proxy/{n}": t.contiguous() for n, t in self.proxy.state_dict().items()}
         if not done:
@@ -325,10 +344,9 @@ def _set_argument(graph: GraphModule, node: torch.fx.Node, position: int, value:
 
 
 def _use_batch_statistics(proxy: Tapped, on: bool) -> None:
-    """Switch batch norms between their batch's statistics (updating the running ones) and these."""
+    """Switch batch norms between their batch's statistics (updating the running ones) and those."""
     for graph, node in _batch_norms(proxy):
         _set_argument(graph, node, TRAINING, on)
-        _set_argument(graph, node, MOMENTUM, BATCH_NORM_MOMENTUM)
     for part in (proxy.prefix, proxy.body):
         if part is not None:
             part.recompile()

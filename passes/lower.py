@@ -6,9 +6,10 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pbc import registry
+from pbc import parallel, registry
+from pbc.interface import precision_of
 from pbc.ladder import Ladder
-from pbc.lowering import Lowering
+from pbc.lowering import Candidate, Lowering
 from pbc.program import Program, body, prefix
 
 
@@ -31,15 +32,8 @@ class Lower:
         return replace(program, artifacts=lowering.lower(program))
 
     def _measured(self, program: Program, lowering: Lowering) -> Program:
-        candidates = [
-            {
-                kind(0): program.graphs[kind(level)]
-                for kind in (prefix, body)
-                if kind(level) in program.graphs
-            }
-            for level in program.levels
-        ]
-        latency = lowering.latency_ms(program, candidates)
+        candidates = [self._candidate(program, level) for level in program.levels]
+        latency = parallel.once(lambda: lowering.latency_ms(program, candidates))
         levels = tuple(
             replace(level, latency_ms=ms, cost=ms / latency[0])
             for level, ms in zip(program.ladder.levels, latency, strict=True)
@@ -52,3 +46,11 @@ class Lower:
                     f"no cheaper than level {above.level} ({above.cost:.2f})",
                 )
         return replace(program, ladder=Ladder(levels, "latency"), notes=notes)
+
+    def _candidate(self, program: Program, level: int) -> Candidate:
+        precision = program.ladder.precision(level)
+        kinds = [kind for kind in (prefix, body) if kind(level) in program.graphs]
+        return Candidate(
+            {kind(0): program.graphs[kind(level)] for kind in kinds},
+            {kind(0): precision_of(program, kind(level), precision) for kind in kinds},
+        )

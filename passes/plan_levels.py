@@ -1,133 +1,239 @@
-"""Plan the ladder: how far which dimensions shrink at each level."""
+"""Plan the ladder: what each level gives up to be cheaper."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from pbc import registry
+from pbc import parallel, registry
 from pbc.atomic import replace_bytes
 from pbc.dims import HEADS, Dimension, Dims
 from pbc.emit import emit
-from pbc.ladder import ORIGINAL, UNALIGNED, Ladder, Level
+from pbc.errors import UsageError, suggest
+from pbc.interface import precision_of
+from pbc.ladder import BFLOAT16, FLOAT32, ORIGINAL, UNALIGNED, Ladder, Level
+from pbc.lowering import Candidate, Lowering
 from pbc.program import Program, body, op_name, prefix
+from pbc.resolution import Size, macs, reduced, reducible
 from pbc.work import work_file
 
 Sizes = dict[str, int]
 
+PRECISION, RESOLUTION, WIDTH = AXES = ("precision", "resolution", "width")
 # Common widths at which a latency is measured; between them it is interpolated.
-MEASURED_WIDTHS = np.linspace(0.1, 1.0, 10)
+MEASURED_WIDTHS = np.linspace(1.0, 0.1, 10)
 # MACs follow from the sizes, at any width.
-COUNTED_WIDTHS = np.linspace(0.1, 1.0, 181)
+COUNTED_WIDTHS = np.linspace(1.0, 0.1, 181)
+# Height and width against the original's. Below the first two, fewer channels cost less fidelity
+# than fewer pixels (docs/alignment.md); the others are for where no channel may go.
+RESOLUTIONS = (7 / 8, 3 / 4)
+FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
+RESOLUTION_ROUNDING = 16
+# A precision that saves less is not worth a level.
+WORTHWHILE = 0.9
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a level differs from the original: a common width, a resolution and a precision."""
+
+    width: float = 1.0
+    resolution: Size | None = None
+    precision: str = FLOAT32
 
 
 @dataclass(frozen=True)
 class PlanLevels:
-    """Choose every level's sizes so that costs fall in even steps.
+    """Choose every level's form so that costs fall in even steps.
 
-    The steps lead down to `min_cost`, or to the cheapest cost in reach. All independent dimensions
-    shrink by one common width per level, rounded to `rounding` (0 means 16 where there are
-    depthwise convolutions, else 8); of an attention the head size shrinks, the number of heads
-    stays. Cost is latency measured here when this machine is the target, MACs otherwise. Graphs
-    stay as they are; `program.ladder` and `program.sizes` are filled. A level that rounding makes
-    equal to the one above is dropped and noted. Without independent dimensions level 0 is the only
-    one.
+    Three axes, given up in this order: precision (bfloat16, where it is measured to be faster on
+    this machine; such a level needs no weights of its own), resolution (fewer pixels, where the
+    frozen prefix pools them away), width (all independent dimensions shrink by one common width,
+    rounded to `rounding`, 0 meaning 16 where there are depthwise convolutions, else 8; of an
+    attention the head size shrinks, the number of heads stays).
+
+    Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
+    down to `min_cost`, or to the cheapest cost in reach. Cost is the latency of one training visit
+    measured here when this machine is the target, MACs otherwise. Graphs stay as they are;
+    `program.ladder` and `program.sizes` are filled. A level that rounding makes equal to the one
+    above is dropped and noted. Where nothing can be given up, level 0 is the only one.
+
+    axes: those that may be used, of "precision", "resolution", "width".
     """
 
     levels: int = 4
     min_cost: float = 0.3
     rounding: int = 0
+    axes: tuple[str, ...] = AXES
     stage: ClassVar[str] = "plan"
 
+    def __post_init__(self) -> None:
+        """Refuse an axis that there is not."""
+        for axis in self.axes:
+            if axis not in AXES:
+                raise UsageError(suggest("axis", axis, AXES))
+
     def __call__(self, program: Program) -> Program:
-        dims = program.dims
-        assert dims is not None
-        count = self.levels if dims.independent() else 0
-        rounding = self.rounding or (16 if has_depthwise(program) else 8)
-
-        def sizes_at(width: float) -> Sizes:
-            return uniform_sizes(dims, width, rounding)
-
-        widths = MEASURED_WIDTHS if program.target.local else COUNTED_WIDTHS
-        costs = self._costs(program, dims, widths, sizes_at) if count else np.ones(len(widths))
-        plans: list[Sizes] = [{}]
-        expected = [1.0]
+        planner = _Planner(program, self.rounding)
         notes = program.notes
-        cheapest = max(self.min_cost, float(costs[0]))
-        for level in range(1, count + 1):
-            target = 1 - level * (1 - cheapest) / count
-            width = float(np.interp(target, costs, widths))
-            sizes = sizes_at(width)
-            if sizes == plans[-1]:
-                notes += (f"level {level} of {count} is dropped: it rounds to the level above it",)
+        chosen: list[tuple[Form, float]] = []
+        precision = FLOAT32
+        if self.levels and PRECISION in self.axes and program.target.local:
+            in_bfloat16 = Form(precision=BFLOAT16)
+            cost = float(planner.costs([in_bfloat16])[0])
+            if cost <= WORTHWHILE:
+                precision = BFLOAT16
+                chosen.append((in_bfloat16, cost))
+        path = planner.path(self.axes, precision) if self.levels else []
+        if len(path) > 1:
+            costs = np.minimum.accumulate(planner.costs(path).clip(max=1.0))
+            if not chosen:
+                costs[0] = 1.0
+            cheapest = max(self.min_cost, float(costs[-1]))
+            count = self.levels - len(chosen)
+            for step in range(1, count + 1):
+                goal = float(costs[0]) - step * (float(costs[0]) - cheapest) / count
+                chosen.append(_at(path, costs, goal))
+            if cheapest > self.min_cost:
+                notes += (
+                    f"a cost of {self.min_cost:.2f} is out of reach: the most that can be given up "
+                    f"still costs {cheapest:.2f}, so the levels step down to that",
+                )
+        plans: list[Form] = [Form()]
+        sizes: list[Sizes] = [{}]
+        expected = [1.0]
+        for number, (form, cost) in enumerate(chosen, 1):
+            shrunk = planner.sizes(form)
+            if shrunk == sizes[-1] and replace(form, width=plans[-1].width) == plans[-1]:
+                notes += (
+                    f"level {number} of {self.levels} is dropped: it rounds to the level above it",
+                )
                 continue
-            plans.append(sizes)
-            # MACs follow from the sizes; a latency is read off between the widths measured.
-            measured = float(np.interp(width, widths, costs))
-            expected.append(measured if program.target.local else dims.macs(sizes) / dims.macs())
-        if count and cheapest > self.min_cost:
-            notes += (
-                f"a cost of {self.min_cost:.2f} is out of reach: a tenth of every width still "
-                f"costs {cheapest:.2f}, so the levels step down to that",
-            )
+            plans.append(form)
+            sizes.append(shrunk)
+            # MACs follow from the sizes; a latency is read off between the forms measured.
+            expected.append(cost if program.target.local else planner.macs(form) / planner.whole)
         levels = tuple(
             Level(
                 level=number,
                 cost=cost,
                 latency_ms=None,
-                macs=dims.macs(sizes),
+                macs=planner.macs(form),
                 fidelity=1.0 if number == 0 else None,
                 status=ORIGINAL if number == 0 else UNALIGNED,
+                precision=form.precision,
+                resolution=form.resolution,
             )
-            for number, (cost, sizes) in enumerate(zip(expected, plans, strict=True))
+            for number, (cost, form) in enumerate(zip(expected, plans, strict=True))
         )
         ladder = Ladder(levels, "latency" if program.target.local else "macs")
-        return replace(program.copy(), ladder=ladder, sizes=tuple(plans), notes=notes)
+        return replace(program.copy(), ladder=ladder, sizes=tuple(sizes), notes=notes)
 
-    def _costs(
-        self,
-        program: Program,
-        dims: Dims,
-        widths: np.ndarray,
-        sizes_at: Callable[[float], Sizes],
-    ) -> np.ndarray:
-        """Relative cost at each of the widths, never falling."""
-        sizes = [sizes_at(float(width)) for width in widths]
-        if program.target.local:
-            absolute = np.array(self._latencies_ms(program, dims, sizes))
-        else:
-            absolute = np.array([dims.macs(at_width) for at_width in sizes])
-        return np.maximum.accumulate(absolute / absolute[-1]).clip(max=1.0)
 
-    def _latencies_ms(self, program: Program, dims: Dims, sizes: list[Sizes]) -> list[float]:
+def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, float]:
+    """The form on the path that costs `goal`, or as near as its steps allow, with its cost."""
+    below = min(int(np.searchsorted(-costs, -goal)), len(path) - 1)
+    above = max(below - 1, 0)
+    if path[above].resolution == path[below].resolution:
+        known = costs[[below, above]]
+        width = np.interp(goal, known, [path[below].width, path[above].width])
+        return replace(path[below], width=float(width)), float(goal)
+    nearest = min((above, below), key=lambda index: abs(costs[index] - goal))
+    return path[nearest], float(costs[nearest])
+
+
+class _Planner:
+    """What forms a program can take, and what they cost."""
+
+    def __init__(self, program: Program, rounding: int) -> None:
+        assert program.dims is not None
+        self._program = program
+        self._dims: Dims = program.dims
+        self._rounding = rounding or (16 if has_depthwise(program) else 8)
+        self.whole = self._dims.macs()
+        self._pixels: dict[Size | None, float] = {None: 1.0}
+
+    def path(self, axes: Sequence[str], precision: str) -> list[Form]:
+        """Forms from the original's down, each giving up more than the one before."""
+        wide = WIDTH in axes and bool(self._dims.independent())
+        resolutions: list[Size | None] = [None]
+        if RESOLUTION in axes:
+            shares = RESOLUTIONS if wide else (*RESOLUTIONS, *FURTHER_RESOLUTIONS)
+            resolutions += self._resolutions(shares)
+        forms = [Form(1.0, resolution, precision) for resolution in resolutions]
+        if wide:
+            widths = MEASURED_WIDTHS if self._program.target.local else COUNTED_WIDTHS
+            forms += [replace(forms[-1], width=float(width)) for width in widths[1:]]
+        return forms
+
+    def _resolutions(self, shares: Sequence[float]) -> list[Size]:
+        graph = self._program.graphs.get(prefix(0))
+        if graph is None:
+            return []
+        _, height, width = self._program.input.shape
+        sizes = [(_rounded_pixels(height * s), _rounded_pixels(width * s)) for s in shares]
+        distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
+        return [size for size in distinct if reducible(graph, size)]
+
+    def sizes(self, form: Form) -> Sizes:
+        return uniform_sizes(self._dims, form.width, self._rounding)
+
+    def macs(self, form: Form) -> float:
+        """Multiply-accumulates of one sample."""
+        if form.resolution not in self._pixels:
+            graph = self._program.graphs[prefix(0)]
+            assert form.resolution is not None
+            self._pixels[form.resolution] = macs(reduced(graph, form.resolution)) / macs(graph)
+        return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]
+
+    def costs(self, forms: Sequence[Form]) -> np.ndarray:
+        """Costs relative to the original's."""
+        if self._program.target.local:
+            latency_ms = np.array(self._latencies_ms([Form(), *forms]))
+            return latency_ms[1:] / latency_ms[0]
+        return np.array([self.macs(form) / self.whole for form in forms])
+
+    def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""
-        decided_by = [sizes, program.batch, program.engine]
+        program = self._program
+        decided_by = [[asdict(form) for form in forms], program.batch, program.engine]
+        decided_by.append(self._rounding)
         kept = work_file(program, "latencies", decided_by, (prefix(0), body(0)), ".json")
         measured: list[float]
         if kept is not None and kept.is_file():
             with contextlib.suppress(ValueError):  # damaged: measure again
                 measured = json.loads(kept.read_text())
                 return measured
-        candidates = []
-        for at_width in sizes:
-            # Which indices stay changes no latency, so the first ones stand for all.
-            keep = {name: list(range(size)) for name, size in at_width.items()}
-            candidates.append(
-                {
-                    name: emit(graph, dims, keep, shapes=False)
-                    for name, graph in program.graphs.items()
-                }
-            )
-        lowering = registry.load("pbc.lowerings", program.engine)()
-        measured = lowering.latency_ms(program, candidates)
+        lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+        candidates = [self._candidate(form) for form in forms]
+        measured = parallel.once(lambda: lowering.latency_ms(program, candidates))
         if kept is not None:
             replace_bytes(kept, json.dumps(measured).encode())
         return measured
+
+    def _candidate(self, form: Form) -> Candidate:
+        # Which indices stay changes no latency, so the first ones stand for all.
+        keep = {name: list(range(size)) for name, size in self.sizes(form).items()}
+        shapes = form.resolution is not None
+        graphs = {
+            name: emit(graph, self._dims, keep, shapes=shapes and name == prefix(0))
+            for name, graph in self._program.graphs.items()
+        }
+        if form.resolution is not None:
+            graphs[prefix(0)] = reduced(graphs[prefix(0)], form.resolution)
+        return Candidate(
+            graphs, {name: precision_of(self._program, name, form.precision) for name in graphs}
+        )
+
+
+def _rounded_pixels(size: float) -> int:
+    return max(1, round(size / RESOLUTION_ROUNDING)) * RESOLUTION_ROUNDING
 
 
 def uniform_sizes(dims: Dims, width: float, rounding: int) -> Sizes:

@@ -11,6 +11,7 @@ from torch import Tensor
 from pbc.dims import Dims, atoms
 from pbc.emit import emit
 from pbc.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.resolution import reduced
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class PruneDims:
         %conv2d: [b, 32, 8, 8] = conv2d(%x, @conv1.weight)
 
     The indices of a level are among those of the level before it, so that a proxy can start from
-    its aligned neighbour. Node names, inputs and outputs stay as they are at level 0. Does nothing
-    when only level 0 is planned.
+    its aligned neighbour. Node names, inputs and outputs stay as they are at level 0; a level of a
+    lower resolution begins with a node that reduces the images. Does nothing when only level 0 is
+    planned.
     """
 
     stage: ClassVar[str] = "prune"
@@ -48,6 +50,9 @@ class PruneDims:
             for kind in (prefix, body):
                 if kind(0) in graphs:
                     graphs[kind(level)] = emit(graphs[kind(0)], dims, keep)
+            resolution = program.ladder.resolution(level)
+            if resolution is not None:
+                graphs[prefix(level)] = reduced(graphs[prefix(level)], resolution)
         return replace(program, graphs=graphs, plan=tuple(plans))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbc import manifest, models, pipeline, registry, strategy
+from pbc import manifest, models, parallel, pipeline, registry, strategy
 from pbc.bundle import Bundle, write
 from pbc.calibration import Calibration
 from pbc.capture import capture
@@ -32,6 +32,7 @@ class Options:
 
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
+    axes: what a level may give up; see pbc.passes.plan_levels.
     passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
     command: for the provenance.
     """
@@ -43,6 +44,7 @@ class Options:
     data: Path | None = None
     levels: int = 4
     min_cost: float = 0.3
+    axes: tuple[str, ...] = ("precision", "resolution", "width")
     engine: str | None = None
     calibration: Path | None = None
     shape: tuple[int, int, int] | None = None
@@ -94,11 +96,16 @@ class Plan:
 def compile(model: str, output: Path | str, options: Options = Options()) -> Bundle:
     """Compile a model (see pbc.models.load for its names) into a bundle at `output`.
 
-    Long work is kept beside the output while it runs, so that the same call after an interruption
-    continues; the folder goes when the bundle is written. Raises PbcError for what the user can
-    fix; nothing is written then.
+    Under torchrun every process calls this, aligns together with the others, and gets the bundle
+    that the first one writes. Long work is kept beside the output while it runs, so that the same
+    call after an interruption continues; the folder goes when the bundle is written. Raises
+    PbcError for what the user can fix; nothing is written then.
     """
-    output = Path(output)
+    with parallel.group():
+        return _compile(model, Path(output), options)
+
+
+def _compile(model: str, output: Path, options: Options) -> Bundle:
     if not output.parent.is_dir():
         raise PbcError(f"the folder {output.parent} of {output} does not exist")
     if output.is_dir() != options.folder and output.exists():
@@ -115,12 +122,14 @@ def compile(model: str, output: Path | str, options: Options = Options()) -> Bun
     program = _passes(options).run(program, options.dump_ir)
     notes = (*program.notes, *_without_calibration(options, program.ladder))
     program = replace(program, notes=notes)
-    bundle = write(output, *package(program), as_folder=options.folder)
-    if work.is_dir():
-        for file in work.iterdir():
-            file.unlink()
-        work.rmdir()
-    return bundle
+    if parallel.rank() == 0:
+        write(output, *package(program), as_folder=options.folder)
+        if work.is_dir():
+            for file in work.iterdir():
+                file.unlink()
+            work.rmdir()
+    parallel.wait()
+    return Bundle.open(output)
 
 
 def plan(model: str, options: Options = Options()) -> Plan:

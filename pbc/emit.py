@@ -45,8 +45,13 @@ def emit(graph: GraphModule, dims: Dims, keep: Keep, *, shapes: bool = True) -> 
     emitted.graph.eliminate_dead_code()
     emitted.recompile()
     if sizes and shapes:
-        _Shapes(emitted).run_on_placeholders()
+        refresh_shapes(emitted)
     return emitted
+
+
+def refresh_shapes(graph: GraphModule) -> None:
+    """Bring every node's meta["val"] up to date with its inputs', the batch still symbolic."""
+    _Shapes(graph).run_on_placeholders()
 
 
 class _Shapes(torch.fx.Interpreter):

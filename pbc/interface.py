@@ -8,7 +8,8 @@ samples, and the minimum over the interface's tensors, all at the initial traina
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pbc.calibration import Calibration
+from pbc.ladder import FLOAT32
 from pbc.program import (
     PARAMETER,
     Program,
@@ -32,7 +34,7 @@ BATCH = 64
 
 
 class Tapped(nn.Module):
-    """One level cut off at the interface: images in, the interface's tensors out.
+    """One level cut off at the interface: images in, the interface's tensors out, in float32.
 
     Its graph modules are copies that share their tensors with the program until they are trained.
     """
@@ -42,6 +44,7 @@ class Tapped(nn.Module):
         before = program.graphs.get(prefix(level))
         self.prefix = None if before is None else copy_graph(before)
         self.body: GraphModule | None = None
+        self.theta: list[Tensor] = []
         taps = body_taps(program.graphs[body(0)])
         if taps:
             self.body = _cut_at(program.graphs[body(level)], taps)
@@ -55,6 +58,26 @@ class Tapped(nn.Module):
             theta = [value.to(images.device) for value in self.theta]
             tensors = [*tensors, *self.body(*features, *theta)]
         return tensors
+
+
+def precision_of(program: Program, graph: str, precision: str) -> str:
+    """In what a graph of a level of this precision computes.
+
+    A body of nothing but trainable layers is the same at every level: it stays in float32.
+    """
+    alone = prefix(0) not in program.graphs
+    frozen = graph.startswith("prefix/") or alone or bool(body_taps(program.graphs[body(0)]))
+    return precision if frozen else FLOAT32
+
+
+def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor]]:
+    """A level as it runs on the device: in its precision, on a copy; float32 in and out."""
+    if precision == FLOAT32:
+        return tapped
+    dtype: torch.dtype = getattr(torch, precision)
+    low = copy.deepcopy(tapped).to(dtype)
+    low.theta = [value.to(dtype) for value in low.theta]
+    return lambda images: [tensor.float() for tensor in low(images.to(dtype))]
 
 
 def body_taps(graph: GraphModule) -> list[str]:
@@ -166,7 +189,10 @@ def sample_fidelity(
     mean over held-out samples is the level's fidelity.
     """
     original = Tapped(program, 0).eval()
-    proxies = [Tapped(program, level).eval() for level in levels]
+    proxies = [
+        rounded_to(Tapped(program, level).eval(), program.ladder.precision(level))
+        for level in levels
+    ]
     standard = standards(original, held_out_batches(calibration))
     rows = []
     with torch.no_grad():

@@ -11,6 +11,9 @@ ORIGINAL = "original"
 ALIGNED = "aligned"
 UNALIGNED = "unaligned"
 
+FLOAT32 = "float32"
+BFLOAT16 = "bfloat16"
+
 
 @dataclass(frozen=True)
 class Level:
@@ -22,6 +25,10 @@ class Level:
     fidelity: centred, standardised cosine to level 0 on held-out calibration images
         (docs/architecture.md, «Fidelity»); None for a level that was never aligned.
     status: "original", "aligned" or "unaligned".
+    precision: in which the frozen part computes, "float32" or "bfloat16".
+    resolution: height and width that the images are reduced to first; None leaves them alone.
+    accuracy_loss: points of accuracy that training at this level alone costs on pseudo-tasks;
+        None where it was not measured.
     """
 
     level: int
@@ -30,6 +37,9 @@ class Level:
     macs: float
     fidelity: float | None
     status: str
+    precision: str = FLOAT32
+    resolution: tuple[int, int] | None = None
+    accuracy_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,14 @@ class Ladder:
 
     def __len__(self) -> int:
         return len(self.levels)
+
+    def precision(self, level: int) -> str:
+        """What the frozen part of a level computes in; float32 where nothing is planned."""
+        return self.levels[level].precision if level < len(self) else FLOAT32
+
+    def resolution(self, level: int) -> tuple[int, int] | None:
+        """What the images are reduced to at a level; None where nothing is planned."""
+        return self.levels[level].resolution if level < len(self) else None
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(level) for level in self.levels]
@@ -55,7 +73,10 @@ class Ladder:
                     f"a level in the manifest has the fields {sorted(row)}; "
                     f"expected {sorted(names)}"
                 )
-        levels = tuple(Level(**row) for row in rows)
+        levels = tuple(
+            Level(**{**row, "resolution": row["resolution"] and tuple(row["resolution"])})
+            for row in rows
+        )
         if [level.level for level in levels] != list(range(len(levels))) or not levels:
             raise PbcError(
                 f"the manifest's levels are {[level.level for level in levels]}; "

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch.fx import GraphModule
 
 from pbc.program import Program
 
-Candidate = Mapping[str, GraphModule]
-"""One trial level: `prefix/0` (where there is one) and `body/0` by name."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial level: its `prefix/0` (where there is one) and `body/0`, and their precisions."""
+
+    graphs: Mapping[str, GraphModule]
+    precisions: Mapping[str, str]
 
 
 class Lowering(Protocol):
@@ -26,4 +32,8 @@ class Lowering(Protocol):
         """What the device must have installed to run the artifacts, by name."""
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        """Milliseconds of prefix and body forward for one batch, all measured interleaved."""
+        """Milliseconds of one training visit of a batch, all candidates measured interleaved.
+
+        That is the prefix forward, at the batch size that suits it best (features do not depend on
+        what shares a batch), and the body forward and backward.
+        """

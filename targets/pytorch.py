@@ -16,23 +16,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
+from pbc.interface import precision_of
+from pbc.ladder import FLOAT32
 from pbc.lowering import Candidate
 from pbc.passes.fold_batch_norm import fold
 from pbc.program import (
     PARAMETER,
     POLICY,
     Program,
+    body,
     get_tensor,
     op_name,
     output_nodes,
+    prefix,
     tensor_names,
 )
 from pbc.runtime.graph import FORMAT
 from pbc.runtime.ops import OPS
 
-# Enough turns for the fastest of them to be undisturbed, on a machine that does other things too.
-ROUNDS = 12
-WARM_UP = 2
+ROUNDS = 6
+# How many of the device's mini-batches may share one call of the prefix.
+PREFIX_BATCHES = (1, 2, 4)
 
 
 class PyTorchLowering:
@@ -59,7 +63,7 @@ class PyTorchLowering:
                     stored[key] = f"{file}#{tensor_name}"
                     weights.setdefault(file, {})[tensor_name] = tensor
                 sources[tensor_name] = stored[key]
-            data = graph_json(name, graph, sources)
+            data = graph_json(name, graph, sources, _precision(program, name))
             files[self.graph_file(name)] = json.dumps(
                 data, indent=None, separators=(",", ":")
             ).encode()
@@ -68,28 +72,92 @@ class PyTorchLowering:
         return files
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        images = program.example[:1].expand(program.batch, -1, -1, -1)
-        images = images.contiguous(memory_format=torch.channels_last)
-        runs = []
-        for candidate in candidates:
-            # Prefix before body, folded as the device runs them; copies, since layouts change.
-            graphs = [copy.deepcopy(graph) for _, graph in sorted(candidate.items(), reverse=True)]
-            for graph in graphs:
-                fold(graph)
-                graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            runs.append([(graph, program.parameter_values(graph)) for graph in graphs])
-        best = [math.inf] * len(runs)
-        with torch.inference_mode():
-            for turn in range(WARM_UP + ROUNDS):
-                for number, run in enumerate(runs):
-                    start = time.perf_counter()
-                    values: tuple[Tensor, ...] = (images,)
-                    for graph, theta in run:
-                        values = graph(*values, *theta)
-                    elapsed = time.perf_counter() - start
-                    if turn >= WARM_UP:
-                        best[number] = min(best[number], elapsed * 1000)
-        return best
+        # The fastest of several turns counts: this machine does other things too.
+        runs = [_Visit(program, candidate) for candidate in candidates]
+        for turn in range(ROUNDS):
+            for run in runs:
+                run.measure(warm_up=turn == 0)
+        return [run.latency_ms() for run in runs]
+
+
+class _Visit:
+    """Measures one training visit: the prefix forward, the body forward and backward."""
+
+    def __init__(self, program: Program, candidate: Candidate) -> None:
+        self._batch = program.batch
+        self._graphs = {}
+        for name, graph in candidate.graphs.items():
+            # Folded as the device runs it; a copy, since layouts and precisions change.
+            graph = copy.deepcopy(graph)
+            fold(graph)
+            graph.to(_dtype(candidate.precisions[name]), memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._graphs[name] = (graph, _dtype(candidate.precisions[name]))
+        image = program.example[:1]
+        sizes = [self._batch * times for times in PREFIX_BATCHES]
+        self._images = {size: _channels_last(image.expand(size, -1, -1, -1)) for size in sizes}
+        self._theta = [
+            value.detach().requires_grad_() for value in program.parameter_values(self._body[0])
+        ]
+        with torch.inference_mode(False):
+            self._features = [
+                _channels_last(feature.detach().clone())
+                for feature in self._prefix(self._images[self._batch])
+            ]
+        # Seconds per sample; the prefix by how many share a call.
+        self._prefix_seconds = dict.fromkeys(sizes, math.inf)
+        self._body_seconds = math.inf
+
+    @property
+    def _body(self) -> tuple[GraphModule, torch.dtype]:
+        return self._graphs[body(0)]
+
+    def measure(self, warm_up: bool) -> None:
+        if prefix(0) in self._graphs:
+            for size, images in self._images.items():
+                start = time.perf_counter()
+                self._prefix(images)
+                seconds = (time.perf_counter() - start) / size
+                if not warm_up:
+                    self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
+        graph, dtype = self._body
+        start = time.perf_counter()
+        values = [value.to(dtype) for value in (*self._features, *self._theta)]
+        logits = graph(*values)[0].float()
+        torch.autograd.grad(logits.square().mean(), self._theta, allow_unused=True)
+        if not warm_up:
+            seconds = (time.perf_counter() - start) / self._batch
+            self._body_seconds = min(seconds, self._body_seconds)
+
+    def _prefix(self, images: Tensor) -> list[Tensor]:
+        if prefix(0) not in self._graphs:
+            return [images]
+        graph, dtype = self._graphs[prefix(0)]
+        with torch.no_grad():
+            return [feature.float() for feature in graph(images.to(dtype))]
+
+    def latency_ms(self) -> float:
+        prefix_seconds = 0.0
+        if prefix(0) in self._graphs:
+            prefix_seconds = min(self._prefix_seconds.values())
+        return (prefix_seconds + self._body_seconds) * self._batch * 1000
+
+
+def _dtype(precision: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    if images.dim() != 4:
+        return images.contiguous()
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _precision(program: Program, graph: str) -> str:
+    if graph == POLICY:
+        return FLOAT32
+    level = int(graph.rpartition("/")[2])
+    return precision_of(program, graph, program.ladder.precision(level))
 
 
 def weight_file(graph: str) -> str:
@@ -107,7 +175,9 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(tensor.numpy().tobytes()).digest()
 
 
-def graph_json(name: str, graph: GraphModule, sources: dict[str, str]) -> dict[str, Any]:
+def graph_json(
+    name: str, graph: GraphModule, sources: dict[str, str], precision: str = FLOAT32
+) -> dict[str, Any]:
     """The declarative form of a graph (pbc/runtime/graph.py reads it).
 
     sources: for each frozen tensor, the file and key that it is stored under.
@@ -140,6 +210,7 @@ def graph_json(name: str, graph: GraphModule, sources: dict[str, str]) -> dict[s
         outputs = {"fidelity": names[fidelity]}
     return {
         "format": FORMAT,
+        "precision": precision,
         "inputs": inputs,
         "outputs": outputs,
         "tensors": tensors,

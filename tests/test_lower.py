@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pbc import bundle, compiler
 from pbc.errors import PbcError
+from pbc.lowering import Candidate
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
@@ -31,7 +32,8 @@ def test_a_graph_becomes_data() -> None:
     assert after.ladder == before.ladder  # nothing is measured for another machine
     assert_same(before, replace(after, artifacts={}))
     assert json.loads(after.artifacts["graphs/body-0.json"]) == {
-        "format": 1,
+        "format": 2,
+        "precision": "float32",
         "inputs": ["mean", "fc.weight", "fc.bias"],
         "outputs": {"logits": "linear"},
         "tensors": {},
@@ -113,7 +115,7 @@ def test_an_operator_that_the_engine_lacks_is_named_with_its_line() -> None:
 
 def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def latency_ms(self: object, program: Program, candidates: Sequence[Any]) -> list[float]:
-        assert [set(candidate) for candidate in candidates] == [{"prefix/0", "body/0"}] * 3
+        assert [set(candidate.graphs) for candidate in candidates] == [{"prefix/0", "body/0"}] * 3
         return [4.0, 2.0, 3.0]
 
     monkeypatch.setattr(PyTorchLowering, "latency_ms", latency_ms)
@@ -131,8 +133,11 @@ def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None
 def test_latency_is_measured_per_candidate() -> None:
     program = pruned(ConvNet)
     candidates = [
-        {"prefix/0": program.graphs[f"prefix/{n}"], "body/0": program.graphs[f"body/{n}"]}
-        for n in program.levels
+        Candidate(
+            {"prefix/0": program.graphs[f"prefix/{n}"], "body/0": program.graphs[f"body/{n}"]},
+            {"prefix/0": precision, "body/0": "float32"},
+        )
+        for n, precision in zip(program.levels, ["float32", "bfloat16", "float32"], strict=True)
     ]
     text = program.text()
     measured = PyTorchLowering().latency_ms(program, candidates)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +9,22 @@ from hypothesis import strategies as st
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed
 
 from pbc import registry
+from pbc.errors import UsageError
+from pbc.lowering import Candidate
+from pbc.passes.independent_dims import IndependentDims
+from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
+from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import Program
-from pbc.testing import assert_equivalent, assert_gradients, assert_unchanged, gradients, run_passes
+from pbc.testing import (
+    assert_equivalent,
+    assert_gradients,
+    assert_unchanged,
+    gradients,
+    make_program,
+    run_passes,
+)
 
 KINDS = [ConvNet, ResidualNet, AttentionNet]
 
@@ -78,21 +89,60 @@ def test_a_cost_out_of_reach_is_said() -> None:
     assert costs(program)[-1] > 0.01
 
 
-def test_the_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs on this machine are latencies, here those of one that takes 10 ms for nothing."""
+def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
+    """A program for a host that takes 10 ms for nothing, 1 ms per channel, less in bfloat16."""
 
     class Fixed:
-        def latency_ms(self, program: Program, candidates: Sequence[Any]) -> list[float]:
-            widths = [c["prefix/0"].get_parameter("conv1.weight").shape[0] for c in candidates]
-            return [10.0 + width for width in widths]
+        def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+            return [
+                (10.0 + c.graphs["prefix/0"].get_parameter("conv1.weight").shape[0])
+                * (bfloat16 if c.precisions["prefix/0"] == "bfloat16" else 1.0)
+                for c in candidates
+            ]
 
     monkeypatch.setattr(registry, "load", lambda group, name: Fixed)
     before = analysed(ConvNet)
-    before = replace(before, target=replace(before.target, local=True))
+    return replace(before, target=replace(before.target, local=True))
+
+
+def test_the_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measured_as(monkeypatch, bfloat16=1.5)
     after = PlanLevels(levels=2, min_cost=0.7, rounding=1)(before)
     assert after.ladder.cost_model == "latency"
     widths = [sizes["conv1.weight:0"] for sizes in after.sizes[1:]]
     assert widths == pytest.approx([12, 8], abs=1)  # (10 + 12) / 26 = 0.85, (10 + 8) / 26 = 0.7
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
+
+
+def test_a_faster_precision_is_given_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measured_as(monkeypatch, bfloat16=0.8)
+    after = PlanLevels(levels=2, min_cost=0.56, rounding=1)(before)
+    assert [level.precision for level in after.ladder.levels] == ["float32", *2 * ["bfloat16"]]
+    assert after.sizes[1] == {}
+    assert costs(after) == pytest.approx([1, 0.8, 0.56], abs=0.01)
+    assert after.sizes[2]["conv1.weight:0"] == pytest.approx(8, abs=1)  # (10 + 8) / 26 * 0.8
+    without = PlanLevels(levels=2, min_cost=0.56, rounding=1, axes=("width",))(before)
+    assert {level.precision for level in without.ladder.levels} == {"float32"}
+
+
+def test_fewer_pixels_come_before_fewer_channels() -> None:
+    source = make_program(ConvNet(), shape=(3, 64, 64))
+    before = run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
+    after = run_passes(before, PlanLevels(levels=3, min_cost=0.1, rounding=1), PruneDims())
+    first, second, third = after.ladder.levels[1:]
+    assert after.sizes[1] == {}
+    assert first.resolution is not None
+    assert first.cost > second.cost > third.cost
+    assert len(after.sizes[3]) > 0
+    images = after.example
+    assert [f.shape for f in after.features(3, images)] == [
+        f.shape for f in after.features(0, images)
+    ]
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"widht.*did you mean 'width'"):
+        PlanLevels(axes=("widht",))
 
 
 @pytest.mark.parametrize(("strategy", "levels"), [("norm", 4), ("linear-probe", 0)])

@@ -250,7 +250,8 @@ def test_dead_values_are_freed_and_outputs_are_not() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "g has format 2; this pbc reads format 1"),
+        ({"format": 1}, "g has format 1; this pbc reads format 2: compile the model again"),
+        ({"precision": "int4"}, "g computes in 'int4'; this pbc knows float32, bfloat16"),
         ({"extra": 1}, r"g has the fields \['extra', .*; expected"),
         ({"outputs": {"y": "z"}}, "output 'y' is 'z', which no node defines"),
         ({"tensors": {"w": "file"}}, "tensor 'w' is 'file'; expected file#key"),

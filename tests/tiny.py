@@ -65,7 +65,8 @@ def graph(
     nodes: Sequence[Json],
 ) -> Json:
     return {
-        "format": 1,
+        "format": 2,
+        "precision": "float32",
         "inputs": list(inputs),
         "outputs": dict(outputs),
         "tensors": dict(tensors),
@@ -144,9 +145,14 @@ def contents(
     class_count: int | None = None,
     fidelities: Sequence[float | None] = (0.97, 0.93),
     policy: bool = True,
+    promised: bool = False,
+    accuracy_map: Sequence[Sequence[float]] | None = ((0.9, 0.5), (1.0, 0.0)),
     batch: int = 4,
 ) -> tuple[Json, dict[str, bytes]]:
-    """Return the manifest and the files of a bundle of level 0 and its proxies."""
+    """Return the manifest and the files of a bundle of level 0 and its proxies.
+
+    promised: the policy is one that ships the levels' own fidelities for every sample.
+    """
     random = np.random.default_rng(7)
     weight = random.normal(0, 0.5, (CHANNELS, 3, 3, 3)).astype(np.float32)
     bias = random.normal(0, 0.1, CHANNELS).astype(np.float32)
@@ -208,7 +214,10 @@ def contents(
         "features": features,
         "cost_model": "macs",
         "levels": levels,
-        "policy": {"view": [3, 4, 4], "report": {}} if policy else None,
+        "accuracy_map": accuracy_map and [list(point) for point in accuracy_map],
+        "policy": {"view": [3, 4, 4], "report": {"shipped": "means"} if promised else {}}
+        if policy
+        else None,
         "graphs": graphs,
         "trainable": "trainable.safetensors",
         "checks": {},
@@ -225,7 +234,27 @@ def _level(number: int, fidelity: float | None, status: str) -> Json:
         "macs": 1e5 * (1 - 0.2 * number),
         "fidelity": fidelity,
         "status": status,
+        "precision": "float32",
+        "resolution": None,
+        "accuracy_loss": None,
     }
+
+
+def costs(path: Path, levels: int = 3) -> Path:
+    """Write costs to decide by, so that two runs decide alike: each level saves a fifth."""
+    rows = [
+        {
+            "prefix_ms": 1 - 0.2 * level,
+            "chunk": 16,
+            "forward_ms": 0.1,
+            "backward_ms": 0.1,
+            "measured": True,
+        }
+        for level in range(levels)
+    ]
+    shared = {"decode_ms": 0.01, "gather_ms": 0.01, "policy_ms": 0.01}
+    path.write_text(json.dumps({"levels": rows, **shared}))
+    return path
 
 
 def write(path: Path, kind: str = "probe", *, as_folder: bool = False, **options: Any) -> Bundle:

@@ -62,6 +62,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     show_default=True,
     help="The cheapest level's cost relative to the original.",
 )
+@click.option(
+    "--axes",
+    default="precision,resolution,width",
+    show_default=True,
+    metavar="LIST",
+    help="What a cheaper level may give up.",
+)
 @click.option("--engine", help="What executes on the device; the target's own by default.")
 @click.option(
     "--calibration",
@@ -93,11 +100,18 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def compile(
-    model: str, output: Path | None, shape: str | None, dry_run: bool, as_json: bool, **options: Any
+    model: str,
+    output: Path | None,
+    shape: str | None,
+    axes: str,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
     chosen = compiler.Options(
         shape=None if shape is None else parse_shape(shape),
+        axes=tuple(filter(None, axes.split(","))),
         command=shlex.join(["pbc", *sys.argv[1:]]),
         **options,
     )

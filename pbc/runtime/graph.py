@@ -1,12 +1,15 @@
 """Read the declarative graph of a bundle: JSON in, a checked list of steps over numbered slots out.
 
-    {"format": 1, "inputs": ["x"], "outputs": {"flatten": "flatten"},
+    {"format": 2, "precision": "float32", "inputs": ["x"], "outputs": {"flatten": "flatten"},
      "tensors": {"c0": "weights/level-0.safetensors#features.0.0.weight"},
      "nodes": [{"name": "conv2d", "op": "aten.conv2d.default",
                 "args": [{"ref": "x"}, {"ref": "c0"}, null, [1, 1]], "kwargs": {}}]}
 
 An argument is null, a bool, a number, a string, a list of arguments, {"ref": name},
 {"dtype": "float32"} or {"float": "inf" | "-inf" | "nan"}. Nothing is evaluated.
+
+precision is what the graph computes in: a graph in bfloat16 rounds its inputs and its tensors, and
+hands its outputs over in float32, so that levels of any precision share one file of weights.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import Any, TypeAlias
 
 from pbc.errors import PbcError
 
-FORMAT = 1
+FORMAT = 2
+PRECISIONS = ("float32", "bfloat16")
 DTYPES = frozenset(
     (
         "bool",
@@ -68,6 +72,7 @@ class Step:
 class Graph:
     """Steps in order over `slot_count` slots; `tensors` maps a slot to (file, key)."""
 
+    precision: str
     inputs: dict[str, Slot]
     outputs: dict[str, Slot]
     tensors: dict[Slot, tuple[str, str]]
@@ -77,9 +82,16 @@ class Graph:
 
 def parse(data: Any, ops: frozenset[str], where: str) -> Graph:
     """Check a decoded JSON graph and number its values; raises PbcError, naming `where`."""
-    _expect_keys(data, {"format", "inputs", "outputs", "tensors", "nodes"}, where)
-    if data["format"] != FORMAT:
-        raise PbcError(f"{where} has format {data['format']}; this pbc reads format {FORMAT}")
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise PbcError(
+            f"{where} has format {found}; this pbc reads format {FORMAT}: compile the model again"
+        )
+    _expect_keys(data, {"format", "precision", "inputs", "outputs", "tensors", "nodes"}, where)
+    if data["precision"] not in PRECISIONS:
+        raise PbcError(
+            f"{where} computes in {data['precision']!r}; this pbc knows {', '.join(PRECISIONS)}"
+        )
     slots: dict[str, Slot] = {}
 
     def define(name: str) -> Slot:
@@ -114,7 +126,7 @@ def parse(data: Any, ops: frozenset[str], where: str) -> Graph:
         Step(*call, tuple(slot for slot in slots_dead if slot not in kept))
         for call, slots_dead in zip(calls, dead, strict=True)
     )
-    return Graph(inputs, outputs, tensors, steps, len(slots))
+    return Graph(data["precision"], inputs, outputs, tensors, steps, len(slots))
 
 
 def _expect_keys(data: Any, keys: set[str], where: str) -> None:

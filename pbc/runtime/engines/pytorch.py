@@ -174,9 +174,13 @@ class _Program:
             if step.op in _CONVOLUTIONS and len(step.args) > 1
             if isinstance(step.args[1], Slot)
         }
+        # None leaves all as it is.
+        self._lower: torch.dtype | None = None
+        if graph.precision != "float32":
+            self._lower = getattr(torch, graph.precision)
         self._initial: _Values = [None] * graph.slot_count
         for slot, (file, key) in graph.tensors.items():
-            value = tensor(file, key)
+            value = _rounded(self._lower, tensor(file, key))
             if slot in weights and value.dim() == 4:
                 value = value.contiguous(memory_format=torch.channels_last)
             self._initial[slot.index] = value
@@ -187,12 +191,19 @@ class _Program:
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = self._initial.copy()
         for name, index in self._inputs:
-            values[index] = inputs[name]
+            values[index] = _rounded(self._lower, inputs[name])
         for function, fill, kwargs, output, dead in self._calls:
             values[output] = function(*fill(values), **kwargs)
             for index in dead:
                 values[index] = None
-        return {name: values[index] for name, index in self._outputs}
+        if self._lower is None:
+            return {name: values[index] for name, index in self._outputs}
+        return {name: values[index].float() for name, index in self._outputs}
+
+
+def _rounded(precision: torch.dtype | None, value: Tensor) -> Tensor:
+    """Round a tensor of reals; whatever else it is stays."""
+    return value if precision is None or not value.is_floating_point() else value.to(precision)
 
 
 _Fill = Callable[[_Values], list[Any]]
