@@ -31,8 +31,9 @@ from pbc.work import work_file
 
 SAVE_SECONDS = 60.0
 STATISTICS_BATCHES = 16
-LEARNING_RATE = 1.5e-3
-LEARNING_RATE_WITHOUT_BATCH_NORM = 5e-4
+LEARNING_RATE = 5e-4
+# Who lost channels has further to go; without batch norms that is not stable.
+LEARNING_RATE_AFTER_PRUNING = 1e-3
 MINUTES = 10.0
 # Of the ladder's time: the first proxy pays for all, since each further one starts from it.
 FIRST_LEVEL_SHARE = 0.5
@@ -167,7 +168,8 @@ class _Run:
         for weight in weights:
             weight.requires_grad_(True)
         self._forward = self._distributed()
-        rate = LEARNING_RATE if _batch_norms(self.proxy) else LEARNING_RATE_WITHOUT_BATCH_NORM
+        pruned = self.channels_went and _batch_norms(self.proxy)
+        rate = LEARNING_RATE_AFTER_PRUNING if pruned else LEARNING_RATE
         optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=1e-4)
         if not self._resume(optimizer):
             if self.step == 0 and self.channels_went:

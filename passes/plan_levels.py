@@ -196,7 +196,8 @@ class _Planner:
         """Costs relative to the original's."""
         if self._program.target.local:
             latency_ms = np.array(self._latencies_ms([Form(), *forms]))
-            return latency_ms[1:] / latency_ms[0]
+            relative: np.ndarray = latency_ms[1:] / latency_ms[0]
+            return relative
         return np.array([self.macs(form) / self.whole for form in forms])
 
     def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:

@@ -50,6 +50,7 @@ def manifest(
         "cost_model": program.ladder.cost_model,
         "levels": program.ladder.to_json(),
         "policy": None if POLICY not in program.graphs else policy(program),
+        "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "graphs": graph_files,
         "trainable": TRAINABLE,
         "checks": program.checks,
@@ -70,7 +71,11 @@ def manifest(
 
 def policy(program: Program) -> dict[str, Any]:
     (view,) = placeholders(program.graphs[POLICY])
-    return {"view": list(shape_of(view)[1:]), "report": program.policy_report}
+    return {
+        "view": list(shape_of(view)[1:]),
+        "report": program.policy_report,
+        "margins": list(program.policy_margins),
+    }
 
 
 def trainable_file(program: Program) -> bytes:

@@ -68,6 +68,8 @@ class Program:
     strategy: its text, such as `last-k:3`; `trainable`: the names of the parameters it trains.
     sizes, plan: for each level, how large each shrunk dimension is and which of its indices
         stay, by the dimension's name (empty for level 0).
+    policy_margins: for each proxy, how much its predicted fidelity is lowered for confidence.
+    accuracy_map: (fidelity, points of accuracy lost), ascending in fidelity; empty where unknown.
     work: a folder in which long passes keep what lets them resume.
     artifacts: the bundle's files, once lowered. notes: what the user should know, one line each.
     """
@@ -91,6 +93,8 @@ class Program:
     dims: Dims | None = None
     calibration: Calibration | None = None
     policy_report: dict[str, Any] | None = None
+    policy_margins: tuple[float, ...] = ()
+    accuracy_map: tuple[tuple[float, float], ...] = ()
     class_names: tuple[str, ...] | None = None
     class_count: int | None = None
     checks: dict[str, Any] = field(default_factory=dict)

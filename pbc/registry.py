@@ -20,6 +20,7 @@ GROUPS = {
     "pbc.engines": "engine",
     "pbc.lowerings": "lowering",
     "pbc.schedulers": "scheduler",
+    "pbc.rivals": "rival",
 }
 """Each entry point group, with the word that messages use for one of its members."""
 

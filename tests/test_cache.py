@@ -65,9 +65,10 @@ def fill(
     source = Source()
     of_samples = np.array(levels or [0] * COUNT)
     cache.fill(
+        np.arange(COUNT),
         of_samples,
         samples or contents(),
-        4,
+        lambda level: 4,
         lambda level: salt + bytes([level]),
         source,
         lambda done, total: None,
@@ -104,6 +105,30 @@ def test_chunks_are_per_level_in_the_order_of_the_samples(kind: str, tmp_path: P
     assert cache.complete
     assert same(cache.gather(cache.slots[[6, 8, 9]]), features(np.array([6, 8, 9])))
     assert same(cache.gather(cache.slots[[1, 4, 7]]), features(np.array([1, 4, 7]), 1))
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_what_is_there_already_is_not_computed_again(kind: str, tmp_path: Path) -> None:
+    store = disk(tmp_path) if kind == "disk" else MemoryStore(COUNT, LAYOUT.width, "float32")
+    _, first = fill(store)
+    _, second = fill(store)
+    _, moved = fill(store, [0] * 8 + [1] * 2)
+    assert (len(first.calls), second.calls) == (3, [])
+    assert moved.calls == [(1, [8, 9])]
+
+
+def test_a_part_may_be_filled_first(tmp_path: Path) -> None:
+    cache = FeatureCache(LAYOUT, MemoryStore(8, LAYOUT.width, "float32"), assign_slots(COUNT, 8, 0))
+    source = Source()
+    first = np.array([7, 2, 3])
+    for rows in (first, np.setdiff1d(np.arange(COUNT), first), first):
+        cache.fill(
+            rows, np.zeros(COUNT, int), contents(), lambda level: 4, lambda level: b"", source,
+            lambda done, total: None,
+        )  # fmt: skip
+    held = set(np.flatnonzero(cache.slots >= 0).tolist())
+    assert source.calls[0][1] == [at for at in (7, 2, 3) if at in held]
+    assert sorted(at for _, rows in source.calls for at in rows) == sorted(held)
 
 
 def test_a_disk_cache_is_found_again(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import tiny
 from click.testing import CliRunner, Result
 
 import pbc
-from pbc import cli
+from pbc import bundle, cli
 from pbc.errors import PbcError, UsageError
 
 
@@ -130,3 +133,56 @@ def test_a_closed_pipe_is_no_drama(args: list[str]) -> None:
         process.stdout.close()  # the reader is gone before the first line
         process.stdin.close()
         assert process.stderr.read() == ""
+
+
+# ---- pbc inspect: the policy and the accuracy map ----------------------------------------------
+
+Row = dict[str, Any]
+
+FLOOR: Row = {
+    "floor": 0.9, "right": 0.8, "off_by_one_at_most": 0.97, "violations": 0.06,
+    "mean_cost": 0.74, "mean_fidelity": 0.95, "gain": 0.02, "gain_error": 0.004,
+}  # fmt: skip
+NETWORK: Row = {
+    "explained_variance": [0.31, 0.12], "mean_absolute_error": 0.02, "floors": [FLOOR]
+}  # fmt: skip
+
+
+@pytest.fixture
+def inspected(tmp_path: Path) -> Callable[..., str]:
+    """Write a bundle whose policy was reported on like this, and return what inspect prints."""
+
+    def show(shipped: str, network: Row | None, accuracy_map: list[list[float]] | None) -> str:
+        manifest, files = tiny.contents(accuracy_map=accuracy_map)
+        manifest["policy"]["report"] = {
+            "shipped": shipped, "confidence": 0.9, "held_out_samples": 500, "cost_share": 0.012,
+            "network": network, "means": {"floors": [FLOOR | {"right": 0.5}]},
+        }  # fmt: skip
+        manifest["levels"][1]["accuracy_loss"] = 1.84
+        manifest["notes"] = []
+        manifest["provenance"] = {"weights": "w", "pbc": "1", "torch": "2", "command": "c"}
+        bundle.write(tmp_path / "m.pbc", manifest, files)
+        result = run("inspect", str(tmp_path / "m.pbc"))
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return show
+
+
+def test_inspect_shows_what_the_policy_is_worth(inspected: Callable[..., str]) -> None:
+    shown = inspected("network", NETWORK, [[0.8, 6.0], [0.9, 2.0], [1.0, 0.0]])
+    assert (
+        "policy: predicts fidelity from 4x4 views (ships the network); its network explains 31% of "
+        "the variance between images at best, at 1.2% of level 0's cost\n"
+        "  at floor 0.9: 80% at the right level, 97% within one, 6% below the floor, mean cost 0.74"
+    ) in shown
+    assert "so many points: 0.5: 0.975, 1: 0.950, 2: 0.900, 5: 0.825" in shown
+    assert " 1.8 " in shown
+
+
+def test_inspect_shows_that_means_are_shipped(inspected: Callable[..., str]) -> None:
+    shown = inspected("means", NETWORK, None)
+    assert "(ships the means)" in shown
+    assert "  at floor 0.9: 50% at the right level" in shown
+    assert "accuracy: unknown what a fidelity costs (no map was fitted)" in shown
+    assert "500 held-out images are too few to judge a network" in inspected("means", None, None)

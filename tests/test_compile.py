@@ -127,7 +127,10 @@ def test_the_engine_computes_the_program_at_every_level(compiled: Run) -> None:
         logits = engine.logits(level, engine.prefix(level, images.numpy()))
         with torch.no_grad():
             expected = program.logits(level, images).numpy()
-        assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max()), level
+        # The program's graphs are in float32 always.
+        rounded = program.ladder.precision(level) != "float32"
+        tolerance = 0.05 if rounded else 1e-4
+        assert np.abs(logits - expected).max() <= tolerance * max(1, np.abs(expected).max()), level
 
 
 def test_inspect_shows_everything(compiled: Run) -> None:

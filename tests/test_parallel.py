@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -38,7 +39,7 @@ with parallel.group():
 """
 
 
-def aligned_by(processes: int, photos: Path, work: Path) -> list[dict[str, object]]:
+def aligned_by(processes: int, photos: Path, work: Path) -> list[dict[str, Any]]:
     work.mkdir()
     started = [sys.executable]
     if processes > 1:

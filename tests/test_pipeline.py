@@ -38,7 +38,7 @@ def names(passes: PassPipeline) -> list[str]:
 def test_the_installed_passes_run_in_the_order_of_their_stages() -> None:
     assert names(build({})) == [
         "mark-trainable", "split-prefix", "independent-dims", "plan-levels", "prune-dims",
-        "align", "learn-policy", "fold-batch-norm", "lower",
+        "align", "fit-accuracy-map", "learn-policy", "fold-batch-norm", "lower",
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pbc import registry
 from pbc.ladder import Ladder, Level
-from pbc.runtime.router import routable, route, stay
+from pbc.runtime.router import means, routable, route
 from pbc.runtime.schedulers import Batch, Scheduler, Setting
 from pbc.runtime.schedulers.piebridge import EMA_WEIGHT, PieBridge, group
 
@@ -35,36 +35,46 @@ def setting(levels: list[int], **changes: Any) -> Setting:
     return Setting(**{**fields, **changes})
 
 
+def tell(scheduler: Scheduler, batch: Batch, loss: float) -> bool:
+    """Tell a batch's loss, the same for all its samples."""
+    return scheduler.observe(batch, np.full(len(batch.samples), loss))
+
+
 # ---- routing -------------------------------------------------------------------------------
 
 
 def test_a_sample_goes_to_the_cheapest_level_it_tolerates() -> None:
     predicted = np.array([[0.99, 0.95], [0.95, 0.5], [0.5, 0.2], [0.5, 0.95]], np.float32)
-    routing = route(predicted, ladder(0.97, 0.93), 0.9)
+    routing = route(predicted, routable(ladder(0.97, 0.93), 0.9), 0.9)
     assert routing.levels.tolist() == [2, 1, 0, 2]
     assert routing.allowed.tolist() == [
         [True, True, True],
         [True, True, False],
         [True, False, False],
-        [True, True, True],  # who tolerates level 2 tolerates level 1, whatever is predicted
+        [True, False, True],
     ]
 
 
 def test_a_level_below_the_floor_or_unaligned_is_never_used() -> None:
     sure = np.ones((3, 3), np.float32)
-    assert route(sure, ladder(0.97, None, 0.85), 0.9).levels.tolist() == [1, 1, 1]
-    assert route(sure, ladder(None, None, 0.85), 0.9).levels.tolist() == [0, 0, 0]
+    for fidelities, expected in (((0.97, None, 0.85), 1), ((None, None, 0.85), 0)):
+        usable = routable(ladder(*fidelities), 0.9)
+        assert route(sure, usable, 0.9).levels.tolist() == [expected] * 3
     assert routable(ladder(0.97, None, 0.85), 0.9).tolist() == [True, True, False, False]
+
+
+def test_no_level_is_cheaper_than_the_cheapest_allowed() -> None:
+    assert routable(ladder(0.97, 0.96, 0.95), 0.9, 2).tolist() == [True, True, True, False]
+    assert routable(ladder(0.97, 0.96, 0.95), 0.9, 0).tolist() == [True, False, False, False]
 
 
 def test_a_prediction_that_is_no_number_routes_nowhere() -> None:
     unknown = np.full((2, 2), np.nan, np.float32)
-    assert route(unknown, ladder(0.97, 0.93), 0.9).levels.tolist() == [0, 0]
+    assert route(unknown, np.ones(3, bool), 0.9).levels.tolist() == [0, 0]
 
 
-def test_staying_allows_only_ones_own_level() -> None:
-    routing = stay(np.array([2, 0]), ladder(0.9, 0.9))
-    assert routing.allowed.tolist() == [[False, False, True], [True, False, False]]
+def test_without_a_policy_everybody_has_the_ladder_s_fidelity() -> None:
+    assert means(ladder(0.97, None), 2).tolist() == [[0.97, 0.0]] * 2
 
 
 # ---- grouping ------------------------------------------------------------------------------
@@ -162,10 +172,10 @@ def test_plans_are_repeatable_and_differ_by_seed_and_epoch() -> None:
 def test_a_loss_below_alpha_times_the_mean_skips_its_backward() -> None:
     scheduler = PieBridge(setting([0] * 8))
     batch = Batch(0, np.arange(4))
-    assert scheduler.observe(batch, 2.0)
-    assert scheduler.observe(batch, 1.61)
+    assert tell(scheduler, batch, 2.0)
+    assert tell(scheduler, batch, 1.61)
     mean = EMA_WEIGHT * 1.61 + (1 - EMA_WEIGHT) * 2.0
-    assert not scheduler.observe(batch, 0.8 * mean)
+    assert not tell(scheduler, batch, 0.8 * mean)
     assert scheduler.state()["ema"][0] == pytest.approx(
         EMA_WEIGHT * 0.8 * mean + (1 - EMA_WEIGHT) * mean
     )
@@ -173,14 +183,14 @@ def test_a_loss_below_alpha_times_the_mean_skips_its_backward() -> None:
 
 def test_nothing_is_skipped_without_alpha() -> None:
     scheduler = PieBridge(setting([0] * 8, alpha=None))
-    assert all(scheduler.observe(Batch(0, np.arange(4)), loss) for loss in (2.0, 0.1, 0.0))
+    assert all(tell(scheduler, Batch(0, np.arange(4)), loss) for loss in (2.0, 0.1, 0.0))
 
 
 def test_skipped_samples_move_one_level_cheaper_in_the_next_epoch_where_allowed() -> None:
     allowed = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]], bool)
     scheduler = PieBridge(setting([1, 0, 1, 2], allowed=allowed))
-    scheduler.observe(Batch(0, np.array([0])), 1.0)
-    assert not scheduler.observe(Batch(0, np.arange(4)), 0.1)
+    tell(scheduler, Batch(0, np.array([0])), 1.0)
+    assert not tell(scheduler, Batch(0, np.arange(4)), 0.1)
     assert scheduler.levels.tolist() == [1, 0, 1, 2]
     scheduler.finish_epoch()
     assert scheduler.levels.tolist() == [2, 0, 1, 2]
@@ -191,8 +201,8 @@ def test_skipped_samples_move_one_level_cheaper_in_the_next_epoch_where_allowed(
 def test_the_setting_is_left_alone() -> None:
     given = setting([0, 0])
     scheduler = PieBridge(given)
-    scheduler.observe(Batch(0, np.arange(2)), 1.0)
-    scheduler.observe(Batch(0, np.arange(2)), 0.1)
+    tell(scheduler, Batch(0, np.arange(2)), 1.0)
+    tell(scheduler, Batch(0, np.arange(2)), 0.1)
     scheduler.finish_epoch()
     assert scheduler.levels.tolist() == [1, 1]
     assert given.levels.tolist() == [0, 0]
@@ -203,11 +213,11 @@ def test_the_state_carries_on() -> None:
     losses = [1.0, 0.3, 0.9, 0.2, 0.7, 0.1]
     one: Scheduler = PieBridge(setting([0] * 6))
     for loss, batch in zip(losses[:3], batches, strict=True):
-        one.observe(batch, loss)
+        tell(one, batch, loss)
     two: Scheduler = registry.load("pbc.schedulers", "piebridge")(setting([0] * 6))
     two.load_state(one.state())
     for loss, batch in zip(losses[3:], batches, strict=True):
-        assert one.observe(batch, loss) == two.observe(batch, loss)
+        assert tell(one, batch, loss) == tell(two, batch, loss)
     one.finish_epoch()
     two.finish_epoch()
     assert one.levels.tolist() == two.levels.tolist()

@@ -44,15 +44,21 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.photos(root / "test", 6, seed=1)
     for kind in ("probe", "maps", "bodies", "whole"):
         tiny.write(root / f"{kind}.pbc", kind)
+    tiny.costs(root / "costs.json")
     return root
 
 
 @pytest.fixture
 def run(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Run a pbc command in a fresh folder, with @ standing for the assets."""
+    """Run a pbc command in a fresh folder, with @ standing for the assets.
+
+    Training decides by the same costs in all tests, so that equal runs end at equal bits.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(*args: str, fails: int = 0) -> Result:
+        if args[0] == "train" and "--costs" not in args:
+            args = (*args, "--costs", "@costs.json")
         words = [word.replace("@", f"{assets}/") for word in args]
         result = click.testing.CliRunner().invoke(main, words)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -180,7 +186,9 @@ def test_a_cache_that_holds_a_part_gives_what_none_gives(
     samples = ImageFolder.open(assets / "photos", runtime.spec)
     trained = []
     for cache in ("off", "ram", "disk"):
-        options = TrainOptions(2, 0.1, skip=False, routing=routing, cache=cache)
+        options = TrainOptions(
+            2, 0.1, skip=False, routing=routing, cache=cache, costs=assets / "costs.json"
+        )
         runtime.fit(samples, options, tmp_path / cache)
         trained.append(safetensors.numpy.load(theta(tmp_path / cache)))
         stages = metrics(tmp_path / cache)[1]["stage_seconds"]
@@ -202,6 +210,10 @@ def test_routing_uses_cheaper_levels_and_no_routing_does_not(run: Run) -> None:
     assert b == [30, 0, 0]
     assert c[2] == 0  # the ladder's level 2 has 0.93
     assert d[2] > 0
+    capped = ["--fidelity-floor", "0.3", "--max-level", "1"]
+    run("train", "@probe.pbc", "@photos", "-o", "f", "--epochs", "1", *capped)
+    assert metrics("f")[0]["levels"][1] > 0
+    assert metrics("f")[0]["levels"][2] == 0
     result = run(
         "train", "@probe.pbc", "@photos", "-o", "e", "--epochs", "1", "--fidelity-floor", "0.99"
     )
@@ -219,10 +231,23 @@ def test_a_bundle_without_a_policy_or_aligned_levels(run: Run, tmp_path: Path) -
 
 
 def test_skipping(run: Run) -> None:
-    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "3", *LR)
-    run("train", "@probe.pbc", "@photos", "-o", "b", "--epochs", "3", *LR, "--no-skip")
+    paper = ["--epochs", "3", *LR, "--scheduler", "piebridge"]
+    run("train", "@probe.pbc", "@photos", "-o", "a", *paper)
+    run("train", "@probe.pbc", "@photos", "-o", "b", *paper, "--no-skip")
     assert sum(line.get("skipped", 0) for line in metrics("a")) > 0
     assert sum(line.get("skipped", 0) for line in metrics("b")) == 0
+
+
+def test_resting(run: Run) -> None:
+    epochs = ["--epochs", "12", *LR, "--cache", "off"]
+    run("train", "@probe.pbc", "@photos", "-o", "a", *epochs)
+    result = run("train", "@probe.pbc", "@photos", "-o", "b", *epochs, "--no-skip")
+    rested = [line["rested"] for line in metrics("a")[:-1]]
+    assert rested[0] == rested[10] == rested[11] == 0
+    assert sum(rested) > 30
+    assert all(sum(line["levels"]) + line["rested"] == 30 for line in metrics("a")[:-1])
+    assert "rested" not in result.stderr
+    assert not any(line["rested"] for line in metrics("b")[:-1])
 
 
 def test_a_cache_without_a_prefix_is_off_and_says_so(run: Run) -> None:
@@ -245,7 +270,7 @@ def test_a_script_does_what_the_commands_do(run: Run, assets: Path, tmp_path: Pa
     runtime = Runtime.open(assets / "probe.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
     events: list[Event] = []
-    options = TrainOptions(epochs=2, learning_rate=0.1)
+    options = TrainOptions(epochs=2, learning_rate=0.1, costs=assets / "costs.json")
     result = runtime.fit(samples, options, "b", val=samples, report=events.append)
     assert theta("a") == theta("b")
     steps = [event for event in events if isinstance(event, StepReport)]
@@ -284,7 +309,13 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
 ) -> None:
     runtime = Runtime.open(assets / f"{kind}.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
-    settings = TrainOptions(epochs=4, learning_rate=0.1, checkpoint_seconds=every, **options)
+    settings = TrainOptions(
+        epochs=4,
+        learning_rate=0.1,
+        checkpoint_seconds=every,
+        costs=assets / "costs.json",
+        **options,
+    )
     runtime.fit(samples, settings, tmp_path / "whole")
     lives = random.Random(3)
     out = tmp_path / "killed"
@@ -314,7 +345,8 @@ def command(assets: Path, out: Path, *options: str) -> list[str]:
     words = ["train", str(assets / "maps.pbc"), str(assets / "photos"), "-o", str(out)]
     code = "from pbc.cli import main; main()"
     return [sys.executable, "-c", code, *words, "--lr", "0.1", "--checkpoint-seconds", "0",
-            "--cache", "disk", "--epochs", "30", "--alpha", "0.5", *options]  # fmt: skip
+            "--cache", "disk", "--epochs", "30", "--alpha", "0.5",
+            "--costs", str(assets / "costs.json"), *options]  # fmt: skip
 
 
 def test_kill_9_at_random_moments(assets: Path, tmp_path: Path) -> None:
@@ -340,7 +372,12 @@ def test_kill_9_at_random_moments(assets: Path, tmp_path: Path) -> None:
     runtime = Runtime.open(assets / "maps.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
     options = TrainOptions(
-        epochs=30, learning_rate=0.1, cache="disk", alpha=0.5, checkpoint_seconds=1e9
+        epochs=30,
+        learning_rate=0.1,
+        cache="disk",
+        alpha=0.5,
+        checkpoint_seconds=1e9,
+        costs=assets / "costs.json",
     )
     runtime.fit(samples, options, out, resume=True)
     runtime.fit(samples, options, tmp_path / "whole")
@@ -367,7 +404,9 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(assets: Path, tmp_path: P
 def test_ctrl_c_between_two_steps_loses_nothing(assets: Path, tmp_path: Path) -> None:
     runtime = Runtime.open(assets / "probe.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
-    settings = TrainOptions(epochs=2, learning_rate=0.1, checkpoint_seconds=1e9)
+    settings = TrainOptions(
+        epochs=2, learning_rate=0.1, checkpoint_seconds=1e9, costs=assets / "costs.json"
+    )
     runtime.fit(samples, settings, tmp_path / "whole")
 
     def press(event: Event) -> None:
@@ -395,15 +434,16 @@ def test_training_in_another_thread(assets: Path, tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing_and_more_epochs_go_on(run: Run) -> None:
-    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "3")
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "3", "--no-skip")
     before = theta("a")
-    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "3", "--resume")
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "3", "--no-skip", "--resume")
     assert theta("a") == before
-    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "5", "--resume")
-    run("train", "@probe.pbc", "@photos", "-o", "b", "--epochs", "5")
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "5", "--no-skip", "--resume")
+    run("train", "@probe.pbc", "@photos", "-o", "b", "--epochs", "5", "--no-skip")
     assert theta("a") == theta("b")
     assert [line.get("epoch") for line in metrics("a")] == [1, 2, 3, 4, 5, None]
-    result = run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "4", "--resume", fails=1)
+    fewer = ["--epochs", "4", "--no-skip", "--resume"]
+    result = run("train", "@probe.pbc", "@photos", "-o", "a", *fewer, fails=1)
     assert "cannot resume a: 5 epochs are done already, not 4" in result.stderr
 
 
@@ -596,6 +636,11 @@ def test_a_personal_model_that_was_tampered_with(run: Run, assets: Path) -> None
         (["--alpha", "-1"], "alpha is -1.0; it must be at least 0"),
         (["--fidelity-floor", "2"], "the fidelity floor is 2.0; it must be in 0…1"),
         (["--seed", "-1"], "the seed is -1; it must be at least 0"),
+        (["--max-accuracy-loss", "-1"], "the most accuracy to lose is -1.0 points; it must be at"),
+        (["--time-budget", "0"], "the time budget is 0.0 s; it must be above 0"),
+        (["--max-level", "-1"], "the cheapest level is -1; it must be at least 0"),
+        (["--augment", "65"], "augment is 65; it must be in 0…64"),
+        (["--prefix-batch", "0"], "prefix_batch is 0; it must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_meant(run: Run, words: list[str], message: str) -> None:
@@ -629,7 +674,7 @@ def test_forget(run: Run) -> None:
     result = run("forget", "a")
     assert "removed a/cache" in result.stdout
     assert {path.name for path in Path("a").iterdir()} == {
-        ".lock", "bundle.pbc", "model.json", "trainable.safetensors",
+        ".lock", "bundle.pbc", "costs.json", "model.json", "trainable.safetensors",
     }  # fmt: skip
     run("eval", "a", "@test")
     assert "nothing to forget in a" in run("forget", "a").stdout
@@ -642,5 +687,9 @@ def test_the_line_of_an_epoch() -> None:
     report = EpochReport(2, 0.12345, (3, 0, 1), 4, 1, 99.6, 1.0, {}, 0)
     assert epoch_line(report, 12) == (
         "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  skipped 1/4"
+    )
+    rested = EpochReport(2, 0.12345, (3, 0, 1), 4, 0, 99.6, 1.0, {}, 0, rested=6)
+    assert epoch_line(rested, 12) == (
+        "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  rested 60%"
     )
     assert level_shares((0, 0)) == ""

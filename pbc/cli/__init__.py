@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "eval": Command("pbc.cli.train", "evaluate", torch_extra="device"),
     "predict": Command("pbc.cli.train", "predict", torch_extra="device"),
     "forget": Command("pbc.cli.train", "forget"),
+    "bench": Command("pbc.cli.bench", "bench"),
     "targets": Command("pbc.cli.listing", "targets"),
     "passes": Command("pbc.cli.listing", "passes"),
     "strategies": Command("pbc.cli.listing", "strategies"),

@@ -32,7 +32,7 @@ class TrainDisplay:
         )
         self._stage = ""
         self._shown_at = 0.0
-        self._started: tuple[float, int] | None = None
+        self._longest = 0
 
     def __enter__(self) -> TrainDisplay:
         self._bars.start()
@@ -75,13 +75,11 @@ class TrainDisplay:
         if isinstance(event, Progress):
             self._advance(event.stage, event.done, event.total, "")
             return
-        done = (event.epoch - 1) * event.total + event.samples
-        if self._started is None:
-            self._started = (monotonic(), done)
-        since, before = self._started
-        rate = (done - before) / max(monotonic() - since, _REFRESH_SECONDS)
-        facts = f"loss {event.loss:.3f}  {level_shares(event.levels)}  {rate:.0f} samples/s"
-        self._advance("training", done, self._epochs * event.total, facts)
+        # Epochs visit different numbers of samples; in the bar all have the length of the fullest.
+        self._longest = longest = max(self._longest, event.total)
+        done = (event.epoch - 1) * longest + longest * event.samples // event.total
+        facts = f"loss {event.loss:.3f}  {level_shares(event.levels)}"
+        self._advance("training", done, self._epochs * longest, facts)
 
     def _advance(self, stage: str, done: int, total: int, facts: str) -> None:
         if stage != self._stage:
@@ -95,9 +93,11 @@ class TrainDisplay:
 def epoch_line(report: EpochReport, epochs: int) -> str:
     """Return one line that says how an epoch went."""
     skipped = f"  skipped {report.skipped}/{report.steps}" if report.skipped else ""
+    everybody = report.rested + sum(report.levels)
+    rested = f"  rested {100 * report.rested / everybody:.0f}%" if report.rested else ""
     return (
         f"epoch {report.epoch}/{epochs}  loss {report.loss:.4f}  {level_shares(report.levels)}  "
-        f"{report.samples_per_second:.0f} samples/s{skipped}"
+        f"{report.samples_per_second:.0f} samples/s{skipped}{rested}"
     )
 
 

@@ -13,8 +13,10 @@ from rich.text import Text
 from pbc.bundle import Bundle
 from pbc.cli.tables import console
 from pbc.errors import PbcError
+from pbc.runtime.bounds import floor_for
 
 DIMS = "dims.json"
+SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
 
 
 @click.command()
@@ -67,20 +69,8 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         grid.add_row(Text(key, style="bold"), Text(str(value)))
     console().print(grid)
     show_levels(manifest["levels"], manifest["cost_model"])
-    policy = manifest["policy"]
-    if policy is None:
-        click.echo("policy: none (nothing is routed)")
-    else:
-        report = policy["report"]
-        click.echo(
-            f"policy: predicts fidelity from {policy['view'][1]}x{policy['view'][2]} views "
-            f"(ships the {report['shipped']}); on {report['held_out_samples']} held-out images "
-            f"mean error {report['mean_absolute_error']:.3f} "
-            f"(each level's mean: {report['mean_absolute_error_of_means']:.3f}); "
-            f"at floor {report['floor']}: {report['right']:.0%} right, "
-            f"{report['off_by_one_at_most']:.0%} within one level, "
-            f"{report['violations']:.0%} too cheap"
-        )
+    _show_policy(manifest["policy"])
+    _show_accuracy_map(manifest["accuracy_map"])
     files = Table("file", "bytes", "sha256", box=None, pad_edge=False, header_style="bold")
     files.columns[1].justify = "right"
     for name, facts in manifest["files"].items():
@@ -88,6 +78,38 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
     console().print(files)
     for note in manifest["notes"]:
         click.echo(f"{click.style('note:', fg='yellow')} {note}")
+
+
+def _show_policy(policy: dict[str, Any] | None) -> None:
+    if policy is None:
+        click.echo("policy: none (nothing is routed)")
+        return
+    report = policy["report"]
+    _, height, width = policy["view"]
+    text = f"policy: predicts fidelity from {height}x{width} views (ships the {report['shipped']})"
+    network = report["network"]
+    if network is None:
+        text += f"; {report['held_out_samples']} held-out images are too few to judge a network"
+    else:
+        text += (
+            f"; its network explains {max(network['explained_variance']):.0%} of the variance "
+            f"between images at best, at {report['cost_share']:.1%} of level 0's cost"
+        )
+    click.echo(text)
+    for row in report[report["shipped"]]["floors"]:
+        click.echo(
+            f"  at floor {row['floor']}: {row['right']:.0%} at the right level, "
+            f"{row['off_by_one_at_most']:.0%} within one, {row['violations']:.0%} below the floor, "
+            f"mean cost {row['mean_cost']:.2f}"
+        )
+
+
+def _show_accuracy_map(points: list[list[float]] | None) -> None:
+    if points is None:
+        click.echo("accuracy: unknown what a fidelity costs (no map was fitted)")
+        return
+    needed = ", ".join(f"{lost:g}: {floor_for(points, lost):.3f}" for lost in SHOWN_LOSSES)
+    click.echo(f"accuracy: fidelity that keeps the loss to so many points: {needed}")
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:
@@ -99,19 +121,23 @@ def _elements(shape: list[int | None], classes: int | None) -> int:
 
 def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:
     """Print the ladder as a table."""
-    table = Table("level", f"cost ({cost_model})", "ms/batch", "MACs", "fidelity", "status",
+    table = Table("level", f"cost ({cost_model})", "ms/batch", "MACs", "fidelity",
+                  "points lost", "status", "computes in", "at",
                   box=None, pad_edge=False, header_style="bold")  # fmt: skip
-    for column in table.columns[:5]:
+    for column in table.columns[:6]:
         column.justify = "right"
     for row in levels:
-        fidelity = row["fidelity"]
+        fidelity, lost = row["fidelity"], row["accuracy_loss"]
         table.add_row(
             str(row["level"]),
             f"{row['cost']:.3f}",
             "-" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}",
             f"{row['macs'] / 1e6:.1f} M",
             "-" if fidelity is None else f"{fidelity:.3f}",
+            "-" if lost is None else f"{lost:.1f}",
             row["status"],
+            row["precision"],
+            "" if row["resolution"] is None else "{}x{}".format(*row["resolution"]),
         )
     console().print(table)
 

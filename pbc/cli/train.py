@@ -39,22 +39,45 @@ _DEFAULTS = TrainOptions()
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
 @click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True, help="sgd or adam.")
 @click.option(
-    "--alpha",
+    "--max-accuracy-loss",
     type=float,
-    default=_DEFAULTS.alpha,
+    default=_DEFAULTS.max_accuracy_loss,
     show_default=True,
-    help="Skip the backward where the loss is below alpha times its running mean.",
+    help="Points of accuracy that cheap levels may cost.",
+)
+@click.option(
+    "--time-budget", type=float, help="Seconds that the run may take.  [default: no limit]"
 )
 @click.option(
     "--fidelity-floor",
     type=float,
-    default=_DEFAULTS.fidelity_floor,
-    show_default=True,
-    help="Never route a sample to a level that is less faithful.",
+    help="Never route a sample to a level that is less faithful.  "
+    "[default: what --max-accuracy-loss implies]",
 )
+@click.option("--max-level", type=int, help="Route to no cheaper level.  [default: any]")
 @click.option("--scheduler", default=_DEFAULTS.scheduler, show_default=True)
+@click.option(
+    "--alpha",
+    type=float,
+    default=_DEFAULTS.alpha,
+    show_default=True,
+    help="piebridge: skip the backward where the loss is below alpha times its running mean.",
+)
 @click.option("--no-routing", is_flag=True, help="Run every sample at level 0.")
-@click.option("--no-skip", is_flag=True, help="Never skip a backward.")
+@click.option("--no-skip", is_flag=True, help="Learn from every sample in every epoch.")
+@click.option(
+    "--augment",
+    type=int,
+    default=_DEFAULTS.augment,
+    show_default=True,
+    help="Views per sample: the image and its crops; 0 and 1 are the image alone.",
+)
+@click.option(
+    "--prefix-batch",
+    type=int,
+    help="Samples that the frozen prefix runs together.  [default: what measures fastest]",
+)
+@click.option("--costs", type=_PATH, help="Decide by the costs in this file, measure none.")
 @click.option(
     "--cache", default=_DEFAULTS.cache, show_default=True, help="Keep features: off, ram or disk."
 )

@@ -10,6 +10,7 @@ float depend on what shares a batch, and a refilled cache must hold the bits tha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -26,6 +27,11 @@ from pbc.errors import PbcError
 
 DTYPES = ("float32", "float16")
 _KEY_BYTES = 32
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class DiskFullError(PbcError):
+    """There is no room for the cache; whoever trains can do without."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +93,14 @@ class MemoryStore:
 
     def __init__(self, count: int, width: int, dtype: str) -> None:
         self.rows = np.empty((count, width), dtype)
+        self._keys = np.zeros((count, _KEY_BYTES), np.uint8)
 
     def holds(self, slots: np.ndarray, keys: Sequence[bytes]) -> bool:
-        return False
+        return np.array_equal(self._keys[slots], _key_array(keys))
 
     def put(self, slots: np.ndarray, keys: Sequence[bytes], rows: np.ndarray) -> None:
         self.rows[slots] = rows
+        self._keys[slots] = _key_array(keys)
 
 
 class DiskStore:
@@ -105,6 +113,7 @@ class DiskStore:
     _RECORD = np.dtype([("key", np.uint8, _KEY_BYTES), ("crc", np.uint32)])
 
     def __init__(self, folder: Path, count: int, width: int, dtype: str) -> None:
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.rows: np.ndarray = _map(folder / "features.bin", np.dtype(dtype), (count, width))
         self._index = _map(folder / "index.bin", self._RECORD, (count,))
@@ -117,6 +126,12 @@ class DiskStore:
         return all(zlib.crc32(row) == crc for row, crc in zip(rows, records["crc"], strict=True))
 
     def put(self, slots: np.ndarray, keys: Sequence[bytes], rows: np.ndarray) -> None:
+        try:
+            self._write(slots, keys, rows)
+        except OSError as error:
+            raise refusal(self._folder, error) from error
+
+    def _write(self, slots: np.ndarray, keys: Sequence[bytes], rows: np.ndarray) -> None:
         stored = np.ascontiguousarray(rows, dtype=self.rows.dtype)
         self.rows[slots] = stored
         records = np.empty(len(slots), self._RECORD)
@@ -133,7 +148,7 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Map a file of the wanted size; its blocks are reserved first.
 
     A write to a mapped hole on a full disk is a SIGBUS that nothing can catch; a reservation that
-    fails is an error that can be told.
+    fails is an error that can be told. Raises DiskFullError, or PbcError for any other refusal.
     """
     size = dtype.itemsize * math.prod(shape)
     try:
@@ -147,9 +162,13 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
             os.close(handle)
         return np.memmap(path, dtype, "r+", shape=shape)
     except OSError as error:
-        raise PbcError(
-            f"{cannot_write(path, error)}; a smaller --cache-mb or --cache ram needs no disk"
-        ) from error
+        raise refusal(path, error) from error
+
+
+def refusal(path: Path, error: OSError) -> PbcError:
+    """Return the error for a refused write: DiskFullError where there is no room."""
+    kind = DiskFullError if error.errno in _NO_ROOM else PbcError
+    return kind(f"{cannot_write(path, error)}; a smaller --cache-mb or --cache ram needs no disk")
 
 
 class FeatureCache:
@@ -167,6 +186,11 @@ class FeatureCache:
     def complete(self) -> bool:
         """Return whether every sample has a row."""
         return bool((self.slots >= 0).all())
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the rows."""
+        return self._store.rows.nbytes
 
     def gather(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """Return f32 features of several rows, copied in one sweep."""
@@ -188,24 +212,27 @@ class FeatureCache:
 
     def fill(
         self,
+        rows: np.ndarray,
         levels: np.ndarray,
         contents: Sequence[bytes],
-        batch: int,
+        chunk_of: Callable[[int], int],
         level_key: Callable[[int], bytes],
         compute: Callable[[int, np.ndarray], Mapping[str, np.ndarray]],
         progress: Callable[[int, int], None],
     ) -> None:
-        """Compute what the store does not hold: per level, in the samples' order, by `batch`.
+        """Compute what the store does not hold of int64[m] samples: per level, in chunks.
 
-        contents: each sample's content hash. level_key: all that decides a level's features
-        besides the sample. compute: (level, int64[b]) to features. progress: (done, total).
+        levels, contents: every sample's level and content hash. chunk_of: a level's samples per
+        chunk. level_key: all that decides a level's features besides the sample.
+        compute: (level, int64[b]) to features. progress: (done, total).
         """
-        cached = np.flatnonzero(self.slots >= 0)
+        cached = rows[self.slots[rows] >= 0]
         done = 0
         for level in np.unique(levels[cached]).tolist():
             members = cached[levels[cached] == level]
-            for start in range(0, len(members), batch):
-                chunk = members[start : start + batch]
+            size = chunk_of(level)
+            for start in range(0, len(members), size):
+                chunk = members[start : start + size]
                 keys = chunk_keys(level_key(level), [contents[index] for index in chunk])
                 slots = self.slots[chunk]
                 if not self._store.holds(slots, keys):

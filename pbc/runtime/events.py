@@ -27,7 +27,7 @@ class Progress:
 class StepReport:
     """After each mini-batch; epoch and step count from 1.
 
-    samples: those of this epoch so far, of `total`. loss: the mini-batch's mean.
+    samples: those of this epoch so far, of the `total` that it visits. loss: the mini-batch's mean.
     levels: visits per level in this epoch so far.
     """
 
@@ -44,9 +44,10 @@ class StepReport:
 class EpochReport:
     """After each epoch; also a line of metrics.jsonl.
 
-    loss: mean over the samples, before each one's update. levels: visits per level.
-    skipped: mini-batches without a backward. seconds: all that training needed, by stage in
-    `stage_seconds`; the first epoch's include routing and the filling of the cache.
+    loss: mean over the samples visited, before each one's update. levels: visits per level.
+    skipped: mini-batches without a backward. rested: samples that were not visited.
+    seconds: all that training needed, by stage in `stage_seconds`; the first epoch's include
+    measuring, routing and the filling of the cache.
     """
 
     epoch: int
@@ -58,6 +59,7 @@ class EpochReport:
     seconds: float
     stage_seconds: dict[str, float]
     peak_memory_bytes: int
+    rested: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
-STAGES = ("decode", "policy", "prefix", "cache", "forward", "backward", "bookkeeping")
+STAGES = (
+    "measure",
+    "decode",
+    "policy",
+    "audit",
+    "prefix",
+    "cache",
+    "forward",
+    "backward",
+    "bookkeeping",
+)
 
 
 class Meter:
@@ -25,6 +37,18 @@ class Meter:
         now = perf_counter()
         self.seconds[stage] += now - self._last
         self._last = now
+
+    @contextmanager
+    def only(self, stage: str) -> Iterator[None]:
+        """Charge everything inside the block to one stage, whatever laps are taken there."""
+        before = dict(self.seconds)
+        self.restart()
+        try:
+            yield
+        finally:
+            self.lap(stage)
+            spent = self.total_seconds() - sum(before.values())
+            self.seconds = {**before, stage: before[stage] + spent}
 
     def total_seconds(self) -> float:
         """Sum over the stages."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pbc.errors import UsageError, suggest
@@ -12,18 +13,30 @@ CACHES = ("off", "ram", "disk")
 LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}
 # Far beyond use; what an optimizer makes of a larger one is no float32.
 _LARGEST_RATE = 1e30
+# More would be a cache of mostly the same picture.
+_MOST_VIEWS = 64
 # These may differ when a run is resumed: they decide when it ends and what is written beside it.
-_FREE_ON_RESUME = ("epochs", "checkpoint_seconds", "tensorboard")
+# (Costs are read once, at the start; from then on those of the checkpoint count.)
+_FREE_ON_RESUME = ("epochs", "checkpoint_seconds", "tensorboard", "costs")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of one run; None means the default that the bundle or the optimizer implies.
 
-    alpha: a mini-batch whose loss is at most alpha times the running mean is not learnt from.
+    alpha: a mini-batch whose loss is at most alpha times the running mean is not learnt from
+        (for schedulers that judge whole mini-batches).
+    max_accuracy_loss: how many points of accuracy cheap levels may cost; the bundle's map turns
+        it into a fidelity floor.
     fidelity_floor: no sample runs at a level whose fidelity, predicted for the sample or measured
-        on held-out images, is below.
-    routing, skip: False sends every sample to level 0, learns from every mini-batch.
+        on held-out images, is below; None: what max_accuracy_loss implies.
+    max_level: no sample runs at a cheaper level than this; None: any.
+    routing, skip: False sends every sample to level 0, visits and learns from every sample in
+        every epoch.
+    time_budget: seconds that the whole run may take; None: as long as it needs.
+    prefix_batch: samples per call of a prefix that looks ahead; None: what measured fastest.
+    augment: views per sample, the whole image and so many less one crops; 0 and 1: the image.
+    costs: a file of measured costs to decide by, instead of measuring.
     cache_mb: upper bound of the feature cache, in MiB.
     threads: of the engine; the last bits of a result depend on it.
     """
@@ -33,10 +46,16 @@ class TrainOptions:
     batch: int | None = None
     optimizer: str = "sgd"
     alpha: float = 0.8
-    fidelity_floor: float = 0.9
-    scheduler: str = "piebridge"
+    max_accuracy_loss: float = 0.5
+    fidelity_floor: float | None = None
+    max_level: int | None = None
+    scheduler: str = "cost-model"
     routing: bool = True
     skip: bool = True
+    time_budget: float | None = None
+    prefix_batch: int | None = None
+    augment: int = 0
+    costs: Path | None = None
     cache: str = "ram"
     cache_mb: int = 512
     cache_dtype: str = "float32"
@@ -54,7 +73,7 @@ class TrainOptions:
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))
-        for name in ("epochs", "batch", "cache_mb", "threads"):
+        for name in ("epochs", "batch", "cache_mb", "threads", "prefix_batch"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be at least 1")
@@ -65,11 +84,31 @@ class TrainOptions:
             )
         if not self.alpha >= 0:
             raise UsageError(f"alpha is {self.alpha}; it must be at least 0")
-        if not 0 <= self.fidelity_floor <= 1:
+        if self.fidelity_floor is not None and not 0 <= self.fidelity_floor <= 1:
             raise UsageError(f"the fidelity floor is {self.fidelity_floor}; it must be in 0…1")
+        if not self.max_accuracy_loss >= 0:
+            raise UsageError(
+                f"the most accuracy to lose is {self.max_accuracy_loss} points; "
+                "it must be at least 0"
+            )
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise UsageError(f"the time budget is {self.time_budget} s; it must be above 0")
+        if self.max_level is not None and self.max_level < 0:
+            raise UsageError(f"the cheapest level is {self.max_level}; it must be at least 0")
+        if not 0 <= self.augment <= _MOST_VIEWS:
+            raise UsageError(f"augment is {self.augment}; it must be in 0…{_MOST_VIEWS}")
         if self.seed < 0:
             raise UsageError(f"the seed is {self.seed}; it must be at least 0")
 
+    @property
+    def views(self) -> int:
+        """Return the number of views per sample."""
+        return max(self.augment, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all options but the place of a file, which says nothing elsewhere."""
+        return {name: value for name, value in asdict(self).items() if name != "costs"}
+
     def deciding(self) -> dict[str, Any]:
         """Return those options that change the result."""
-        return {k: v for k, v in asdict(self).items() if k not in _FREE_ON_RESUME}
+        return {k: v for k, v in self.to_json().items() if k not in _FREE_ON_RESUME}

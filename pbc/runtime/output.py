@@ -47,6 +47,11 @@ class Output:
         return self.root / "metrics.jsonl"
 
     @property
+    def costs(self) -> Path:
+        """What a sample costs at each level on this device; `--costs` reads it."""
+        return self.root / "costs.json"
+
+    @property
     def cache(self) -> Path:
         """Folder of cached features."""
         return self.root / "cache"
@@ -76,6 +81,17 @@ class Output:
         finally:
             os.close(handle)
 
+    def clear(self, *, overwrite: bool) -> None:
+        """Make room for a new run; refuses to remove one that is here unless told to."""
+        if not overwrite and (self.checkpoint.exists() or self.model.exists()):
+            raise PbcError(
+                f"{self.root} holds a run already: --resume goes on with it, "
+                "--overwrite starts again, -o names another folder"
+            )
+        # Gone first: a folder is never half of one run and half of another.
+        for path in (self.model, self.checkpoint, self.trainable):
+            path.unlink(missing_ok=True)
+
     def adopt(self, bundle: Bundle) -> None:
         """Put the bundle beside the model; a hard link costs no space, a copy works everywhere."""
         if self.bundle.exists() and self.bundle.samefile(bundle.path):
@@ -100,7 +116,7 @@ class Output:
     def forget(self, *, model: bool) -> list[Path]:
         """Remove what was derived from the user's photos, the model too if asked; say what."""
         private = [self.cache, self.checkpoint, self.metrics, self.tensorboard]
-        kept = [self.model, self.trainable, self.bundle, self.root / ".lock"]
+        kept = [self.model, self.trainable, self.bundle, self.costs, self.root / ".lock"]
         wanted = [*private, *(kept if model else ())]
         gone = [path for path in wanted if path.exists()]
         for path in gone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from pbc import registry
+from pbc.atomic import replace_bytes
 from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError, UsageError
@@ -77,3 +79,15 @@ class Personal:
         if not 0 <= level < count:
             raise UsageError(f"no level {level}; this model has levels 0 to {count - 1}")
         return level
+
+
+def write_model(
+    output: Output, bundle: Bundle, theta: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> None:
+    """Write the trained parameters, then model.json with `facts`: its presence says all is there.
+
+    facts: `classes`, `batch` and what else is worth knowing about the run.
+    """
+    replace_bytes(output.trainable, safetensors.numpy.save(dict(theta)))
+    model = {"format": 1, "bundle": bundle.digest, **facts}
+    replace_bytes(output.model, (json.dumps(model, indent=1) + "\n").encode())

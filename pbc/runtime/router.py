@@ -28,30 +28,32 @@ class Routing:
     allowed: np.ndarray
 
 
-def routable(ladder: Ladder, floor: float) -> np.ndarray:
+def routable(ladder: Ladder, floor: float, max_level: int | None = None) -> np.ndarray:
     """bool[levels]: level 0, and what is aligned and faithful enough on held-out images."""
     fidelities = [level.fidelity for level in ladder.levels]
     faithful = [fidelity is not None and fidelity >= floor for fidelity in fidelities]
-    return np.array([True, *faithful[1:]])
+    within = np.arange(len(ladder)) <= (len(ladder) if max_level is None else max_level)
+    return np.array([True, *faithful[1:]]) & within
 
 
-def route(predicted: np.ndarray, ladder: Ladder, floor: float) -> Routing:
+def means(ladder: Ladder, samples: int) -> np.ndarray:
+    """f32[n, N]: what to predict for n samples where nothing tells them apart."""
+    fidelities = [level.fidelity for level in ladder.levels[1:]]
+    row = [0.0 if fidelity is None else fidelity for fidelity in fidelities]
+    return np.tile(np.array(row), (samples, 1))
+
+
+def route(predicted: np.ndarray, usable: np.ndarray, floor: float) -> Routing:
     """Send each sample to the largest level that it and the ladder allow.
 
-    predicted: f32[n, N], the policy's fidelity of levels 1…N for each sample. A level is allowed
-    where both this and the ladder's own fidelity reach the floor.
+    predicted: f[n, N], the fidelity of levels 1…N that each sample can be trusted to have.
+    usable: bool[levels], see `routable`.
     """
-    allowed = np.ones((len(predicted), len(ladder)), dtype=bool)
-    # Who tolerates a level tolerates every more expensive one: grouping moves samples up there.
-    allowed[:, 1:] = np.maximum.accumulate(predicted[:, ::-1], axis=1)[:, ::-1] >= floor
-    allowed &= routable(ladder, floor)
-    cheapest = len(ladder) - 1 - allowed[:, ::-1].argmax(axis=1)
+    allowed = np.ones((len(predicted), len(usable)), dtype=bool)
+    allowed[:, 1:] = predicted >= floor
+    allowed &= usable
+    cheapest = len(usable) - 1 - allowed[:, ::-1].argmax(axis=1)
     return Routing(cheapest.astype(np.int64), allowed)
-
-
-def stay(levels: np.ndarray, ladder: Ladder) -> Routing:
-    """Pin every sample to its level."""
-    return Routing(levels, np.arange(len(ladder)) == levels[:, None])
 
 
 def predict(

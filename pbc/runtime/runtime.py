@@ -8,19 +8,20 @@ Personal.open("mine").predict(read_image("photo.jpg", runtime.spec))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pbc import registry
 from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
-from pbc.errors import PbcError
 from pbc.runtime.engines import Engine
 from pbc.runtime.evaluation import Evaluation
-from pbc.runtime.events import Report, silent
+from pbc.runtime.events import EpochReport, Report, silent
 from pbc.runtime.interrupt import deferred_interrupt
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output import Output
+from pbc.runtime.stream import Stream, StreamTraining
 from pbc.runtime.trainer import Trainer
 
 
@@ -70,18 +71,38 @@ class Runtime:
         output = Output(Path(out))
         trainer = self.trainer(samples, options, out, val=val, report=report)
         with output.locked(), deferred_interrupt() as interrupt:
-            used = output.checkpoint.exists() or output.model.exists()
-            if used and not resume and not overwrite:
-                raise PbcError(
-                    f"{out} holds a run already: --resume goes on with it, "
-                    "--overwrite starts again, -o names another folder"
-                )
             if not resume:
-                # Gone first: a folder is never half of one run and half of another.
-                for path in (output.model, output.checkpoint, output.trainable):
-                    path.unlink(missing_ok=True)
+                output.clear(overwrite=overwrite)
             trainer.prepare(resume=resume, interrupt=interrupt)
             output.adopt(self.bundle)
             while not trainer.finished:
                 trainer.run_epoch()
             return trainer.finish()
+
+    def fit_stream(
+        self,
+        stream: Stream,
+        classes: Sequence[str],
+        options: TrainOptions,
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+        report: Report = silent,
+    ) -> EpochReport:
+        """Train on (image, label) pairs that come once, and write the personal model into `out`.
+
+        image: uint8[H, W, 3] or floats in 0…1. label: a class name or its index in `classes`.
+        Nothing of the stream is kept. Ctrl-C ends the stream: the model is written, then
+        KeyboardInterrupt raised.
+        """
+        output = Output(Path(out))
+        with output.locked(), deferred_interrupt() as interrupt:
+            output.clear(overwrite=overwrite)
+            output.adopt(self.bundle)
+            training = StreamTraining(
+                self.bundle, self.engine, tuple(classes), options, output, report, interrupt
+            )
+            result = training(stream)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+            return result

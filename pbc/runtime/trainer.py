@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from pbc import registry
-from pbc.atomic import replace_bytes
 from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.ladder import Ladder
+from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.checkpoint import Checkpoint, difference, join
 from pbc.runtime.engines import Engine
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
-from pbc.runtime.features import Features, has_prefix, level_key, one_body, open_cache
 from pbc.runtime.interrupt import Interrupt
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.metrics import Metrics
 from pbc.runtime.options import LEARNING_RATES, TrainOptions
 from pbc.runtime.output import Output
 from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
-from pbc.runtime.router import Routing, predict, routable, route, stay
-from pbc.runtime.schedulers import Scheduler, Setting
+from pbc.runtime.personal import write_model
+from pbc.runtime.preparation import Decisions, Preparation, Prepared
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
 # share a checkpoint.
@@ -79,22 +74,33 @@ class Trainer:
         self._ladder = Ladder.from_json(
             bundle.manifest["levels"], bundle.manifest.get("cost_model", "macs")
         )
+        keep_freed_memory()
         self._executable = engine.load(bundle, threads=options.threads)
         self._meter = Meter()
         self._totals = Totals()
         self._interrupt = Interrupt()
         self._saved_at = monotonic()
+        self._epochs = options.epochs
+        self._spent_seconds = 0.0
+        self._late = False
         # Set by prepare().
         self._metrics: Metrics
-        self._predicted: np.ndarray | None
-        self._features: Features
-        self._free_mixing: bool
-        self._scheduler: Scheduler
+        self._run: Prepared
 
     @property
     def finished(self) -> bool:
-        """Return whether all epochs are done."""
-        return self.epoch >= self.options.epochs
+        """Return whether all epochs are done, or the time budget is."""
+        return self._late or self.epoch >= self._epochs
+
+    @property
+    def cache_bytes(self) -> int:
+        """Return the size of the feature cache, 0 without one; known once prepared."""
+        cache = self._run.features.cache
+        return 0 if cache is None else cache.size_bytes
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Return a copy of the trainable parameters as they are now, in f32."""
+        return self._executable.parameters()
 
     def prepare(self, *, resume: bool = False, interrupt: Interrupt | None = None) -> None:
         """Set up parameters, routing and cache; take up the checkpoint's state on `resume`.
@@ -112,57 +118,50 @@ class Trainer:
             parameters = checkpoint.part("theta")
         self._executable.start(parameters, options.optimizer, self.learning_rate)
         self._meter.restart()
-        self._predicted = checkpoint.part("policy").get("predicted") if checkpoint else None
-        if self._predicted is None:
-            self._predicted = self._predict()
-        self._features, routing = self._caching(self._route())
-        setting = Setting(
-            levels=routing.levels,
-            allowed=routing.allowed,
-            batch=self.batch,
-            seed=options.seed,
-            alpha=options.alpha if options.skip else None,
-            grouped=not self._free_mixing,
-        )
-        scheduler = registry.load("pbc.schedulers", options.scheduler)
-        self._scheduler = scheduler(setting)
+        preparation = self._preparation()
+        known = Decisions.load(checkpoint, len(self._ladder)) if checkpoint else None
+        self._run = preparation(known)
+        # Measuring trained on the first samples: begin again.
+        self._executable.start(parameters, options.optimizer, self.learning_rate)
+        self._epochs = self._run.scheduler.epochs
         self._totals = self._no_totals()
         if checkpoint is not None:
             self._restore(checkpoint)
         self._metrics.rewind(self.epoch)
         if not self.finished:
-            self._fill_cache()
-        if checkpoint is None:
+            self._run = preparation.fill(self._run)
+        if checkpoint is not None:
+            self._run.scheduler.load_state(checkpoint.part("scheduler"))
+        else:
             self.save_checkpoint()
 
     def run_epoch(self) -> EpochReport:
         """Run to the end of the epoch under way, from its beginning or where it was left."""
-        meter, executable, scheduler = self._meter, self._executable, self._scheduler
-        features, labels, totals = self._features, self._samples.labels, self._totals
+        meter, executable, run = self._meter, self._executable, self._run
+        labels, totals, scheduler = self._samples.labels, self._totals, self._run.scheduler
         meter.restart()
+        begun = meter.total_seconds()
         batches = scheduler.plan(self.epoch)
-        for batch in batches[self.step :]:
+        planned = sum(len(batch.samples) for batch in batches)
+        fetched = run.fetch(batches, self.step, self.epoch)
+        for batch, features in zip(batches[self.step :], fetched, strict=True):
             meter.lap("bookkeeping")
-            inputs = features(batch.level, batch.samples)
-            losses, _ = executable.forward(batch.level, inputs, labels[batch.samples])
+            losses, _ = executable.forward(batch.level, features, labels[batch.samples])
             loss = float(losses.mean())
             meter.lap("forward")
             if not math.isfinite(loss):
                 raise PbcError(self._diverged(f"the loss is {loss}", self.step + 1))
-            if scheduler.observe(batch, loss):
+            if scheduler.observe(batch, losses):
                 executable.update()
                 meter.lap("backward")
             else:
                 totals.skipped += 1
             totals.loss += loss * len(batch.samples)
             totals.samples += len(batch.samples)
-            if self._free_mixing:
-                for level in scheduler.levels[batch.samples].tolist():
-                    totals.visits[level] += 1
-            else:
-                totals.visits[batch.level] += len(batch.samples)
+            for level in run.levels(batch).tolist():
+                totals.visits[level] += 1
             self.step += 1
-            self._tell_step(loss, len(batches))
+            self._tell_step(loss, len(batches), planned)
             if self._interrupt.requested:
                 self.save_checkpoint()
                 raise KeyboardInterrupt
@@ -170,26 +169,25 @@ class Trainer:
                 self.save_checkpoint()
         scheduler.finish_epoch()
         meter.lap("bookkeeping")
-        return self._end_epoch(len(batches))
+        return self._end_epoch(len(batches), meter.total_seconds() - begun)
 
     def finish(self) -> Evaluation | None:
         """Write the personal model, evaluated at level 0 on the validation samples if any."""
         result = self.evaluate(self._val) if self._val is not None else None
-        theta = self._executable.parameters()
-        replace_bytes(self._output.trainable, safetensors.numpy.save(theta))
         final: dict[str, Any] = {"final": True, "epochs": self.epoch}
         if result is not None:
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
-        model = {
-            "format": 1,
-            "bundle": self._bundle.digest,
+        if self._run.decisions.findings:
+            final["audit"] = [found.to_json() for found in self._run.decisions.findings]
+        facts = {
             "classes": list(self._samples.classes),
             "samples": len(self._samples),
             "batch": self.batch,
-            "options": {**dataclasses.asdict(self.options), **self._resolved()},
+            "options": {**self.options.to_json(), **self._resolved()},
+            "fidelity_floor": self._run.floor,
             "metrics": final,
         }
-        replace_bytes(self._output.model, (json.dumps(model, indent=1) + "\n").encode())
+        write_model(self._output, self._bundle, self.parameters(), facts)
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
         return result
@@ -204,13 +202,15 @@ class Trainer:
         parts = {
             "theta": self._check_parameters(),
             "optimizer": self._executable.optimizer_state(),
-            "scheduler": self._scheduler.state(),
+            "scheduler": self._run.scheduler.state(),
+            "policy": self._run.decisions.arrays(),
         }
-        if self._predicted is not None:
-            parts["policy"] = {"predicted": self._predicted}
         self._totals.seconds = dict(self._meter.seconds)
         facts = {
             **self._identity(),
+            **self._run.decisions.facts(),
+            "spent_seconds": self._spent_seconds,
+            "late": self._late,
             "epoch": self.epoch,
             "step": self.step,
             "totals": dataclasses.asdict(self._totals),
@@ -226,80 +226,27 @@ class Trainer:
             raise PbcError(self._diverged("a parameter is not finite", self.step))
         return theta
 
-    # ---- preparation -----------------------------------------------------------------------
-
-    def _predict(self) -> np.ndarray | None:
-        """Ask the policy about every sample, f32[n, N]; None where no answer would matter."""
-        policy = self._bundle.manifest.get("policy")
-        floor = self.options.fidelity_floor
-        if not self.options.routing:
-            return None
-        if policy is None or not routable(self._ladder, floor)[1:].any():
-            reason = "has no policy" if policy is None else f"has no proxy of fidelity {floor:g}"
-            self._report(Note(f"the bundle {reason}: every sample runs at level 0"))
-            return None
-        _, height, width = policy["view"]
-        return predict(
-            self._samples,
-            self._executable,
-            (height, width),
-            self.batch,
-            self._meter,
-            functools.partial(self._prepared, "routing"),
-        )
-
-    def _route(self) -> Routing:
-        if self._predicted is None:
-            return stay(np.zeros(len(self._samples), np.int64), self._ladder)
-        return route(self._predicted, self._ladder, self.options.fidelity_floor)
-
-    def _caching(self, routing: Routing) -> tuple[Features, Routing]:
-        """Make the source of features; with a cache, samples stay where they are cached."""
-        cache, bundle, options = None, self._bundle, self.options
-        if options.cache != "off" and not has_prefix(bundle):
-            self._report(
-                Note(
-                    f"--cache {options.cache} is off: with {bundle.manifest['strategy']} nothing "
-                    "is frozen before the first trainable layer"
-                )
-            )
-        elif options.cache != "off":
-            cache = open_cache(bundle, options, len(self._samples), self._output.cache)
-            if cache is None:
-                self._report(Note(f"the cache is off: no sample fits in {options.cache_mb} MiB"))
-        if cache is not None:
-            routing = stay(routing.levels, self._ladder)
-        mixed = one_body(bundle)
-        # Only where every sample is cached does no mini-batch run a prefix at one level.
-        self._free_mixing = mixed and cache is not None and cache.complete
-        features = Features(
-            self._samples, self._executable, self._meter, cache, routing.levels, mixed
-        )
-        return features, routing
-
-    def _fill_cache(self) -> None:
-        cache = self._features.cache
-        if cache is None:
-            return
-        engine = f"{self._engine.name} {self._engine.version()}"
-        cache.fill(
-            self._features.levels,
-            self._samples.hashes,
-            self.batch,
-            functools.lru_cache(
-                level_key(self._bundle, self._samples.spec, engine, self.options.cache_dtype)
-            ),
-            self._features.compute,
-            functools.partial(self._prepared, "caching"),
-        )
-        self._meter.lap("cache")
-
     def _prepared(self, stage: str, done: int, total: int) -> None:
         if self._interrupt.requested:
             raise KeyboardInterrupt
         self._report(Progress(stage, done, total))
 
     # ---- going on --------------------------------------------------------------------------
+
+    def _preparation(self) -> Preparation:
+        return Preparation(
+            bundle=self._bundle,
+            engine=self._engine,
+            executable=self._executable,
+            ladder=self._ladder,
+            samples=self._samples,
+            options=self.options,
+            batch=self.batch,
+            meter=self._meter,
+            output=self._output,
+            report=self._report,
+            progress=self._prepared,
+        )
 
     def _identity(self) -> dict[str, Any]:
         """Return all that decides the result of a run."""
@@ -333,22 +280,31 @@ class Trainer:
         self.epoch, self.step = checkpoint.facts["epoch"], checkpoint.facts["step"]
         self._totals = Totals(**checkpoint.facts["totals"])
         self._meter.seconds = dict(self._totals.seconds)
+        self._spent_seconds = checkpoint.facts["spent_seconds"]
+        self._late = checkpoint.facts["late"]
         self._executable.load_optimizer_state(checkpoint.part("optimizer"))
-        self._scheduler.load_state(checkpoint.part("scheduler"))
 
     # ---- telling ---------------------------------------------------------------------------
 
     def _no_totals(self) -> Totals:
         return Totals(visits=[0] * len(self._ladder))
 
-    def _tell_step(self, loss: float, steps: int) -> None:
-        totals, total = self._totals, len(self._samples)
-        visits = tuple(totals.visits)
+    def _tell_step(self, loss: float, steps: int, planned: int) -> None:
+        totals = self._totals
         self._report(
-            StepReport(self.epoch + 1, self.step, steps, totals.samples, total, loss, visits)
+            StepReport(
+                epoch=self.epoch + 1,
+                step=self.step,
+                steps=steps,
+                samples=totals.samples,
+                total=planned,
+                loss=loss,
+                levels=tuple(totals.visits),
+            )
         )
 
-    def _end_epoch(self, steps: int) -> EpochReport:
+    def _end_epoch(self, steps: int, stepping_seconds: float) -> EpochReport:
+        """Report and save; `stepping_seconds` is what an epoch takes beside the preparation."""
         totals, seconds = self._totals, self._meter.total_seconds()
         report = EpochReport(
             epoch=self.epoch + 1,
@@ -360,11 +316,14 @@ class Trainer:
             seconds=seconds,
             stage_seconds=dict(self._meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
+            rested=len(self._samples) - totals.samples,
         )
         self._check_parameters()
+        self._spent_seconds += seconds
         self.epoch, self.step = self.epoch + 1, 0
         self._totals = self._no_totals()
         self._meter.seconds = dict.fromkeys(self._meter.seconds, 0.0)
+        self._late = self._is_late(stepping_seconds)
         # The line first: on resume, lines beyond the checkpoint's epoch are dropped.
         self._metrics.append(report.to_json())
         wait = min(_SHORT_EPOCH_SECONDS, self.options.checkpoint_seconds)
@@ -372,6 +331,19 @@ class Trainer:
             self.save_checkpoint()
         self._report(report)
         return report
+
+    def _is_late(self, epoch_seconds: float) -> bool:
+        """Say whether another epoch would overrun the time budget, and tell the user so."""
+        budget = self.options.time_budget
+        if budget is None or self.finished or self._spent_seconds + epoch_seconds <= budget:
+            return False
+        self._report(
+            Note(
+                f"stopping after {self.epoch} of {self._epochs} epochs: another would overrun "
+                f"the time budget of {budget:g} s ({self._spent_seconds:.1f} s are spent)"
+            )
+        )
+        return True
 
     def _diverged(self, what: str, step: int) -> str:
         return (

@@ -7,23 +7,46 @@ and the losses it was told, so that a run can be repeated to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
+
+from pbc.runtime.costs import Costs
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Cheaper levels than the accuracy bound allows, for a run that its time budget forces there.
+
+    allowed: bool[n, levels] under a lower fidelity floor. points_lost: the accuracy that training
+    at this floor is predicted to cost; None where the bundle does not say.
+    """
+
+    allowed: np.ndarray
+    floor: float
+    points_lost: float | None
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a scheduler has to work with.
 
-    levels: int64[n], the level at which each sample starts.
+    levels: int64[n], the cheapest level by number at which each sample may start.
     allowed: bool[n, levels], where a sample may be moved; its own level is always allowed.
     batch: samples per mini-batch.
     alpha: a batch whose loss is at most alpha times the running mean skips its backward;
         None: never.
     grouped: whether a mini-batch must run at one level.
+    epochs: of the whole run.
+    rests: whether samples may be left out of an epoch.
+    cached: bool[n], of which samples the cache holds the features, at the level of the first
+        epoch: a move would compute them again. None: of none.
+    views: how many views of each sample there are.
+    costs: measured on this device, for cost-aware schedulers only.
+    time_budget_ms: the time that the run has left. fallbacks: what else it may use to keep it,
+        the most faithful first.
     """
 
     levels: np.ndarray
@@ -32,29 +55,54 @@ class Setting:
     seed: int
     alpha: float | None
     grouped: bool
+    epochs: int = 1
+    rests: bool = True
+    cached: np.ndarray | None = None
+    views: int = 1
+    costs: Costs | None = None
+    time_budget_ms: float | None = None
+    fallbacks: tuple[Fallback, ...] = ()
+
+    def is_cached(self) -> np.ndarray:
+        """Return bool[n] whether or not there is a cache."""
+        if self.cached is None:
+            return np.zeros(len(self.levels), dtype=bool)
+        return self.cached
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that run together at one level; int64[b]."""
+    """Samples that run together; int64[b]. level: of its body, and of its prefix if grouped."""
 
     level: int
     samples: np.ndarray
 
 
 class Scheduler(Protocol):
-    """Plans epochs and learns from the losses."""
+    """Plans epochs and learns from the losses.
 
+    cost_aware: whether it decides by measured costs. The runtime then measures them, looks ahead
+        with the prefix, and audits the levels that were chosen.
+    levels: int64[n], where every sample runs. epochs: how many there will be, at most the
+        setting's. notes: what the user should know about the decisions.
+    """
+
+    cost_aware: ClassVar[bool]
     levels: np.ndarray
+    epochs: int
+    notes: Sequence[str]
 
     def plan(self, epoch: int) -> list[Batch]:
-        """Return the mini-batches of an epoch, each sample once; depends on `levels` only."""
+        """Return the mini-batches of an epoch, each sample at most once.
 
-    def observe(self, batch: Batch, loss: float) -> bool:
-        """Take note of a batch's mean loss; True if its backward is to run."""
+        Depends on what was known when the epoch began, not on what `observe` was told since.
+        """
+
+    def observe(self, batch: Batch, losses: np.ndarray) -> bool:
+        """Take note of f32[b] losses; True if the batch's backward is to run."""
 
     def finish_epoch(self) -> None:
-        """Let the next epoch's levels take effect."""
+        """Let what was learnt take effect."""
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all that the setting does not say, for a checkpoint."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,11 +20,15 @@ class PieBridge:
     level joins the next more expensive level that has samples, so that only the epoch's last batch
     can be short; then the batches are shuffled. A batch whose mean loss is at most alpha times the
     running mean (an EMA of weight 2/11) skips its backward, and in the next epoch its samples run
-    one level cheaper, where they are allowed to.
+    one level cheaper, where they are allowed to and not cached where they are.
     """
+
+    cost_aware: ClassVar[bool] = False
 
     def __init__(self, setting: Setting) -> None:
         self.levels: np.ndarray = setting.levels.copy()
+        self.epochs = setting.epochs
+        self.notes: Sequence[str] = ()
         self._setting = setting
         self._moving = np.zeros(len(self.levels), dtype=bool)
         self._ema = math.nan
@@ -38,7 +43,8 @@ class PieBridge:
         shuffled = [batches[index] for index in random.permutation(len(batches))]
         return shuffled + [Batch(level, order[at]) for level, at in short]
 
-    def observe(self, batch: Batch, loss: float) -> bool:
+    def observe(self, batch: Batch, losses: np.ndarray) -> bool:
+        loss = float(losses.mean())
         before, alpha = self._ema, self._setting.alpha
         if math.isnan(before):
             self._ema = loss
@@ -53,7 +59,7 @@ class PieBridge:
         allowed = self._setting.allowed
         moving = np.flatnonzero(self._moving)
         cheaper = np.minimum(self.levels[moving] + 1, allowed.shape[1] - 1)
-        able = allowed[moving, cheaper]
+        able = allowed[moving, cheaper] & ~self._setting.is_cached()[moving]
         self.levels[moving[able]] = cheaper[able]
         self._moving[:] = False
 

@@ -1,0 +1,256 @@
+"""Fit the map from fidelity to accuracy lost, on tasks made from unlabelled images."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pbc.calibration import Calibration
+from pbc.interface import BATCH, precision_of
+from pbc.ladder import ALIGNED
+from pbc.passes.learn_policy import affordable
+from pbc.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
+from pbc.progress import report
+
+Point = tuple[float, float]
+
+SAMPLES = 1500
+LEAST_SAMPLES = 100
+TASKS = 8
+# 100 classes of 15 samples, in so many principal components, and this ridge came closest to the
+# losses on Caltech-101 (docs/architecture.md, «Policy and accuracy map»).
+CLASSES = 100
+SAMPLES_PER_CLASS = 15
+COMPONENTS = 32
+ROUNDS = 10
+RIDGE = 0.3
+# Of the samples, how many are at the cheaper level: a whole epoch rarely is.
+SHARES = (1.0, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class FitAccuracyMap:
+    """Measure what training at a level costs in points of accuracy, and fit it over fidelity.
+
+    Graphs stay as they are; `program.accuracy_map` and each aligned level's `accuracy_loss` are
+    filled. No labels are needed: a task's classes are clusters (k-means, a seed for each task) of
+    what level 0 sends to the head. For every level, and for blends of it with level 0, a linear
+    head is trained in closed form (ridge regression on one-hot targets) on the alignment images and
+    tested on level 0's features of the held-out ones; what it loses against a head trained on level
+    0, averaged over tasks, plus the standard error of that, so that few images promise little, is
+    one point. The map is their isotonic regression and ends in (1, 0).
+
+    Does nothing when no level is aligned; notes where there are too few images.
+    """
+
+    stage: ClassVar[str] = "route"
+
+    def __call__(self, program: Program) -> Program:
+        calibration = program.calibration
+        program = program.copy()
+        aligned = [level for level in program.ladder.levels if level.status == ALIGNED]
+        if calibration is None or not aligned:
+            return program
+        chosen = affordable(program.ladder, calibration.align, SAMPLES)
+        if len(chosen) < LEAST_SAMPLES:
+            note = (
+                f"{len(chosen)} alignment images are too few to map fidelity to accuracy "
+                f"(at least {LEAST_SAMPLES})"
+            )
+            return replace(program, notes=(*program.notes, note))
+        report("fit-accuracy-map", 0.0, "level 0")
+        original = head_inputs(program, 0, calibration, chosen)
+        tested = head_inputs(program, 0, calibration, calibration.held_out)
+        tasks = Tasks.of(original, tested, program.seed)
+        best = tasks.right(original)
+        levels = list(program.ladder.levels)
+        points: list[Point] = []
+        for number, level in enumerate(aligned):
+            assert level.fidelity is not None
+            report("fit-accuracy-map", (number + 1) / (len(aligned) + 1), f"level {level.level}")
+            proxy = head_inputs(program, level.level, calibration, chosen)
+            for share in SHARES:
+                right = tasks.right(blend(proxy, original, share, program.seed))
+                lost, error = points_lost(best, right)
+                points.append((1 - share * (1 - level.fidelity), max(0.0, lost) + error))
+                if share == 1:
+                    levels[level.level] = replace(level, accuracy_loss=max(0.0, lost))
+        return replace(
+            program,
+            ladder=replace(program.ladder, levels=tuple(levels)),
+            accuracy_map=isotonic_map(points),
+        )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Pseudo-tasks: for each, the class of every training and every test sample.
+
+    labels: int64 [samples, tasks]; tested: float32 [tests, channels], the features that are
+    tested on; answers: int64 [tests, tasks].
+    """
+
+    labels: Tensor
+    tested: Tensor
+    answers: Tensor
+    classes: int
+
+    @staticmethod
+    def of(features: Tensor, tested: Tensor, seed: int) -> Tasks:
+        """Cluster level 0's features, standardised and whitened, once for each task."""
+        classes = min(CLASSES, len(features) // SAMPLES_PER_CLASS)
+        whiten = whitening(features)
+        points, others = whiten(features), whiten(tested)
+        labels, answers = [], []
+        for task in range(TASKS):
+            centres = k_means(points, classes, seed * TASKS + task)
+            labels.append(nearest(points, centres))
+            answers.append(nearest(others, centres))
+        return Tasks(torch.stack(labels, 1), tested, torch.stack(answers, 1), classes)
+
+    def right(self, features: Tensor) -> Tensor:
+        """float64 [tests]: in what share of the tasks a head trained on these features is right."""
+        targets = functional.one_hot(self.labels, self.classes).double().flatten(1)
+        head = ridge(features.double(), targets)
+        scores = head(self.tested.double()).unflatten(1, (-1, self.classes))
+        right: Tensor = (scores.argmax(2) == self.answers).double().mean(1)
+        return right
+
+
+def head_inputs(
+    program: Program, level: int, calibration: Calibration, indices: np.ndarray
+) -> Tensor:
+    """float32 [samples, channels]: what the head reads at a level, at the initial parameters."""
+    run = _until_head(program, level)
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(indices), BATCH):
+            read = run(calibration.batch(indices[start : start + BATCH]))
+            # A head that reads tokens or positions is pooled afterwards.
+            rows.append(read.flatten(1, -2).mean(1) if read.dim() > 2 else read)
+    return torch.cat(rows)
+
+
+def _until_head(program: Program, level: int) -> Callable[[Tensor], Tensor]:
+    """Prefix and body of a level up to the head's input, in the level's precision."""
+    precision = program.ladder.levels[level].precision
+    last = copy_graph(program.graphs[body(level)])
+    (weight,) = (
+        node for node in placeholders(last) if node.meta.get(PARAMETER) == program.head.weight
+    )
+    (layer,) = weight.users
+    output_node(last).args = ((layer.args[0],),)
+    last.graph.eliminate_dead_code()
+    last.recompile()
+    steps = []
+    for name, graph in ((prefix(level), program.graphs.get(prefix(level))), (body(level), last)):
+        if graph is not None:
+            dtype: torch.dtype = getattr(torch, precision_of(program, name, precision))
+            # A copy of its own: converting a module converts the tensors it shares.
+            own = graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
+            theta = [value.detach().to(dtype) for value in program.parameter_values(graph)]
+            steps.append((own, dtype, theta))
+
+    def run(images: Tensor) -> Tensor:
+        values: Sequence[Tensor] = (images,)
+        for graph, dtype, theta in steps:
+            values = graph(*(value.to(dtype) for value in values), *theta)
+            values = [value.float() for value in values]
+        (read,) = values
+        return read
+
+    return run
+
+
+def points_lost(best: Tensor, right: Tensor) -> Point:
+    """By how many points of accuracy `right` is behind, and the standard error of that."""
+    lost = 100 * (best - right)
+    return float(lost.mean()), float(lost.std()) / math.sqrt(len(lost))
+
+
+def blend(proxy: Tensor, original: Tensor, share: float, seed: int) -> Tensor:
+    """The proxy's features for this share of the samples, level 0's for the others."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(len(proxy), generator=generator) < share
+    return torch.where(drawn[:, None], proxy, original)
+
+
+def whitening(features: Tensor) -> Callable[[Tensor], Tensor]:
+    """Standardise channels, then project onto the first principal components at equal variance."""
+    mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    _, size, axes = torch.linalg.svd((features - mean) / scale, full_matrices=False)
+    kept = int((size[:COMPONENTS] > size[0] * 1e-3).sum())
+    return lambda tensor: ((tensor - mean) / scale) @ axes[:kept].T / size[:kept]
+
+
+def k_means(points: Tensor, count: int, seed: int) -> Tensor:
+    """[count, channels]: centres after a few of Lloyd's rounds from points drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = points[torch.randperm(len(points), generator=generator)[:count]]
+    for _ in range(ROUNDS):
+        members = functional.one_hot(nearest(points, centres), count).to(points.dtype)
+        sizes = members.sum(0)[:, None]
+        centres = torch.where(sizes > 0, members.T @ points / sizes.clamp_min(1), centres)
+    return centres
+
+
+def nearest(points: Tensor, centres: Tensor) -> Tensor:
+    return torch.cdist(points, centres).argmin(1)
+
+
+def ridge(features: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+    """The ridge regression of the targets on the standardised features, as a function.
+
+    features: float64 [samples, channels], targets: float64 [samples, outputs]. Solved in the
+    smaller of the two spaces.
+    """
+    mean, scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    offset = targets.mean(0)
+    inputs = (features - mean) / scale
+    samples, channels = inputs.shape
+    if samples < channels:
+        gram = inputs @ inputs.T + RIDGE * samples * torch.eye(samples, dtype=inputs.dtype)
+        weight = inputs.T @ torch.linalg.solve(gram, targets - offset)
+    else:
+        gram = inputs.T @ inputs + RIDGE * samples * torch.eye(channels, dtype=inputs.dtype)
+        weight = torch.linalg.solve(gram, inputs.T @ (targets - offset))
+    return lambda tensor: ((tensor - mean) / scale) @ weight + offset
+
+
+def isotonic_map(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points by ascending fidelity with losses that never rise, and (1, 0) at the end.
+
+    Points of one fidelity become one, as does what reaches a fidelity of 1.
+    """
+    by_fidelity: dict[float, list[float]] = {}
+    for fidelity, lost in points:
+        if fidelity < 1:
+            by_fidelity.setdefault(fidelity, []).append(lost)
+    fidelities = sorted(by_fidelity)
+    sizes = [len(by_fidelity[fidelity]) for fidelity in fidelities]
+    means = [sum(by_fidelity[f]) / size for f, size in zip(fidelities, sizes, strict=True)]
+    return (*zip(fidelities, falling(means, sizes), strict=True), (1.0, 0.0))
+
+
+def falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The never-rising sequence nearest in weighted least squares.
+
+    Pool adjacent violators (Ayer et al., 1955): neighbours that rise become their mean.
+    """
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        mean, total, length = value, weight, 1
+        while blocks and blocks[-1][0] < mean:
+            before, mass, count = blocks.pop()
+            mean = (before * mass + mean * total) / (mass + total)
+            total, length = mass + total, count + length
+        blocks.append((mean, total, length))
+    return [mean for mean, _, length in blocks for _ in range(length)]

@@ -1,0 +1,187 @@
+"""The match: all rivals of a seed take turns, epoch by epoch, in one process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pbc import registry
+from pbc.bench import Rival, Setting
+from pbc.bench.cells import Cell, Progress, Work
+from pbc.bench.energy import Meter, NoMeter
+from pbc.bench.evaluator import Evaluator
+from pbc.data import Samples
+from pbc.errors import PbcError
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.runtime import Runtime
+
+GROUP = "pbc.rivals"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who plays, how often and how long.
+
+    options: what every rival trains with; batch and learning_rate are set. epochs_of: epochs of
+    those rivals that run fewer. rate_of: learning rates of those that need their own.
+    """
+
+    rivals: tuple[str, ...]
+    seeds: int
+    options: TrainOptions
+    epochs_of: Mapping[str, int] = field(default_factory=dict)
+    rate_of: Mapping[str, float] = field(default_factory=dict)
+    weights: Path | None = None
+    torch_compile: bool = True
+
+    def epochs(self, rival: str) -> int:
+        """Return how many epochs a rival runs."""
+        return min(self.epochs_of.get(rival, self.options.epochs), self.options.epochs)
+
+    def setting(
+        self, rival: str, seed: int, runtime: Runtime, samples: Samples, folder: Path
+    ) -> Setting:
+        """Return what a rival is made from."""
+        rate = self.rate_of.get(rival, self.options.learning_rate)
+        options = replace(self.options, seed=seed, learning_rate=rate)
+        return Setting(runtime, samples, options, folder, self.weights, self.torch_compile)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a match gave: cells per rival and seed, facts per rival, why some did not play."""
+
+    cells: Mapping[tuple[str, int], tuple[Cell, ...]]
+    facts: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, str]
+
+
+class Contestant:
+    """A rival in the match of one seed, with its cells so far."""
+
+    def __init__(self, name: str, seed: int, rival: Rival, cells: Sequence[Cell]) -> None:
+        self.name = name
+        self.seed = seed
+        self.cells = list(cells)
+        self._rival = rival
+        self._preparation_joules = 0.0
+
+    def prepare(self, progress: Progress, meter: Meter) -> None:
+        """Get ready; what is done again after an interruption costs no energy in the books."""
+        before = meter.joules()
+        self._rival.prepare(progress.state)
+        if progress.state is None:
+            self._preparation_joules = meter.joules() - before
+
+    def play(self, evaluator: Evaluator, test: Samples, meter: Meter) -> Cell:
+        """Run an epoch, then evaluate; the evaluation is outside of what is measured."""
+        before = meter.joules()
+        times = self._rival.run_epoch()
+        joules = meter.joules() - before + self._preparation_joules
+        self._preparation_joules = 0.0
+        theta = self._rival.parameters()
+        accuracy = self._rival.evaluate(test) if theta is None else evaluator.accuracy(theta)
+        cell = Cell(
+            self.name,
+            self.seed,
+            len(self.cells) + 1,
+            times.seconds,
+            dict(times.stage_seconds),
+            tuple(times.levels),
+            times.loss,
+            accuracy,
+            None if isinstance(meter, NoMeter) else joules,
+        )
+        self.cells.append(cell)
+        return cell
+
+    def progress(self, last: bool) -> Progress:
+        """Return what is to be kept; after the last epoch nobody needs the state."""
+        state = {} if last else self._rival.state()
+        return Progress(tuple(self.cells), state, self._rival.facts())
+
+
+def play(
+    plan: Plan,
+    runtime: Runtime,
+    train: Samples,
+    test: Samples,
+    work: Work,
+    meter: Meter,
+    tell: Tell,
+) -> Outcome:
+    """Play all seeds, or what is left of them after an interruption.
+
+    A rival that cannot play (PbcError) is told and left out; the others go on.
+    """
+    for name in plan.rivals:
+        registry.find(GROUP, name)
+    evaluator = Evaluator(runtime, test, plan.options.threads)
+    known = {
+        (name, seed): work.load(name, seed) for name in plan.rivals for seed in range(plan.seeds)
+    }
+    work.relist([cell for progress in known.values() for cell in progress.cells])
+    left_out: dict[str, str] = {}
+
+    def leave_out(name: str, error: PbcError) -> None:
+        left_out[name] = str(error)
+        tell(f"{name} is left out: {error}")
+
+    for seed in range(plan.seeds):
+        contestants = []
+        for name in plan.rivals:
+            progress = known[name, seed]
+            if name in left_out or len(progress.cells) >= plan.epochs(name):
+                continue
+            setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
+            try:
+                rival: Rival = registry.load(GROUP, name)(setting)
+                contestant = Contestant(name, seed, rival, progress.cells)
+                contestant.prepare(progress, meter)
+            except PbcError as error:
+                leave_out(name, error)
+                continue
+            contestants.append(contestant)
+        for epoch in range(plan.options.epochs):
+            # Whoever follows full training finds the processor's caches cold: not always the same.
+            turn = epoch % max(len(contestants), 1)
+            for contestant in contestants[turn:] + contestants[:turn]:
+                wanted = plan.epochs(contestant.name)
+                if len(contestant.cells) != epoch or epoch >= wanted:
+                    continue
+                if contestant.name in left_out:
+                    continue
+                try:
+                    cell = contestant.play(evaluator, test, meter)
+                except PbcError as error:
+                    leave_out(contestant.name, error)
+                    continue
+                progress = contestant.progress(last=epoch + 1 == wanted)
+                work.save(progress)
+                known[contestant.name, seed] = progress
+                tell(cell_line(cell, plan))
+        del contestants
+        gc.collect()  # caches of gigabytes do not wait for the next seed
+    playing = [name for name in plan.rivals if name not in left_out]
+    return Outcome(
+        {(name, seed): known[name, seed].cells for name in playing for seed in range(plan.seeds)},
+        {name: known[name, 0].facts or {} for name in playing},
+        left_out,
+    )
+
+
+def cell_line(cell: Cell, plan: Plan) -> str:
+    """Return one line that says what an epoch of a rival gave."""
+    total = sum(cell.levels)
+    shares = " ".join(
+        f"L{level} {visits / total:.0%}" for level, visits in enumerate(cell.levels) if visits
+    )
+    return (
+        f"seed {cell.seed}  epoch {cell.epoch}/{plan.epochs(cell.rival)}  {cell.rival:<12} "
+        f"{cell.seconds:8.3f} s  accuracy {cell.accuracy:6.2%}  {shares}"
+    )

@@ -1,0 +1,80 @@
+"""The learning rate of all rivals, tuned for PET on a part of the training photos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pbc.bench import order
+from pbc.bench.photos import split
+from pbc.data import Samples
+from pbc.runtime.evaluation import log_softmax
+from pbc.runtime.options import LEARNING_RATES, TrainOptions
+from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.runtime import Runtime
+
+RATES = {"sgd": (0.003, 0.01, 0.03), "adam": (0.0003, 0.001, 0.003)}
+_VALIDATION_SHARE = 0.2
+_SEED = 0
+_MOST_BYTES = 2 << 30
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The learning rate, and how it was found."""
+
+    value: float
+    reason: str
+
+
+def tune(
+    runtime: Runtime,
+    samples: Samples,
+    options: TrainOptions,
+    batch: int,
+    tell: Callable[[str], None],
+) -> Rate:
+    """Train PET at every rate on cached level-0 features; the most accurate on held-out photos.
+
+    Of equals the one of the lowest loss. Without a frozen prefix a trial would be as dear as a
+    run: the optimizer's default is taken then.
+    """
+    default = LEARNING_RATES[options.optimizer]
+    bundle = runtime.bundle
+    if "prefix/0" not in bundle.manifest["graphs"]:
+        return Rate(default, "the default: without a frozen prefix tuning would cost whole runs")
+    values = sum(math.prod(shape) for shape in bundle.manifest["features"].values())
+    if 4 * values * len(samples) > _MOST_BYTES:
+        return Rate(default, "the default: the features for tuning need more than 2 GiB")
+    if int(np.bincount(samples.labels).max()) < 2:
+        return Rate(default, "the default: no class has a second photo to validate on")
+    train, validation = split(samples, _VALIDATION_SHARE, _SEED)
+    executable = runtime.engine.load(bundle, threads=options.threads)
+
+    def features(part: Samples) -> dict[str, np.ndarray]:
+        chunks = np.array_split(np.arange(len(part)), math.ceil(len(part) / _CHUNK))
+        sent = [executable.prefix(0, part.images(chunk)) for chunk in chunks]
+        return {name: np.concatenate([chunk[name] for chunk in sent]) for name in sent[0]}
+
+    learnt, held_out = features(train), features(validation)
+    found: dict[float, tuple[float, float]] = {}
+    for rate in RATES[options.optimizer]:
+        theta = initial_parameters(bundle, len(samples.classes), _SEED)
+        executable.start(theta, options.optimizer, rate)
+        for epoch in range(options.epochs):
+            for indices in order.batches(len(train), batch, _SEED, epoch):
+                inputs = {name: value[indices] for name, value in learnt.items()}
+                executable.forward(0, inputs, train.labels[indices])
+                executable.update()
+        shares = log_softmax(executable.logits(0, held_out))
+        accuracy = float((shares.argmax(axis=1) == validation.labels).mean())
+        gain = float(shares[np.arange(len(validation)), validation.labels].mean())
+        found[rate] = (accuracy, gain)
+        tell(f"learning rate {rate:g}: validation accuracy {accuracy:.2%}, loss {-gain:.4f}")
+    best = max(found, key=lambda rate: found[rate])
+    tried = ", ".join(f"{rate:g}: {accuracy:.1%}" for rate, (accuracy, _) in found.items())
+    return Rate(best, f"tuned for PET on {len(validation)} of the training photos ({tried})")

@@ -1,0 +1,166 @@
+"""`pbc bench`: parse, play the match, print and write the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pbc.atomic import replace_bytes
+from pbc.bench import report, tables
+from pbc.bench.bench import RIVALS, Options
+from pbc.bench.bench import bench as play
+from pbc.bench.results import FULL
+from pbc.cli.tables import console
+from pbc.errors import UsageError
+from pbc.registry import entries
+from pbc.runtime.options import TrainOptions
+
+_PATH = click.Path(path_type=Path)
+_DEFAULTS = TrainOptions()
+_MODE = 0o644  # a report is made to be shown; it holds no photo
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@click.argument("data", type=_PATH)
+@click.option("--test", type=_PATH, help="Photos to test on.  [default: a third of DATA]")
+@click.option(
+    "--rivals",
+    default=",".join(RIVALS),
+    show_default=True,
+    help="Who plays; `all` means everyone who is installed.",
+)
+@click.option("--seeds", type=int, default=3, show_default=True)
+@click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
+@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@click.option("--lr", type=float, help="Learning rate of all.  [default: tuned for PET]")
+@click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True, help="sgd or adam.")
+@click.option("--threads", type=int, help="Threads of everybody.  [default: the engine's choice]")
+@click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
+@click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")
+@click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
+@click.option("--no-torch-compile", is_flag=True, help="PyTorch rivals run eagerly only.")
+@click.option("--max-accuracy-loss", type=float, default=_DEFAULTS.max_accuracy_loss,
+              show_default=True, help="Points that pbc's cheap levels may cost.")  # fmt: skip
+@click.option("--fidelity-floor", type=float, help="For pbc: never route below this fidelity.")
+@click.option("--cache-mb", type=int, default=_DEFAULTS.cache_mb, show_default=True)
+@click.option("--work", type=_PATH, help="Where cells are kept.  [default: BUNDLE with .bench]")
+@click.option("--resume", is_flag=True, help="Go on from the cells in the work folder.")
+@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a bench.")
+@click.option("--quick", is_flag=True, help="A few minutes: one seed, few epochs and photos.")
+@click.option("--accuracy-budgets", is_flag=True,
+              help="Add the time to 85/90/95/99 % of full training's accuracy.")  # fmt: skip
+@click.option("--sweep", help="Studies to add: levels, policy-data, shots.")
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="For --sweep policy-data: the same model compiled with other images.",
+)
+@click.option("--json", "json_out", type=_PATH, help="Write everything as JSON.")
+@click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
+@click.option("--csv", "csv_out", type=_PATH, help="Write the paper artifact's table.")
+def bench(
+    bundle: Path,
+    data: Path,
+    test: Path | None,
+    rivals: str,
+    seeds: int,
+    epochs_of: Sequence[str],
+    lr_of: Sequence[str],
+    lr: float | None,
+    weights: Path | None,
+    no_torch_compile: bool,
+    work: Path | None,
+    resume: bool,
+    overwrite: bool,
+    quick: bool,
+    accuracy_budgets: bool,
+    sweep: str | None,
+    bundles: Sequence[str],
+    json_out: Path | None,
+    html_out: Path | None,
+    csv_out: Path | None,
+    **settings: Any,
+) -> None:
+    """Compare ways to train BUNDLE on DATA, in turn, under one fair protocol.
+
+    DATA is a folder of class folders, a zip of them, or a folder with train/ and test/ inside.
+    Killed at any moment, the same command with --resume goes on with the epoch that was lost.
+    """
+    names = tuple(entries("pbc.rivals")) if rivals == "all" else _list(rivals)
+    if accuracy_budgets and FULL not in names:
+        raise UsageError(f"--accuracy-budgets needs {FULL!r} among --rivals ({', '.join(names)})")
+    for out in (json_out, html_out, csv_out):
+        if out is not None and not out.resolve().parent.is_dir():
+            raise UsageError(f"the folder of {out} does not exist")
+    options = Options(
+        train=TrainOptions(learning_rate=lr, **settings),
+        test=test,
+        rivals=names,
+        seeds=seeds,
+        epochs_of={name: _whole(name, text) for name, text in _pairs("--epochs-of", epochs_of)},
+        rate_of={name: _number(name, text) for name, text in _pairs("--lr-of", lr_of)},
+        weights=weights,
+        torch_compile=not no_torch_compile,
+        quick=quick,
+        sweeps=_list(sweep or ""),
+        policy_bundles={name: Path(path) for name, path in _pairs("--bundle", bundles)},
+        resume=resume,
+        overwrite=overwrite,
+    )
+    try:
+        results = play(bundle, data, options, work or bundle.with_suffix(".bench"), _tell)
+    except KeyboardInterrupt:
+        click.echo("interrupted: the same command with --resume goes on from here", err=True)
+        sys.exit(130)
+    tables.show(console(), results, accuracy_budgets)
+    if json_out is not None:
+        _write(json_out, json.dumps(results.to_json(), indent=1) + "\n")
+    if html_out is not None:
+        _write(html_out, report.html(results, accuracy_budgets))
+    if csv_out is not None:
+        _write(csv_out, tables.artifact_csv(results))
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    replace_bytes(path, text.encode(), mode=_MODE)
+    click.echo(f"wrote {path}")
+
+
+def _list(text: str) -> tuple[str, ...]:
+    """Split names at commas; each counts once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _pairs(option: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{option} is {text!r}; expected NAME=VALUE")
+        pairs.append((name, value))
+    return pairs
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--epochs-of {name} is {text!r}; expected a whole number, 1 or more")
+    return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--lr-of {name} is {text!r}; expected a number") from error

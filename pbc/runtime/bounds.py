@@ -1,0 +1,55 @@
+"""From the points of accuracy that a user is willing to lose to a fidelity floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from pbc.runtime.options import TrainOptions
+
+# What a bundle without a map gets: aligned proxies of this fidelity lost less than a point.
+DEFAULT_FLOOR = 0.95
+
+Points = Sequence[Sequence[float]]
+
+
+def floor_for(points: Points, most_lost: float) -> float:
+    """Return the smallest fidelity whose interpolated loss is at most `most_lost` points.
+
+    points: (fidelity, points of accuracy lost), ascending in fidelity. Below the least faithful
+    point nothing is known, so no floor is lower.
+    """
+    floor = 1.0
+    for (low, low_lost), (high, high_lost) in reversed(list(pairwise(points))):
+        if high_lost > most_lost:
+            return floor
+        if low_lost > most_lost:
+            share = (most_lost - high_lost) / (low_lost - high_lost)
+            return high - share * (high - low)
+        floor = low
+    return floor
+
+
+def lost_at(points: Points, fidelity: float) -> float:
+    """Return the interpolated points lost at a fidelity; outside, those of the nearest point."""
+    for (low, low_lost), (high, high_lost) in pairwise(points):
+        if fidelity <= low:
+            return low_lost
+        if fidelity <= high:
+            return low_lost + (high_lost - low_lost) * (fidelity - low) / (high - low)
+    return points[-1][1]
+
+
+def fidelity_floor(manifest: Mapping[str, Any], options: TrainOptions) -> tuple[float, str | None]:
+    """Return the floor of a run, and what the user should know about where it comes from."""
+    if options.fidelity_floor is not None:
+        return options.fidelity_floor, None
+    points = manifest.get("accuracy_map")
+    if points:
+        return floor_for(points, options.max_accuracy_loss), None
+    return DEFAULT_FLOOR, (
+        "the bundle has no map from fidelity to accuracy: "
+        f"the fidelity floor is {DEFAULT_FLOOR:g} instead of one derived from "
+        f"--max-accuracy-loss {options.max_accuracy_loss:g}"
+    )

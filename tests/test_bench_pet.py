@@ -1,0 +1,218 @@
+"""The PyTorch rivals train what the bundle trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bench_net
+import numpy as np
+import pytest
+import torch
+
+from pbc.bench import Rival, Setting, network
+from pbc.bench.evaluator import Evaluator
+from pbc.bench.full import Full
+from pbc.bench.order import batches
+from pbc.bench.own import Pbc
+from pbc.bench.pet import Pet, PetBfloat16, PetCache
+from pbc.data import ImageFolder, Samples
+from pbc.errors import PbcError
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.parameters import labelled_for
+from pbc.runtime.runtime import Runtime
+
+STRATEGIES = ("linear-probe", "norm", "full")  # the last has no prefix
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bench_net.photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def runtime(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    folder = tmp_path_factory.mktemp("net") / request.param
+    return Runtime.open(bench_net.compiled(folder, request.param).path)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    return Runtime.open(bench_net.compiled(tmp_path_factory.mktemp("probe")).path)
+
+
+def samples(runtime: Runtime, photos: Path) -> Samples:
+    return labelled_for(runtime.bundle, ImageFolder.open(photos / "train", runtime.spec))
+
+
+def setting(
+    runtime: Runtime, photos: Path, folder: Path, *, compiled: bool = False, optimizer: str = "sgd"
+) -> Setting:
+    options = TrainOptions(
+        epochs=EPOCHS,
+        learning_rate=0.05 if optimizer == "sgd" else 0.005,
+        batch=bench_net.BATCH,
+        optimizer=optimizer,
+        seed=1,
+        routing=False,
+        skip=False,
+        cache="off",
+    )
+    return Setting(runtime, samples(runtime, photos), options, folder, None, torch_compile=compiled)
+
+
+def losses(rival: Rival) -> list[float]:
+    rival.prepare(None)
+    return [rival.run_epoch().loss for _ in range(EPOCHS)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_pet_and_pbc_at_level_0_learn_alike(
+    runtime: Runtime, photos: Path, tmp_path: Path, optimizer: str
+) -> None:
+    pet, own = (
+        kind(setting(runtime, photos, tmp_path / kind.__name__, optimizer=optimizer))
+        for kind in (Pet, Pbc)
+    )
+    assert losses(pet) == pytest.approx(losses(own), rel=1e-4)
+    theirs, ours = pet.parameters(), own.parameters()
+    assert theirs is not None
+    assert ours is not None
+    assert theirs.keys() == ours.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, atol=1e-4)
+
+
+def test_the_cache_changes_nothing(probe: Runtime, photos: Path, tmp_path: Path) -> None:
+    plain, cached = (kind(setting(probe, photos, tmp_path)) for kind in (Pet, PetCache))
+    assert losses(plain) == pytest.approx(losses(cached), rel=1e-6)
+    assert cached.facts()["cache_bytes"] == 30 * 32 * 4
+
+
+def test_later_epochs_of_the_cache_run_no_prefix(
+    probe: Runtime, photos: Path, tmp_path: Path
+) -> None:
+    rival = PetCache(setting(probe, photos, tmp_path))
+    rival.prepare(None)
+    assert rival.run_epoch().stage_seconds["prefix"] > 0
+    later = rival.run_epoch().stage_seconds
+    assert later["prefix"] == later["decode"] == 0
+    assert later["cache"] > 0
+
+
+def test_bfloat16_is_near_but_not_the_same(probe: Runtime, photos: Path, tmp_path: Path) -> None:
+    exact, rounded = (losses(kind(setting(probe, photos, tmp_path))) for kind in (Pet, PetBfloat16))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [PetCache, PetBfloat16])
+def test_without_a_prefix_there_is_nothing_to_cache(
+    photos: Path, tmp_path: Path, kind: type[Pet]
+) -> None:
+    runtime = Runtime.open(bench_net.compiled(tmp_path / "net", "full").path)
+    with pytest.raises(PbcError, match="with full nothing is frozen before"):
+        kind(setting(runtime, photos, tmp_path))
+
+
+@pytest.mark.parametrize("kind", [Pet, PetCache, Full])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_state_is_all_that_is_needed(
+    probe: Runtime,
+    photos: Path,
+    tmp_path: Path,
+    kind: type[Pet | PetCache | Full],
+    optimizer: str,
+) -> None:
+    one = kind(setting(probe, photos, tmp_path, optimizer=optimizer))
+    one.prepare(None)
+    one.run_epoch()
+    state = {name: value.copy() for name, value in one.state().items()}
+    expected = one.run_epoch().loss
+    other = kind(setting(probe, photos, tmp_path, optimizer=optimizer))
+    other.prepare(state)
+    assert other.run_epoch().loss == expected
+
+
+def test_full_training_changes_every_parameter(
+    probe: Runtime, photos: Path, tmp_path: Path
+) -> None:
+    rival = Full(setting(probe, photos, tmp_path))
+    before = rival.state()
+    rival.prepare(None)
+    first, *_, last = (rival.run_epoch().loss for _ in range(EPOCHS))
+    assert last < first
+    after = rival.state()
+    learnt = [name for name in before if name.endswith(("weight", "bias"))]
+    assert learnt
+    assert all(not np.array_equal(before[name], after[name]) for name in learnt)
+    assert 0 <= rival.evaluate(samples(probe, photos)) <= 1
+
+
+def test_the_evaluator_agrees_with_the_runtime(
+    runtime: Runtime, photos: Path, tmp_path: Path
+) -> None:
+    own = Pbc(setting(runtime, photos, tmp_path))
+    own.prepare(None)
+    own.run_epoch()
+    test = ImageFolder.open(photos / "test", runtime.spec)
+    evaluator = Evaluator(runtime, test, None)
+    theta = own.parameters()
+    assert evaluator.accuracy(theta) == own.evaluate(test)
+    assert evaluator.accuracy(theta) == own.evaluate(test)  # now from what it kept
+
+
+def test_where_compiling_fails_pet_runs_eagerly(
+    probe: Runtime, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **kwargs: object) -> object:
+        def call(*inputs: object) -> object:
+            raise RuntimeError("no C++ compiler\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rival = Pet(setting(probe, photos, tmp_path, compiled=True))
+    eager = Pet(setting(probe, photos, tmp_path))
+    assert losses(rival) == losses(eager)
+    (note,) = rival.facts()["notes"]
+    assert note == "torch.compile is not possible here (RuntimeError: no C++ compiler)"
+    assert rival.facts()["variant"] == "eager"
+
+
+def test_the_faster_variant_runs(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime.open(bench_net.compiled(tmp_path / "net").path)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # as if it were a compiler's
+    rival = Pet(setting(runtime, photos, tmp_path, compiled=True))
+    rival.prepare(None)
+    assert rival.facts()["variant"] in ("eager", "torch.compile")
+    assert "the faster one ran" in rival.facts()["notes"][0]
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    bundle = bench_net.compiled(tmp_path / "net")
+    known = bundle.manifest["provenance"]
+    weights = tmp_path / "w.safetensors"
+    module = network.module(bundle, None, {})
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, weights)
+    bundle.manifest["provenance"] = {
+        **known,
+        "weights": "w.safetensors",
+        "weights_sha256": "0" * 64,
+    }
+    with pytest.raises(PbcError, match=r"no file w.safetensors was found; --weights names"):
+        network.module(bundle, None, {})
+    with pytest.raises(PbcError, match="holds other weights; --weights names the file"):
+        network.module(bundle, weights, {})
+
+
+def test_the_order_visits_everything_once() -> None:
+    cut = batches(10, 4, seed=3, epoch=2)
+    assert [len(batch) for batch in cut] == [4, 4, 2]
+    assert sorted(np.concatenate(cut).tolist()) == list(range(10))
+    assert np.array_equal(np.concatenate(cut), np.concatenate(batches(10, 4, 3, 2)))
+    assert not np.array_equal(np.concatenate(cut), np.concatenate(batches(10, 4, 3, 1)))
