@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import safetensors.torch
@@ -27,6 +27,7 @@ from pbc.interface import BATCH, Standard, Tapped, sample_fidelity, standards
 from pbc.ladder import ALIGNED
 from pbc.program import Program, body, get_tensor, op_name, prefix, put_tensor, tensor_names
 from pbc.progress import report
+from pbc.runtime.interrupt import Interrupt, deferred_interrupt
 from pbc.work import work_file
 
 SAVE_SECONDS = 60.0
@@ -174,11 +175,8 @@ class _Run:
         if not self._resume(optimizer):
             if self.step == 0 and self.channels_went:
                 self._recalibrate()
-            try:
-                self._steps(optimizer, rate)
-            except KeyboardInterrupt:
-                self._save(optimizer, done=False)
-                raise
+            with deferred_interrupt() as interrupt:
+                self._steps(optimizer, rate, interrupt)
             self._save(optimizer, done=True)
         for weight in weights:
             weight.requires_grad_(False)
@@ -189,7 +187,7 @@ class _Run:
             return self.proxy
         return nn.parallel.DistributedDataParallel(self.proxy)
 
-    def _steps(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def _steps(self, optimizer: torch.optim.Optimizer, rate: float, interrupt: Interrupt) -> None:
         last = saved_at = time.monotonic()
         while parallel.once(self.fraction) < 1:
             for group in optimizer.param_groups:
@@ -205,9 +203,11 @@ class _Run:
             self.elapsed += now - last
             last = now
             report("align", self.fraction(), f"{self.label}, step {self.step}, loss {loss:.3f}")
-            if now - saved_at > SAVE_SECONDS:
+            if interrupt.requested or now - saved_at > SAVE_SECONDS:
                 self._save(optimizer, done=False)
                 saved_at = now
+            if interrupt.requested:
+                raise KeyboardInterrupt
 
     def fraction(self) -> float:
         """How much of the budget is used: of steps or time, whichever is nearer its end."""
@@ -268,14 +268,8 @@ class _Run:
 
     def _resume(self, optimizer: torch.optim.Optimizer) -> bool:
         """Continue from what an interrupted compilation saved; True if it had finished."""
-        if self.saved is None or not self.saved.is_file():
-            return False
-        try:
-            with safe_open(self.saved, "pt") as file:
-                facts = json.loads(file.metadata()["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError):
-            self.saved.unlink()  # damaged: what it held is computed again
+        facts, tensors = parallel.once(self._kept)
+        if not facts:
             return False
         self.step, self.elapsed = facts["step"], facts["elapsed"]
         self.proxy.load_state_dict(
@@ -291,6 +285,18 @@ class _Run:
                 {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
             )
         return bool(facts["done"])
+
+    def _kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Facts and tensors that `_save` wrote; none where there are none, or damaged ones."""
+        if self.saved is None or not self.saved.is_file():
+            return {}, {}
+        try:
+            with safe_open(self.saved, "pt") as file:
+                facts = json.loads(file.metadata()["run"])
+                return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError):
+            self.saved.unlink()  # what it held is computed again
+            return {}, {}
 
 
 def alignment_loss(

@@ -206,17 +206,20 @@ class _Planner:
         decided_by = [[asdict(form) for form in forms], program.batch, program.engine]
         decided_by.append(self._rounding)
         kept = work_file(program, "latencies", decided_by, (prefix(0), body(0)), ".json")
-        measured: list[float]
-        if kept is not None and kept.is_file():
-            with contextlib.suppress(ValueError):  # damaged: measure again
-                measured = json.loads(kept.read_text())
-                return measured
-        lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
-        candidates = [self._candidate(form) for form in forms]
-        measured = parallel.once(lambda: lowering.latency_ms(program, candidates))
-        if kept is not None:
-            replace_bytes(kept, json.dumps(measured).encode())
-        return measured
+
+        def measure() -> list[float]:
+            measured: list[float]
+            if kept is not None and kept.is_file():
+                with contextlib.suppress(ValueError):  # damaged: measure again
+                    measured = json.loads(kept.read_text())
+                    return measured
+            lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+            measured = lowering.latency_ms(program, [self._candidate(form) for form in forms])
+            if kept is not None:
+                replace_bytes(kept, json.dumps(measured).encode())
+            return measured
+
+        return parallel.once(measure)
 
     def _candidate(self, form: Form) -> Candidate:
         # Which indices stay changes no latency, so the first ones stand for all.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,25 @@ def test_an_interrupted_alignment_continues_to_the_same_bits(
         resumed = Align(align_steps=8)(program)
     assert count + 10**6 < 20 - before + 4  # what was done is not done again
     assert_same(whole, resumed)
+
+
+def test_ctrl_c_ends_after_the_step_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    program = with_data(ConvNet, "linear-probe", photos)
+    whole = Align(align_steps=6)(program)
+    program = replace(program, work=tmp_path / "work")
+    original = signal.getsignal(signal.SIGINT)
+
+    def press(stage: str, fraction: float, text: str) -> None:
+        if "level 1" in text and "step 3," in text:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), reporting_to(press):
+        Align(align_steps=6)(program)
+    assert signal.getsignal(signal.SIGINT) is original
+    steps = []
+    with reporting_to(lambda stage, fraction, text: steps.append(text)):
+        assert_same(whole, Align(align_steps=6)(program))
+    assert "step 4," in steps[0]
 
 
 def test_what_was_saved_for_another_alignment_is_not_used(photos: Path, tmp_path: Path) -> None:

@@ -67,8 +67,26 @@ def test_level_0_serves_where_nothing_is_cheaper_or_allowed() -> None:
 
 def test_a_proxy_that_saves_next_to_nothing_is_not_worth_its_difference() -> None:
     allowed = np.ones((1, 2), bool)
-    assert cheapest(allowed, costs(1.0, 0.99)).tolist() == [0]
-    assert cheapest(allowed, costs(1.0, 0.9)).tolist() == [1]
+    assert cheapest(allowed, np.array([[1.0, 0.98]])).tolist() == [0]
+    assert cheapest(allowed, np.array([[1.0, 0.9]])).tolist() == [1]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_where_features_are_cached_the_body_counts_at_every_visit(grouped: bool) -> None:
+    body = LevelCost(1.0, 8, 0.2, 0.2, True), LevelCost(1.5, 8, 0.1, 0.1, True)
+    cached = np.arange(40) < 20
+    # Level 1 costs 0.5 more to compute and 0.2 less to visit: cached, that pays in three visits.
+    for epochs, level in ((2, 0), (12, 1)):
+        scheduler = CostModel(
+            setting(
+                allowed=np.ones((40, 2), bool), costs=Costs(body, 0.0, 0.0, 0.0), cached=cached,
+                epochs=epochs, grouped=grouped, rests=False,
+            )
+        )  # fmt: skip
+        assert scheduler.levels.tolist() == [level] * 20 + [0] * 20
+        for batch in scheduler.plan(0):
+            levels = scheduler.levels[batch.samples]
+            assert not grouped or (levels == batch.level).all()
 
 
 @given(st.data())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from time import sleep
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
+from pbc.ladder import Ladder
 from pbc.runtime.bounds import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
-from pbc.runtime.costs import Costs
+from pbc.runtime.costs import Bench, Costs
+from pbc.runtime.engines import Executable
 from pbc.runtime.events import Event, Note
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
@@ -81,6 +84,40 @@ def test_the_chunk_is_what_the_costs_or_the_user_say(tmp_path: Path) -> None:
         run.run_epoch()
         # The last one is filled up rather than run in a shape of its own.
         assert calls == [chunk] * -(-30 // chunk)
+
+
+class Sleeps:
+    """Calls of known lengths: level 0 gains from calls of 32, level 1 is the same in all."""
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        each_ms = 0.8 if level == 1 else 0.5 if len(images) >= 32 else 1.2
+        sleep(each_ms * 1e-3 * len(images))
+        return {"flat": images[:, :, 0, 0]}
+
+    def forward(self, level: int, features: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(1), np.zeros(1)
+
+    def update(self) -> None:
+        pass
+
+
+def test_level_0_is_timed_in_the_larger_calls_too() -> None:
+    ladder = Ladder.from_json(tiny.contents(fidelities=(0.9,))[0]["levels"], "macs")
+    sizes: list[int] = []
+
+    def images(count: int) -> np.ndarray:
+        sizes.append(count)
+        return np.zeros((count, 3, 2, 2), np.float32)
+
+    measured = Bench(
+        executable=cast(Executable, Sleeps()), images=images, labels=np.zeros(64, np.int64),
+        ladder=ladder, levels=[0, 1], batch=4, chunk=None, computed=10000, epochs=10000,
+        prefix=True, bodies=False, width=3,
+    ).measure()  # fmt: skip
+    first, proxy = measured.levels
+    assert sizes == [16, 32]  # the smaller calls are a part of the usual ones
+    assert first.chunk == 32
+    assert first.prefix_ms < proxy.prefix_ms
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,36 @@ def test_no_room_while_the_cache_is_written(
     assert writes == 2
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("opening", [True, False])
+def test_a_run_that_had_no_room_for_the_cache_resumes_without_one(
+    fit: Fit, scheduler: str, opening: bool
+) -> None:
+    whole = fit("off", cache="off", scheduler=scheduler)
+    runtime = Runtime.open(fit.root / "m.pbc")
+    samples = ImageFolder.open(fit.root / "photos", runtime.spec)
+    options = TrainOptions(
+        3, 0.1, cache="disk", scheduler=scheduler, costs=fit.root / "costs.json",
+        checkpoint_seconds=0,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as full:
+        if opening:
+            full.setattr(os, "posix_fallocate", no_space)
+        else:
+            full.setattr(DiskStore, "_write", no_space)
+        trainer = runtime.trainer(samples, options, fit.root / "out")
+        trainer.prepare()
+        trainer.run_epoch()
+    notes: list[str] = []
+
+    def take(event: Event) -> None:
+        notes.extend([event.text] if isinstance(event, Note) else [])
+
+    runtime.fit(samples, options, fit.root / "out", resume=True, report=take)
+    assert notes == ["the cache stays off: the disk had no room when this run began"]
+    assert (fit.root / "out" / "trainable.safetensors").read_bytes() == whole
+
+
 def test_a_cache_that_may_not_be_written_is_an_error(
     fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import tiny
 
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
+from pbc.runtime.engines.pytorch import PyTorchExecutable
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.personal import Personal
 from pbc.runtime.runtime import Runtime
+from pbc.runtime.schedulers import Batch
+from pbc.runtime.schedulers.piebridge import PieBridge
 
 CLASSES = sorted(tiny.COLOURS)
 
@@ -87,6 +91,43 @@ def test_costs_are_measured_on_the_first_block(runtime: Runtime, tmp_path: Path)
     report = runtime.fit_stream(frames(30), CLASSES, TrainOptions(), tmp_path / "out")
     assert report.stage_seconds["measure"] > 0
     assert (tmp_path / "out" / "costs.json").exists()
+
+
+def test_the_moving_average_of_losses_goes_on_from_block_to_block(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averages: list[float] = []
+    observe = PieBridge.observe
+
+    def recorded(self: PieBridge, batch: Batch, losses: np.ndarray) -> bool:
+        averages.append(float(self.state()["ema"][0]))
+        return observe(self, batch, losses)
+
+    monkeypatch.setattr(PieBridge, "observe", recorded)
+    options = TrainOptions(scheduler="piebridge")
+    runtime.fit_stream(frames(150), CLASSES, options, tmp_path / "out")
+    assert len(averages) == 38  # steps, in three blocks
+    assert [math.isnan(average) for average in averages] == [True] + [False] * 37
+
+
+def test_parameters_that_are_not_finite_are_never_written(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = PyTorchExecutable.update
+
+    def overflow(self: PyTorchExecutable) -> None:
+        update(self)
+        theta = self.parameters()
+        theta["head.bias"][1] = np.inf
+        self.start(theta, "sgd", 0.1)
+
+    monkeypatch.setattr(PyTorchExecutable, "update", overflow)
+    options = TrainOptions(costs=tiny.costs(tmp_path / "costs.json"))
+    message = "a parameter is not finite after 4 samples of the stream: lower the learning rate"
+    with pytest.raises(PbcError, match=message):
+        # One step: no loss after it can tell.
+        runtime.fit_stream(frames(4), CLASSES, options, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.json").exists()
 
 
 def test_frames_may_be_floats_and_labels_numbers(runtime: Runtime, tmp_path: Path) -> None:

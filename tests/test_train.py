@@ -534,6 +534,35 @@ def test_parameters_that_are_not_finite_are_never_saved(assets: Path, tmp_path: 
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
+def test_telling_and_saving_is_bookkeeping_of_the_epoch_it_belongs_to(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime.open(assets / "probe.pbc")
+    samples = ImageFolder.open(assets / "photos", runtime.spec)
+    told, save = 0, Checkpoint.save
+
+    def tell(event: Event) -> None:
+        nonlocal told
+        if isinstance(event, StepReport):
+            told += 1
+            time.sleep(0.02)
+
+    def slowly(self: Checkpoint, path: Path) -> None:
+        time.sleep(0.5)
+        save(self, path)
+
+    options = TrainOptions(1, cache="off", routing=False, scheduler="piebridge")
+    trainer = runtime.trainer(samples, options, tmp_path, report=tell)
+    trainer.prepare()
+    monkeypatch.setattr(Checkpoint, "save", slowly)
+    report = trainer.run_epoch()
+    (line,) = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    telling = line["stage_seconds"]["bookkeeping"]
+    assert telling > 0.02 * told
+    assert report.stage_seconds["bookkeeping"] > telling + 0.5  # no epoch follows
+    assert report.seconds == pytest.approx(sum(report.stage_seconds.values()))
+
+
 def test_a_full_disk_while_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1")
     before = Path("a/checkpoint.safetensors").read_bytes()

@@ -48,6 +48,34 @@ def test_an_epoch_shows_every_sample_once_and_k_epochs_every_view(samples: Sampl
     np.testing.assert_array_equal(Views(samples).rows(7, everybody), everybody)
 
 
+def test_what_no_epoch_shows_is_not_computed(tmp_path: Path, samples: Samples) -> None:
+    views, everybody = Views(samples, 4), np.arange(15)
+    shown = np.concatenate([views.rows(epoch, everybody) for epoch in range(3)])
+    assert views.shown(3).tolist() == sorted(shown.tolist())
+    assert len(shown) == 45
+    assert views.shown(4).tolist() == views.shown(9).tolist() == list(range(60))
+    tiny.write(tmp_path / "m.pbc")
+    options = TrainOptions(
+        2, augment=7, routing=False, costs=tiny.costs(tmp_path / "costs.json"), cache="ram"
+    )
+    trainer = Runtime.open(tmp_path / "m.pbc").trainer(samples, options, tmp_path / "out")
+    computed = 0
+    images = Views.images
+
+    def counted(self: Views, rows: np.ndarray) -> np.ndarray:
+        nonlocal computed
+        computed += len(set(rows.tolist()))
+        return images(self, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Views, "images", counted)
+        trainer.prepare()
+        assert computed == 30
+        while not trainer.finished:
+            trainer.run_epoch()
+    assert computed == 30
+
+
 def test_what_is_in_a_row_is_in_its_key(samples: Samples) -> None:
     contents = Views(samples, 3).contents()
     assert tuple(contents[:15]) == samples.hashes

@@ -2,7 +2,9 @@
 
 A ladder's fidelity was measured on calibration images, which may look like nothing that the user
 has. A few of the samples that a level is to serve run at level 0 too, and where the fidelity found
-there is below the floor by more than its error, the level is not used.
+there is below the floor by more than its error, the level is not used. Two kinds of levels serve
+unaudited: those with few samples, and those of a run without costs, whose scheduler moves samples
+by rules of its own.
 """
 
 from __future__ import annotations

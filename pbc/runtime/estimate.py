@@ -54,11 +54,18 @@ class Workload:
 
     def run_ms(self, levels: np.ndarray, epochs: int, rest: Rest) -> float:
         """Return what `epochs` at int64[n] levels take in expectation, from an empty cache on."""
-        costs = self.costs
-        compute = costs.compute_ms()[levels]
-        visit = costs.body_ms()[levels] + np.where(self.cached, costs.gather_ms, compute)
-        filled = min(self.views, epochs) * compute[self.cached].sum()
-        return float(costs.policy_ms * len(levels) + filled + visit.sum() * visits(epochs, rest))
+        per_sample = self.sample_ms(epochs, rest)[np.arange(len(levels)), levels]
+        return float(self.costs.policy_ms * len(levels) + per_sample.sum())
+
+    def sample_ms(self, epochs: int, rest: Rest) -> np.ndarray:
+        """Return f64[n, levels]: what a sample takes in `epochs` at each level, in expectation.
+
+        Its features are computed at every visit, or once per view where they are cached.
+        """
+        costs, visited = self.costs, visits(epochs, rest)
+        computed = np.where(self.cached, min(self.views, epochs), visited)[:, None]
+        gathered = np.where(self.cached, visited * costs.gather_ms, 0)[:, None]
+        return np.asarray(computed * costs.compute_ms() + gathered + visited * costs.body_ms())
 
 
 def visits(epochs: int, rest: Rest) -> float:
@@ -67,12 +74,12 @@ def visits(epochs: int, rest: Rest) -> float:
     return epochs - resting * (1 - rest.visited_share())
 
 
-def cheapest(allowed: np.ndarray, costs: Costs) -> np.ndarray:
-    """Return int64[n]: of bool[n, levels] allowed ones, the level of lowest prefix and body cost.
+def cheapest(allowed: np.ndarray, sample_ms: np.ndarray) -> np.ndarray:
+    """Return int64[n]: of bool[n, levels] allowed ones, the level of lowest f64[n, levels] cost.
 
     Level 0 where no other saves enough.
     """
-    per_level = costs.compute_ms() + costs.body_ms()
-    per_level[0] *= 1 - _LEAST_SAVED
-    levels: np.ndarray = np.where(allowed, per_level, np.inf).argmin(axis=1)
+    least = np.full(sample_ms.shape[1], 1.0)
+    least[0] -= _LEAST_SAVED
+    levels: np.ndarray = np.where(allowed, sample_ms * least, np.inf).argmin(axis=1)
     return levels

@@ -36,18 +36,21 @@ class Decisions:
     """What was found out about device and samples; from the checkpoint when a run is resumed.
 
     predicted: f[n, N], every sample's fidelity at levels 1…N; None where all run at level 0.
-    costs: None for a scheduler that asks for none. findings: of the audit.
+    costs: None for a scheduler that asks for none. findings: of the audit. room: whether the disk
+    had room for the cache: levels and batches depend on what is cached.
     """
 
     predicted: np.ndarray | None
     costs: Costs | None
     findings: tuple[Finding, ...] = ()
+    room: bool = True
 
     def facts(self) -> dict[str, Any]:
         """Return the JSON-able part."""
         return {
             "costs": self.costs.to_json() if self.costs else None,
             "audit": [finding.to_json() for finding in self.findings],
+            "cache": self.room,
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -62,6 +65,7 @@ class Decisions:
             checkpoint.part("policy").get("predicted"),
             Costs.from_json(costs, levels) if costs is not None else None,
             tuple(Finding.from_json(found) for found in checkpoint.facts["audit"]),
+            checkpoint.facts.get("cache", True),
         )
 
 
@@ -131,10 +135,11 @@ class Preparation:
         if self._routes.note is not None and known is None:
             self.report(Note(self._routes.note))
         decisions = known or self._measured(scheduler_class.cost_aware)
-        cache = self._open_cache()
-        prepared = self._schedule(scheduler_class, decisions, cache)
-        if known is None and scheduler_class.cost_aware and has_prefix(self.bundle):
-            prepared = self._audit(prepared)
+        try:
+            prepared = self._schedule(scheduler_class, decisions, self._open_cache(decisions))
+        except DiskFullError as error:
+            prepared = self._without_cache(decisions, error)
+        prepared = self._audit(prepared)
         if known is None:
             for note in prepared.scheduler.notes:
                 self.report(Note(note))
@@ -150,12 +155,18 @@ class Preparation:
 
         Audited rows come first, in chunks of their own: the audit has computed those already.
         """
-        rows, audited = len(prepared.features.views), self._audited(prepared)
+        features, audited = prepared.features, self._audited(prepared)
+        shown = features.views.shown(prepared.scheduler.epochs)
         try:
-            self._cache_rows(prepared.features, audited)
-            self._cache_rows(prepared.features, np.setdiff1d(np.arange(rows), audited))
+            self._cache_rows(features, audited)
+            self._cache_rows(features, np.setdiff1d(shown, audited))
         except DiskFullError as error:
-            return self._without_cache(prepared, error)
+            # Other levels may serve where nothing is cached.
+            uncached = self._audit(self._without_cache(prepared.decisions, error))
+            for note in uncached.scheduler.notes:
+                if note not in prepared.scheduler.notes:
+                    self.report(Note(note))
+            return uncached
         return prepared
 
     def _cache_rows(self, features: Features, rows: np.ndarray) -> None:
@@ -180,10 +191,10 @@ class Preparation:
         )
         self.meter.lap("cache")
 
-    def _without_cache(self, prepared: Prepared, error: DiskFullError) -> Prepared:
+    def _without_cache(self, decisions: Decisions, error: DiskFullError) -> Prepared:
         self.report(Note(f"training goes on without the cache: {error}"))
         scheduler_class = registry.load("pbc.schedulers", self.options.scheduler)
-        return self._schedule(scheduler_class, prepared.decisions, None)
+        return self._schedule(scheduler_class, replace(decisions, room=False), None)
 
     # ---- what is known ---------------------------------------------------------------------
 
@@ -212,7 +223,7 @@ class Preparation:
         keeps = options.cache != "off" and has_prefix(self.bundle)
         return Bench(
             executable=self.executable,
-            images=lambda count: views.images(np.arange(count)),
+            images=lambda count: views.images(views.rows(0, np.arange(count))),
             labels=self.samples.labels,
             ladder=self.ladder,
             levels=levels,
@@ -308,13 +319,18 @@ class Preparation:
         return np.asarray(cached.all(axis=0))
 
     def _audit(self, prepared: Prepared) -> Prepared:
-        """Audit the levels in use, and let others serve where one was refused."""
+        """Audit the levels in use that were not yet, and let others serve where one was refused.
+
+        A scheduler that asks for no costs moves samples by rules of its own: nothing is audited.
+        """
+        if prepared.decisions.costs is None or not has_prefix(self.bundle):
+            return prepared
         scheduler_class = registry.load("pbc.schedulers", self.options.scheduler)
         while levels := self._to_audit(prepared):
             try:
                 findings = tuple(self._audit_level(prepared, level) for level in levels)
             except DiskFullError as error:
-                prepared = self._without_cache(prepared, error)
+                prepared = self._without_cache(prepared.decisions, error)
                 continue
             decisions = prepared.decisions
             decisions = replace(decisions, findings=(*decisions.findings, *findings))
@@ -365,7 +381,8 @@ class Preparation:
 
     # ---- the cache -------------------------------------------------------------------------
 
-    def _open_cache(self) -> FeatureCache | None:
+    def _open_cache(self, decisions: Decisions) -> FeatureCache | None:
+        """Return the cache if there is to be one; raises DiskFullError."""
         options = self.options
         if options.cache == "off":
             return None
@@ -377,11 +394,10 @@ class Preparation:
                 )
             )
             return None
-        try:
-            cache = open_cache(self.bundle, options, len(self._views()), self.output.cache)
-        except DiskFullError as error:
-            self.report(Note(f"training goes on without the cache: {error}"))
+        if not decisions.room:
+            self.report(Note("the cache stays off: the disk had no room when this run began"))
             return None
+        cache = open_cache(self.bundle, options, len(self._views()), self.output.cache)
         if cache is None:
             self.report(Note(f"the cache is off: no sample fits in {options.cache_mb} MiB"))
         return cache

@@ -109,13 +109,18 @@ class StreamTraining:
                 executable.start(theta, options.optimizer, learning_rate)
                 classes = block.classes
             else:
+                state = run.scheduler.state()
                 run = preparation(preparation.routed_anew(run.decisions))
+                run.scheduler.carry(state)
             self._learn(run, executable, block, meter, seen)
             self.report(Progress("streaming", seen.samples, seen.samples))
             if self.interrupt.requested:
                 break
         if run is None:
             raise PbcError("the stream is empty; it must yield at least one (image, label)")
+        trained = executable.parameters()
+        if not all(np.isfinite(value).all() for value in trained.values()):
+            raise PbcError(_diverged("a parameter is not finite", seen))
         result = self._result(seen, meter)
         metrics.append(result.to_json())
         resolved = {"batch": batch, "learning_rate": learning_rate}
@@ -123,7 +128,7 @@ class StreamTraining:
         write_model(
             self.output,
             self.bundle,
-            executable.parameters(),
+            trained,
             {
                 "classes": list(classes),
                 "samples": seen.samples,
@@ -174,10 +179,7 @@ class StreamTraining:
             losses, _ = executable.forward(batch.level, features, block.labels[batch.samples])
             meter.lap("forward")
             if not math.isfinite(float(losses.mean())):
-                raise PbcError(
-                    f"the loss is {losses.mean()} after {seen.samples} samples of the stream: "
-                    "lower the learning rate"
-                )
+                raise PbcError(_diverged(f"the loss is {losses.mean()}", seen))
             if run.scheduler.observe(batch, losses):
                 executable.update()
             else:
@@ -201,6 +203,10 @@ class StreamTraining:
             stage_seconds=dict(meter.seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+
+def _diverged(what: str, seen: _Seen) -> str:
+    return f"{what} after {seen.samples} samples of the stream: lower the learning rate"
 
 
 def _image(image: np.ndarray, spec: InputSpec, name: str) -> np.ndarray:

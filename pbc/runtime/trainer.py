@@ -130,6 +130,7 @@ class Trainer:
         self._metrics.rewind(self.epoch)
         if not self.finished:
             self._run = preparation.fill(self._run)
+            self._epochs = self._run.scheduler.epochs
         if checkpoint is not None:
             self._run.scheduler.load_state(checkpoint.part("scheduler"))
         else:
@@ -143,6 +144,7 @@ class Trainer:
         begun = meter.total_seconds()
         batches = scheduler.plan(self.epoch)
         planned = sum(len(batch.samples) for batch in batches)
+        meter.lap("bookkeeping")
         fetched = run.fetch(batches, self.step, self.epoch)
         for batch, features in zip(batches[self.step :], fetched, strict=True):
             meter.lap("bookkeeping")
@@ -167,6 +169,8 @@ class Trainer:
                 raise KeyboardInterrupt
             if monotonic() - self._saved_at > self.options.checkpoint_seconds:
                 self.save_checkpoint()
+            # Before the next features are fetched, whose laps are not to be charged with this.
+            meter.lap("bookkeeping")
         scheduler.finish_epoch()
         meter.lap("bookkeeping")
         return self._end_epoch(len(batches), meter.total_seconds() - begun)
@@ -329,8 +333,26 @@ class Trainer:
         wait = min(_SHORT_EPOCH_SECONDS, self.options.checkpoint_seconds)
         if self.finished or monotonic() - self._saved_at >= wait:
             self.save_checkpoint()
+        if self.finished:
+            report = self._with_last_checkpoint(report)
         self._report(report)
         return report
+
+    def _with_last_checkpoint(self, report: EpochReport) -> EpochReport:
+        """Add what the last checkpoint took, as no epoch follows that could count it.
+
+        The line in the metrics is without it: that was written first.
+        """
+        stages = {
+            name: taken + self._meter.seconds[name] for name, taken in report.stage_seconds.items()
+        }
+        seconds = sum(stages.values())
+        return dataclasses.replace(
+            report,
+            seconds=seconds,
+            stage_seconds=stages,
+            samples_per_second=report.samples_per_second * report.seconds / seconds,
+        )
 
     def _is_late(self, epoch_seconds: float) -> bool:
         """Say whether another epoch would overrun the time budget, and tell the user so."""

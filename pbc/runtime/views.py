@@ -68,6 +68,12 @@ class Views:
         rows: np.ndarray = (epoch + samples) % self.count * len(self.samples) + samples
         return rows
 
+    def shown(self, epochs: int) -> np.ndarray:
+        """Return int64[m], ascending: the rows that so many epochs show; all from `count` on."""
+        everybody = np.arange(len(self.samples))
+        views = range(min(epochs, self.count))
+        return np.unique(np.concatenate([self.rows(epoch, everybody) for epoch in views]))
+
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Return f32[b, 3, H, W] of int64[b] rows, normalised."""
         if self.count == 1:

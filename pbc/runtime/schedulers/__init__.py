@@ -45,8 +45,8 @@ class Setting:
         epoch: a move would compute them again. None: of none.
     views: how many views of each sample there are.
     costs: measured on this device, for cost-aware schedulers only.
-    time_budget_ms: the time that the run has left. fallbacks: what else it may use to keep it,
-        the most faithful first.
+    time_budget_ms: the time that the whole run may take; what was spent before the first epoch is
+        not taken off. fallbacks: what else it may use to keep it, the most faithful first.
     """
 
     levels: np.ndarray
@@ -109,3 +109,6 @@ class Scheduler(Protocol):
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from what `state` returned."""
+
+    def carry(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up what the state of a stream's block before knows beyond that block's samples."""

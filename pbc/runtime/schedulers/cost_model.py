@@ -42,6 +42,7 @@ class CostModel:
         self.rest = choice.rest
         self._setting = setting
         self._allowed = choice.allowed
+        self._sample_ms = choice.sample_ms
         count = len(self.levels)
         # What was known when the epoch began, and what it has told so far.
         self._losses = np.full(count, np.nan)
@@ -82,6 +83,9 @@ class CostModel:
         self._told[:] = state["told"]
         self._rested[:] = state["rested"]
 
+    def carry(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up nothing: losses are of samples that do not come again."""
+
     def _who_rests(self, epoch: int, random: np.random.Generator) -> np.ndarray:
         full = epoch == 0 or epoch >= self.epochs - full_epochs(self.epochs)
         if self.rest == NEVER or full:
@@ -98,9 +102,7 @@ class CostModel:
         What remains of a level joins the next dearer one at which it may run; at the latest, that
         is level 0.
         """
-        costs, batch = self._setting.costs, self._setting.batch
-        assert costs is not None
-        per_level = costs.compute_ms() + costs.body_ms()
+        batch, per_level = self._setting.batch, self._sample_ms.sum(axis=0)
         dearer = sorted(range(1, len(per_level)), key=lambda level: per_level[level])
         full: list[Batch] = []
         left = np.empty(0, dtype=np.int64)
@@ -119,15 +121,16 @@ class CostModel:
 
     def _level_for(self, samples: np.ndarray) -> int:
         """Return the cheapest level at which all of them may run."""
-        costs = self._setting.costs
-        assert costs is not None
         together = self._allowed[samples].all(axis=0, keepdims=True)
-        return int(cheapest(together, costs)[0])
+        return int(cheapest(together, self._sample_ms[samples].sum(axis=0, keepdims=True))[0])
 
 
 @dataclass(frozen=True)
 class _Choice:
+    """sample_ms: f64[n, levels], what the levels were chosen by."""
+
     allowed: np.ndarray
+    sample_ms: np.ndarray
     levels: np.ndarray
     rest: Rest
     epochs: int
@@ -143,8 +146,12 @@ def _choose(setting: Setting) -> _Choice:
     def run_ms(choice: _Choice) -> float:
         return load.run_ms(choice.levels, choice.epochs, choice.rest)
 
-    choice = _Choice(setting.allowed, cheapest(setting.allowed, costs), NEVER, setting.epochs)
-    resting = replace(choice, rest=USUAL_REST)
+    def choose(allowed: np.ndarray, rest: Rest) -> _Choice:
+        sample_ms = load.sample_ms(setting.epochs, rest)
+        return _Choice(allowed, sample_ms, cheapest(allowed, sample_ms), rest, setting.epochs)
+
+    choice = choose(setting.allowed, NEVER)
+    resting = choose(setting.allowed, USUAL_REST)
     if setting.rests and run_ms(resting) <= (1 - _LEAST_SAVED) * run_ms(choice):
         choice = resting
     budget = setting.time_budget_ms
@@ -152,13 +159,12 @@ def _choose(setting: Setting) -> _Choice:
         return choice
     notes: list[str] = []
     if setting.rests:
-        choice = replace(choice, rest=HARD_REST)
+        choice = choose(setting.allowed, HARD_REST)
     lowered = None
     for fallback in setting.fallbacks:
         if run_ms(choice) <= budget:
             break
-        levels = cheapest(fallback.allowed, costs)
-        cheaper = replace(choice, allowed=fallback.allowed, levels=levels)
+        cheaper = choose(fallback.allowed, choice.rest)
         if run_ms(cheaper) < run_ms(choice):
             choice, lowered = cheaper, fallback
     if lowered is not None:

@@ -73,6 +73,9 @@ class PieBridge:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.levels[:] = state["levels"]
         self._moving[:] = state["moving"]
+        self.carry(state)
+
+    def carry(self, state: Mapping[str, np.ndarray]) -> None:
         self._ema = float(state["ema"][0])
 
 
