@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from pbc import cli
 from pbc.bench.bench import Options, bench
 from pbc.bench.cells import Work
+from pbc.bench.evaluator import Evaluator
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
 
@@ -100,7 +101,10 @@ def test_the_tables_say_what_is_extrapolated(match: Path) -> None:
     assert "full (1 of 2 epochs, time extrapolated)" in printed
     assert "its time is extrapolated" in printed
     assert "peak memory of the process" in printed
-    assert "no energy meter on this machine" in printed or "energy: " in printed
+    content = loaded(match)
+    assert f"energy: {content['energy_meter']}" in printed
+    metered = content["energy_meter"] != "no energy meter on this machine"
+    assert all((cell["energy_joules"] is not None) == metered for cell in content["cells"])
     assert "99 % of full" in printed
     rows = list(csv.reader((match / "r.csv").read_text().splitlines()))
     assert rows[0] == ["", "Ours", "PET", "FTAll"]
@@ -136,8 +140,10 @@ def test_the_report_is_one_file(match: Path) -> None:
 # ---- interruptions ---------------------------------------------------------------------------
 
 
-def options(**more: Any) -> Options:
-    train = TrainOptions(epochs=3, learning_rate=0.1, skip=False, checkpoint_seconds=1e9)
+def options(assets: Path, **more: Any) -> Options:
+    """Decide by given costs: two benches that measure would not route alike."""
+    costs = tiny.costs(assets / "costs.json", levels=2)
+    train = TrainOptions(epochs=3, learning_rate=0.1, checkpoint_seconds=1e9, costs=costs)
     return Options(train=train, seeds=2, torch_compile=False, **more)
 
 
@@ -148,7 +154,7 @@ def learnt(results: Any) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(assets: Path, bundle: Path) -> Any:
-    return bench(bundle, assets / "photos", options(), assets / "undisturbed", lambda _: None)
+    return bench(bundle, assets / "photos", options(assets), assets / "undisturbed", lambda _: None)
 
 
 @pytest.mark.parametrize("cells", [1, 8, 17, 26])
@@ -157,26 +163,48 @@ def test_a_resumed_bench_ends_like_an_undisturbed_one(
 ) -> None:
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        bench(bundle, assets / "photos", options(), work, bench_net.stop_after(cells))
+        bench(bundle, assets / "photos", options(assets), work, bench_net.stop_after(cells))
     lines: list[str] = []
-    resumed = bench(bundle, assets / "photos", options(resume=True), work, lines.append)
+    resumed = bench(bundle, assets / "photos", options(assets, resume=True), work, lines.append)
     assert learnt(resumed) == learnt(undisturbed)
-    assert sum(line.startswith("seed ") for line in lines) == 36 - cells
+    assert sum(line.startswith("seed ") for line in lines) == 42 - cells
 
 
 def test_a_resumed_bench_counts_no_preparation_twice(
     assets: Path, bundle: Path, tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    one = options(rivals=("pbc", "pet-cache"))
+    one = options(assets, rivals=("pbc", "pet-cache"))
     with pytest.raises(KeyboardInterrupt):
         bench(bundle, assets / "photos", one, work, bench_net.stop_after(2))
-    again = options(rivals=("pbc", "pet-cache"), resume=True)
+    again = options(assets, rivals=("pbc", "pet-cache"), resume=True)
     resumed = bench(bundle, assets / "photos", again, work, lambda _: None)
     second = [cell for cell in resumed.cells if cell.epoch == 2 and cell.seed == 0]
     assert len(second) == 2
     for cell in second:
         assert cell.stage_seconds["prefix"] < 1e-4
+
+
+def test_the_evaluation_is_in_nobodys_time(
+    assets: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracy = Evaluator.accuracy
+
+    def slow(self: Evaluator, parameters: Any) -> float:
+        time.sleep(0.5)
+        return accuracy(self, parameters)
+
+    monkeypatch.setattr(Evaluator, "accuracy", slow)
+    results = bench(
+        bundle,
+        assets / "photos",
+        options(assets, rivals=("pbc", "pet")),
+        tmp_path / "w",
+        lambda _: None,
+    )
+    later = [cell for cell in results.cells if cell.epoch > 1]
+    assert len(later) == 8
+    assert all(cell.seconds < 0.4 for cell in later)
 
 
 def test_a_killed_bench_goes_on(assets: Path, bundle: Path, tmp_path: Path) -> None:
@@ -280,6 +308,7 @@ def test_bad_options_are_one_line(
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_rival_that_cannot_play_is_left_out(
@@ -335,6 +364,36 @@ class Lazy:
     def facts(self):
         return {"notes": ["slept well"]}
 '''
+
+
+def test_a_rival_without_its_package_is_left_out(
+    assets: Path, bundle: Path, tmp_path: Path, install_plugin: Callable[..., None]
+) -> None:
+    source = "import a_package_that_nobody_has\n" + RIVAL
+    install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
+    result = pbc(
+        "bench", bundle, assets / "photos", "--rivals", "lazy,pet", "--epochs", "1",
+        "--seeds", "1", "--work", tmp_path / "w", *QUIET,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = "lazy is left out: it needs a_package_that_nobody_has, which is not installed"
+    assert said in result.stderr.splitlines()
+
+
+def test_a_diverged_rival_is_left_out(
+    assets: Path, bundle: Path, tmp_path: Path, install_plugin: Callable[..., None]
+) -> None:
+    source = RIVAL.replace("samples),), 1.0)", 'samples),), float("nan"))')
+    install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
+    result = pbc(
+        "bench", bundle, assets / "photos", "--rivals", "lazy,pet", "--epochs", "1",
+        "--seeds", "1", "--json", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = "lazy is left out: the loss of seed 0, epoch 1 is nan; --lr-of lazy=X"
+    assert said in result.stderr
+    assert "NaN" not in (tmp_path / "r.json").read_text()
+    assert list(loaded(tmp_path)["rivals"]) == ["pet"]
 
 
 def test_anybody_may_bring_a_rival(

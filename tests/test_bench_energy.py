@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -26,12 +27,14 @@ def rapl(root: Path, name: str, label: str, energy_uj: int) -> Path:
 def test_rapl_adds_packages_and_memory_but_no_part_twice(tmp_path: Path) -> None:
     package = rapl(tmp_path, "intel-rapl:0", "package-0", 1_000_000)
     cores = rapl(tmp_path, "intel-rapl:0:0", "core", 500_000)
+    rapl(tmp_path, "intel-rapl-mmio:0", "package-0", 7_000_000)
     memory = rapl(tmp_path, "intel-rapl:0:1", "dram", 0)
     meter = find_meter(tmp_path)
     assert meter.name == "RAPL"
     assert meter.joules() == 0
     write(package, 3_000_000)
     write(cores, 9_000_000)
+    write(tmp_path / "class/powercap/intel-rapl-mmio:0/energy_uj", 9_000_000)
     write(memory, 250_000)
     assert meter.joules() == pytest.approx(2.25)
 
@@ -106,6 +109,16 @@ def test_where_there_is_no_meter_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    meter = find_meter(tmp_path)
+    meter = find_meter(tmp_path, uses_gpu=True)
     assert isinstance(meter, NoMeter)
     assert meter.name == "no energy meter on this machine"
+
+
+def test_a_gpu_counts_only_where_the_training_runs_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = write(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 50.0")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    assert isinstance(find_meter(tmp_path), NoMeter)
+    assert find_meter(tmp_path, uses_gpu=True).name == "NVML (GPUs only)"

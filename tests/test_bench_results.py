@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pbc.bench import report, tables
-from pbc.bench.bench import Results
+from pbc.bench.bench import Results, precision_notes
 from pbc.bench.cells import Cell, Progress, Work
-from pbc.bench.results import Spread, Standing, seconds_until, standings_of, total_seconds
+from pbc.bench.results import (
+    Spread,
+    Standing,
+    seconds_until,
+    standings_of,
+    total_joules,
+    total_seconds,
+)
 from pbc.bench.sweep import Point, Study
+from pbc.errors import PbcError
+from pbc.ladder import Ladder, Level
 
 Epoch = tuple[float, float]
 
@@ -107,6 +117,18 @@ def test_what_the_first_epoch_prepares_is_not_extrapolated() -> None:
     assert total_seconds(run("pet", 0, [(2.0, 0.5)] * 3), 3) == 6.0
 
 
+def test_joules_are_extrapolated_as_seconds_are() -> None:
+    metered = [
+        replace(cell, energy_joules=joules)
+        for cell, joules in zip(run("full", 0, [(1.0, 0.5)] * 3), (9.0, 2.0, 4.0), strict=True)
+    ]
+    assert total_joules(metered, 5) == 9 + 2 + 4 + 2 * 3
+    assert total_joules(metered, 3) == 15
+    assert total_joules(run("full", 0, [(1.0, 0.5)]), 5) is None
+    (standing,) = standings_of(5, {"full": [metered]}, {})
+    assert standing.joules == Spread.of([21.0])
+
+
 def test_the_first_epoch_that_reaches_an_accuracy_counts() -> None:
     cells = run("pet", 0, [(1.0, 0.5), (2.0, 0.7), (4.0, 0.6), (8.0, 0.8)])
     assert seconds_until(cells, 0.5) == 1.0
@@ -182,3 +204,60 @@ def test_cells_and_state_come_back(tmp_path: Path) -> None:
     assert found.state is not None
     assert found.state["theta/w"].tolist() == [0.0, 1.0, 2.0]
     assert work.load("pet", 1) == Progress()
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"options": {"a": 1, "b": 2}}, {"options": {"a": 1}}, "options: .*b 2, not None"),
+        ({"options": {"a": 1}}, {"options": {"a": 1, "b": 2}}, "options: .*b None, not 2"),
+        ({"a": {"x": 1}, "b": 1}, {"a": {"x": 1}}, "b 1, not None"),
+        ({"a": 1}, {"b": 1}, "b None, not 1"),
+    ],
+)
+def test_an_option_more_or_less_is_another_bench(
+    tmp_path: Path, then: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    Work(tmp_path).begin(then, resume=False, overwrite=False)
+    with pytest.raises(PbcError, match=said):
+        Work(tmp_path).begin(now, resume=True, overwrite=False)
+    assert Work(tmp_path).begin(then, resume=True, overwrite=False)
+
+
+def test_a_kill_while_overwriting_mixes_no_benches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(tmp_path)
+    work.begin({"bundle": "a"}, resume=False, overwrite=False)
+    work.save(Progress(tuple(run("pet", 0, [(1.0, 0.5)])), {}, {}))
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pbc.bench.cells.replace_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work.begin({"bundle": "b"}, resume=False, overwrite=True)
+    with pytest.raises(PbcError, match="another bundle"):
+        work.begin({"bundle": "b"}, resume=True, overwrite=False)
+    assert work.begin({"bundle": "a"}, resume=True, overwrite=False)
+    assert work.load("pet", 0) == Progress()
+
+
+def test_states_of_nobody_knows_what_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
+    with pytest.raises(PbcError, match=r"holds states/ without the bench\.json"):
+        Work(tmp_path).begin({"bundle": "a"}, resume=False, overwrite=True)
+
+
+def test_levels_in_bfloat16_are_told() -> None:
+    ladder = Ladder(
+        (
+            Level(0, 1.0, None, 1.0, 1.0, "original"),
+            Level(1, 0.5, None, 0.5, 0.9, "aligned", precision="bfloat16"),
+        )
+    )
+    assert precision_notes(ladder, list(ranked().values())) == [
+        "pbc: level 1 computed in bfloat16; pet-bf16 is what that precision alone gives"
+    ]
+    assert precision_notes(Ladder(ladder.levels[:1]), list(ranked().values())) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import bench_net
@@ -12,8 +14,8 @@ import tiny
 from click.testing import CliRunner, Result
 
 from pbc import cli
-from pbc.bench.photos import first_of_each, split, train_and_test
-from pbc.bench.sweep import ShuffledPolicy
+from pbc.bench.photos import first_of_each, in_memory, split, train_and_test
+from pbc.bench.sweep import ShuffledPolicy, _with_means, notes
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
 from pbc.runtime.runtime import Runtime
@@ -52,11 +54,54 @@ def test_all_studies_in_one_run(assets: Path, tmp_path: Path) -> None:
         assert {(point["value"], point["rival"]) for point in study["points"]} == {
             (value, rival) for value in study["values"] for rival in ("pet", "pbc-nocache", "pbc")
         }
+    visits = {
+        folder.name.rpartition("-")[0]: [
+            json.loads(line)["levels"] for line in (folder / "cells.jsonl").read_text().splitlines()
+        ]
+        for folder in (tmp_path / "w" / "states" / "sweep").iterdir()
+    }
+    assert len(visits) == 9
+    assert all(sum(levels[1:]) == 0 for levels in visits["levels-0"])
+    for count in (1, 2, 4, 8):
+        assert max(sum(levels) for levels in visits[f"shots-{count}"]) == 3 * count
     assert "Photos per class" in result.stdout
     assert "Sweep: Photos per class" in (tmp_path / "r.html").read_text()
     again = pbc(assets, tmp_path, "--sweep", "levels,policy-data,shots", "--resume")
     assert again.exit_code == 0, again.output
     assert "seed 0" not in again.stderr  # every cell was there
+
+
+def test_a_sweep_may_be_added_on_resume(assets: Path, tmp_path: Path) -> None:
+    assert pbc(assets, tmp_path).exit_code == 0
+    more = pbc(assets, tmp_path, "--sweep", "shots", "--resume")
+    assert more.exit_code == 0, more.output
+    assert "shots" in json.loads((tmp_path / "r.json").read_text())["sweeps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--bundle", "other=x.pbc"], "--bundle is for --sweep policy-data"),
+        (["--sweep", "policy-data", "--bundle", "shipped=x.pbc"], "--bundle names 'shipped'"),
+        (["--sweep", "policy-data", "--bundle", "flat={flat}"], "is not of the same model"),
+    ],
+)
+def test_what_a_sweep_needs_is_checked_first(
+    assets: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    norm = bench_net.compiled(tmp_path / "norm", "norm").path
+    result = pbc(assets, tmp_path, *(word.format(flat=norm) for word in words))
+    assert result.exit_code != 0
+    assert message in result.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_policy_that_is_means_is_told(assets: Path) -> None:
+    runtime = Runtime.open(assets / "net" / "linear-probe-1.pbc")
+    means = replace(runtime, bundle=_with_means(runtime.bundle))
+    (note,) = notes(("policy-data",), means, {})
+    assert note.startswith("sweep policy-data compares nothing")
+    assert notes(("shots",), means, {}) == []
 
 
 def test_bundles_can_be_compared(assets: Path, tmp_path: Path) -> None:
@@ -100,6 +145,13 @@ def test_a_split_keeps_every_class_on_both_sides(samples: Samples) -> None:
     assert split(samples, 1 / 3, seed=1)[1].names != apart.names
 
 
+def test_what_does_not_stay_decoded_is_known(tmp_path: Path, samples: Samples) -> None:
+    assert in_memory(samples)
+    most = ImageFolder.open(tmp_path / "p", tiny.SPEC, ram_bytes=26 * samples.decode(0).nbytes)
+    assert not in_memory(most)
+    assert in_memory(split(most, 1 / 3, seed=0)[0])
+
+
 def test_a_subset_is_those_samples(samples: Samples) -> None:
     few = first_of_each(samples, 2, seed=0)
     assert np.bincount(few.labels).tolist() == [2, 2, 2]
@@ -122,6 +174,12 @@ def test_where_the_test_photos_come_from(tmp_path: Path) -> None:
     assert counts("pair") == (9, 6)
     assert counts("alone") == (12, 6)
     assert counts("alone", "pair/test") == (18, 6)
+    tiny.photos(tmp_path / "pair" / "val", 1)
+    assert counts("pair") == (9, 6)
+    for name in ("train", "test"):  # two classes with unlucky names
+        some_class = min((tmp_path / "alone").iterdir())
+        shutil.copytree(some_class, tmp_path / "classes" / name)
+    assert counts("classes") == (8, 4)
     with pytest.raises(PbcError, match="holds train/ and test/ already"):
         counts("pair", "alone")
     with pytest.raises(PbcError, match="no data at"):

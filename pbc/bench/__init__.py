@@ -76,7 +76,9 @@ class Rival(Protocol):
     def prepare(self, state: Arrays | None) -> None:
         """Get ready for the first epoch, or go on after the epoch that `state` was taken at.
 
-        What is done a second time after an interruption does not count in any epoch's times.
+        The joules of the first belong to training; loading, compiling and choosing code does not,
+        and is for the constructor. What is done a second time after an interruption does not count
+        in any epoch's times.
         """
 
     def run_epoch(self) -> EpochTimes:

@@ -13,21 +13,23 @@ from typing import Any
 import numpy as np
 
 import pbc
+from pbc import registry
 from pbc.bench import photos, sweep, tuning
 from pbc.bench.cells import Cell, Work
 from pbc.bench.energy import find_meter
-from pbc.bench.match import Plan, play
+from pbc.bench.match import GROUP, Plan, play
 from pbc.bench.results import REFERENCE, Standing, standings
-from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
+from pbc.ladder import BFLOAT16, Ladder
+from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output import Output
 from pbc.runtime.parameters import labelled_as, labelled_for
 from pbc.runtime.runtime import Runtime
 
-RIVALS = ("full", "pet", "pet-cache", "piebridge", "pbc-nocache", "pbc")
+RIVALS = ("full", "pet", "pet-bf16", "pet-cache", "piebridge", "pbc-nocache", "pbc")
 FORMAT = 1
 _QUICK_EPOCHS = 5
 _QUICK_TRAIN, _QUICK_TEST = 240, 120
@@ -119,7 +121,11 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
     KeyboardInterrupt as it comes: what was finished is kept.
     """
     runtime = Runtime.open(bundle)
-    sweep.check(options.sweeps, runtime)
+    for name in options.rivals:
+        registry.find(GROUP, name)
+    sweep.check(options.sweeps, runtime, options.policy_bundles)
+    # It is the whole process's: whoever is timed, is timed with it.
+    keep_freed_memory()
     train, test, origin = photos.train_and_test(data, options.test, runtime.spec, lambda *_: None)
     train = labelled_for(runtime.bundle, train)
     test = labelled_as(train.classes, test)
@@ -128,6 +134,9 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
     if options.quick:
         train = _few(train, _QUICK_TRAIN, batch)
         test = _few(test, _QUICK_TEST, 1)
+    on_disk = [
+        name for name, part in (("training", train), ("test", test)) if not photos.in_memory(part)
+    ]
     if options.train.threads is not None:
         runtime.engine.load(runtime.bundle, threads=options.train.threads)  # for everybody
     work = Work(folder)
@@ -145,7 +154,8 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
             options.weights,
             options.torch_compile,
         )
-        meter = find_meter()
+        # An engine that runs on a GPU says so; none that pbc brings does.
+        meter = find_meter(uses_gpu=getattr(runtime.engine, "uses_gpu", False))
         outcome = play(plan, runtime, train, test, work, meter, tell)
         studies = [
             sweep.study(name, plan, runtime, train, test, work, options.policy_bundles, tell)
@@ -175,7 +185,16 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
         },
         "machine": _about_machine(options.train.threads),
     }
-    notes = [*_notes(runtime, ranked, options), *_left_out(outcome.left_out)]
+    notes = [
+        *_notes(runtime, ranked, options),
+        *(
+            f"not all {name} photos stay decoded in 4 GiB of memory: every rival decodes the "
+            "others whenever it reads them"
+            for name in on_disk
+        ),
+        *sweep.notes(options.sweeps, runtime, options.policy_bundles),
+        *_left_out(outcome.left_out),
+    ]
     return Results(
         about,
         runtime.bundle.manifest["levels"],
@@ -228,7 +247,7 @@ def _rate(
 def _identity(
     runtime: Runtime, train: Samples, test: Samples, options: Options, batch: int
 ) -> dict[str, Any]:
-    """Return all that decides the results of a bench; more seeds may be added to one."""
+    """Return all that decides the results of a match; more seeds and sweeps may be added to one."""
     return {
         "bundle": runtime.bundle.digest,
         "train": train.digest(),
@@ -239,10 +258,6 @@ def _identity(
         "epochs_of": dict(options.epochs_of),
         "lr_of": dict(options.rate_of),
         "torch_compile": options.torch_compile,
-        "sweeps": list(options.sweeps),
-        "policy_bundles": {
-            name: Bundle.open(path).digest for name, path in options.policy_bundles.items()
-        },
         "options": {**options.train.deciding(), "batch": batch},
     }
 
@@ -299,8 +314,7 @@ def _notes(runtime: Runtime, ranked: Sequence[Standing], options: Options) -> li
         for standing in ranked
         if standing.extrapolated
     ]
-    policy = manifest.get("policy")
-    if policy is not None and policy.get("report", {}).get("shipped") == "means":
+    if sweep.ships_means(runtime.bundle):
         notes.append(
             "the bundle's policy does not beat each level's mean fidelity on held-out images: "
             "the means are shipped, and every photo gets the same level"
@@ -319,11 +333,33 @@ def _notes(runtime: Runtime, ranked: Sequence[Standing], options: Options) -> li
                 "the ladder does not pay here: routed training without a cache is "
                 f"{routed.faster[REFERENCE].mean:.2f}x as fast as PET at level 0"
             )
+    ladder = Ladder.from_json(manifest["levels"], manifest.get("cost_model", "macs"))
+    notes += precision_notes(ladder, ranked)
     told: dict[str, list[str]] = {}
     for standing in ranked:
         for text in standing.facts.get("notes", []):
             told.setdefault(text, []).append(standing.rival)
     return notes + [f"{', '.join(names)}: {text}" for text, names in told.items()]
+
+
+def precision_notes(ladder: Ladder, ranked: Sequence[Standing]) -> list[str]:
+    """Say who computed at levels in bfloat16: a part of that gain is precision's alone."""
+    used: dict[tuple[int, ...], list[str]] = {}
+    for standing in ranked:
+        visits = np.sum(np.array(standing.levels), axis=0)
+        levels = tuple(
+            level
+            for level in np.flatnonzero(visits).tolist()
+            if len(visits) > 1 and ladder.precision(level) == BFLOAT16
+        )
+        if levels:
+            used.setdefault(levels, []).append(standing.rival)
+    return [
+        f"{', '.join(names)}: level{'s' if len(levels) > 1 else ''} "
+        f"{', '.join(map(str, levels))} computed in bfloat16; "
+        "pet-bf16 is what that precision alone gives"
+        for levels, names in used.items()
+    ]
 
 
 def _left_out(reasons: Mapping[str, str]) -> list[str]:

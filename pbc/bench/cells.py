@@ -84,13 +84,29 @@ class Work:
                 "--overwrite starts again, --work names another folder"
             )
         if path.exists():
-            path.unlink()  # first: a folder is never half of one bench and half of another
-            shutil.rmtree(self.root / "states", ignore_errors=True)
-            shutil.rmtree(self.root / "runs", ignore_errors=True)
-            self._log.unlink(missing_ok=True)
+            self._discard()
+        elif (self.root / "states").exists():
+            raise PbcError(
+                f"{self.root} holds states/ without the bench.json that says of what: "
+                "remove it, or name another folder with --work"
+            )
         content = {"format": FORMAT, "identity": wanted}
         replace_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
         return False
+
+    def _discard(self) -> None:
+        """Drop all states in one step, before the identity changes.
+
+        Killed in between, the folder holds the old bench from its start, never one's states under
+        the other's identity.
+        """
+        states, discarded = self.root / "states", self.root / "discarded"
+        shutil.rmtree(discarded, ignore_errors=True)
+        if states.exists():
+            states.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+        shutil.rmtree(self.root / "runs", ignore_errors=True)
+        self._log.unlink(missing_ok=True)
 
     def scratch(self, rival: str, seed: int) -> Path:
         """Return the folder in which one rival may write."""
@@ -152,14 +168,14 @@ def _read_json(path: Path) -> Any:
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Say in what two benches differ first; digests are not worth showing."""
-    for name, value in now.items():
-        before = then.get(name)
+    for name in {**now, **then}:
+        before, value = then.get(name), now.get(name)
         if before == value:
             continue
         if name in ("bundle", "train", "test"):
             what = {"bundle": "bundle", "train": "training data", "test": "test data"}[name]
             return f"it was started with another {what}"
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            return _difference(before, value)
+            return f"{name}: {_difference(before, value)}"
         return f"it was started with {name} {before}, not {value}"
     return None

@@ -62,9 +62,12 @@ class Rapl:
 
     @classmethod
     def find(cls, root: Path) -> Rapl | None:
-        """Look under /sys/class/powercap; None where it is missing or not readable."""
+        """Look under /sys/class/powercap; None where it is missing or not readable.
+
+        `intel-rapl-mmio:*` are the same packages, read another way.
+        """
         counters = []
-        for folder in sorted((root / "class/powercap").glob("intel-rapl*")):
+        for folder in sorted((root / "class/powercap").glob("intel-rapl:*")):
             try:
                 name = (folder / "name").read_text().strip()
                 # A package holds its cores and graphics; only the memory is not in it.
@@ -175,14 +178,19 @@ def nvidia_watts() -> float:
     return parse_nvidia_smi(result.stdout)
 
 
-def find_meter(root: Path = Path("/sys")) -> Meter:
-    """Return the machine's meter: RAPL, a Jetson's INA3221, an NVIDIA GPU's, or none."""
+def find_meter(root: Path = Path("/sys"), *, uses_gpu: bool = False) -> Meter:
+    """Return the machine's meter: RAPL, a Jetson's INA3221, an NVIDIA GPU's, or none.
+
+    uses_gpu: whether the training runs on a GPU; a GPU that idles says nothing about it.
+    """
     rapl = Rapl.find(root)
     if rapl is not None:
         return rapl
     jetson = ina3221_watts(root)
     if jetson is not None:
         return PowerMeter("INA3221", jetson)
+    if not uses_gpu:
+        return NoMeter()
     try:
         nvidia_watts()
     except (OSError, ValueError, subprocess.SubprocessError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,12 @@ class Outcome:
 class Contestant:
     """A rival in the match of one seed, with its cells so far."""
 
-    def __init__(self, name: str, seed: int, rival: Rival, cells: Sequence[Cell]) -> None:
+    def __init__(self, name: str, seed: int, rival: Rival, progress: Progress) -> None:
         self.name = name
         self.seed = seed
-        self.cells = list(cells)
+        self.cells = list(progress.cells)
         self._rival = rival
+        self._notes: list[str] = list((progress.facts or {}).get("notes", []))
         self._preparation_joules = 0.0
 
     def prepare(self, progress: Progress, meter: Meter) -> None:
@@ -79,11 +81,19 @@ class Contestant:
             self._preparation_joules = meter.joules() - before
 
     def play(self, evaluator: Evaluator, test: Samples, meter: Meter) -> Cell:
-        """Run an epoch, then evaluate; the evaluation is outside of what is measured."""
+        """Run an epoch, then evaluate; the evaluation is outside of what is measured.
+
+        Raises PbcError where the training has diverged: there is nothing to compare then.
+        """
         before = meter.joules()
         times = self._rival.run_epoch()
         joules = meter.joules() - before + self._preparation_joules
         self._preparation_joules = 0.0
+        if not math.isfinite(times.loss):
+            raise PbcError(
+                f"the loss of seed {self.seed}, epoch {len(self.cells) + 1} is {times.loss}; "
+                f"--lr-of {self.name}=X gives it a lower learning rate"
+            )
         theta = self._rival.parameters()
         accuracy = self._rival.evaluate(test) if theta is None else evaluator.accuracy(theta)
         cell = Cell(
@@ -103,7 +113,10 @@ class Contestant:
     def progress(self, last: bool) -> Progress:
         """Return what is to be kept; after the last epoch nobody needs the state."""
         state = {} if last else self._rival.state()
-        return Progress(tuple(self.cells), state, self._rival.facts())
+        facts = self._rival.facts()
+        # Those from before an interruption first; a rival that goes on need not tell them again.
+        self._notes = list(dict.fromkeys([*self._notes, *facts.get("notes", [])]))
+        return Progress(tuple(self.cells), state, {**facts, "notes": self._notes})
 
 
 def play(
@@ -117,10 +130,9 @@ def play(
 ) -> Outcome:
     """Play all seeds, or what is left of them after an interruption.
 
-    A rival that cannot play (PbcError) is told and left out; the others go on.
+    A rival that cannot play (PbcError, a package that is missing) is told and left out; the others
+    go on.
     """
-    for name in plan.rivals:
-        registry.find(GROUP, name)
     evaluator = Evaluator(runtime, test, plan.options.threads)
     known = {
         (name, seed): work.load(name, seed) for name in plan.rivals for seed in range(plan.seeds)
@@ -141,10 +153,15 @@ def play(
             setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
             try:
                 rival: Rival = registry.load(GROUP, name)(setting)
-                contestant = Contestant(name, seed, rival, progress.cells)
+                contestant = Contestant(name, seed, rival, progress)
                 contestant.prepare(progress, meter)
             except PbcError as error:
                 leave_out(name, error)
+                continue
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.partition(".")[0] == "pbc":
+                    raise  # not a package that somebody could install
+                leave_out(name, PbcError(f"it needs {error.name}, which is not installed"))
                 continue
             contestants.append(contestant)
         for epoch in range(plan.options.epochs):

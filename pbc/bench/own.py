@@ -36,8 +36,7 @@ class Pbc:
             return
         replace_bytes(self._checkpoint, state["checkpoint"].tobytes())
         self._trainer.prepare(resume=True)
-        self._trainer.save_checkpoint()
-        self._uncounted = self._saved().facts["totals"]["seconds"]
+        self._uncounted = self._trainer.stage_seconds
 
     def run_epoch(self) -> EpochTimes:
         report = self._trainer.run_epoch()
@@ -55,10 +54,15 @@ class Pbc:
         return self._trainer.evaluate(samples).accuracy
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the run's own checkpoint; short epochs share one, so it may have to be written."""
+        """Return the run's own checkpoint; short epochs share one, so it may have to be written.
+
+        That one is the bench's alone, and its lap begins before the evaluation: neither counts.
+        """
         if self._saved().facts["epoch"] < self._trainer.epoch:
+            before = self._trainer.stage_seconds
             self._trainer.save_checkpoint()
-            self._uncounted = self._saved().facts["totals"]["seconds"]
+            after = self._trainer.stage_seconds
+            self._uncounted = {stage: after[stage] - before[stage] for stage in after}
         return {"checkpoint": np.frombuffer(self._checkpoint.read_bytes(), np.uint8)}
 
     def facts(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pbc.data import ImageFolder, InputSpec, Samples
 from pbc.errors import PbcError
 
 _SPLIT_SEED = 0
+_RAM_BYTES = 4 << 30
 
 Progress = Callable[[int, int], None]
 
@@ -61,7 +62,8 @@ def train_and_test(
 ) -> tuple[Samples, Samples, str]:
     """Read the photos: (train, test, where the test photos come from).
 
-    `train/` and `test/` inside of a folder or zip are such a pair; otherwise `test` names the test
+    `train/` and `test/` inside of a folder are such a pair if class folders are in them, whatever
+    lies beside them (`val/` is not read); otherwise `test` names the test
     photos, and without it a third of each class is set apart, with a seed.
     """
     pair = _pair(data)
@@ -69,28 +71,36 @@ def train_and_test(
         raise PbcError(f"{data} holds train/ and test/ already; leave out --test, or name one")
     if pair is not None:
         data, test = pair
-    train = ImageFolder.open(data, spec, progress=progress)
+    train = ImageFolder.open(data, spec, ram_bytes=_RAM_BYTES, progress=progress)
     if test is not None:
-        return train, ImageFolder.open(test, spec, progress=progress), "given"
+        tested = ImageFolder.open(test, spec, ram_bytes=_RAM_BYTES, progress=progress)
+        return train, tested, "given"
     rest, apart = split(train, 1 / 3, _SPLIT_SEED)
     return rest, apart, "a third of each class, set apart with seed 0"
 
 
+def in_memory(samples: Samples) -> bool:
+    """Return whether all photos stay decoded; the others are decoded whenever they are read."""
+    return len(samples._decoded) == len(samples)
+
+
 def _pair(data: Path) -> tuple[Path, Path] | None:
     train, test = data / "train", data / "test"
-    if {"train", "test"} != _folders(data):
+    if not {"train", "test"} <= _folders_of_folders(data):
         return None
     if data.is_file():
         raise PbcError(f"{data} holds train/ and test/; unpack it, or give two zip files")
     return train, test
 
 
-def _folders(data: Path) -> set[str]:
-    """Return the names of the top folders; empty if it is nothing that can be read."""
+def _folders_of_folders(data: Path) -> set[str]:
+    """Return the top folders that hold folders; empty if it is nothing that can be read.
+
+    A class that is called `train` holds photos only.
+    """
     if data.is_dir():
-        return {path.name for path in data.iterdir() if path.is_dir() and path.name[0] != "."}
+        return {path.parent.name for path in data.glob("*/[!.]*") if path.is_dir()}
     if not zipfile.is_zipfile(data):
         return set()
     with zipfile.ZipFile(data) as archive:
-        tops = {name.partition("/")[0] for name in archive.namelist() if "/" in name}
-    return {name for name in tops if not name.startswith((".", "__MACOSX"))}
+        return {name.partition("/")[0] for name in archive.namelist() if name.count("/") > 1}

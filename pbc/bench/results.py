@@ -59,12 +59,12 @@ class Reached:
 class Standing:
     """How one rival did.
 
-    seconds: of all planned epochs; if it ran fewer (`epochs` of `planned`), as `total_seconds`
-    extrapolates, and its accuracy is that of the epochs it ran. faster: ratio of seconds to each
-    baseline, seed by seed. to_reference: until the reference's final accuracy − 0.5 point.
-    budgets: until that share of full training's final accuracy. stages: share of time. levels:
-    visits per epoch and level, mean over seeds. curve: (seconds, accuracy) after each epoch, means
-    over seeds.
+    seconds, joules: of all planned epochs; if it ran fewer (`epochs` of `planned`), as
+    `total_seconds` extrapolates, and its accuracy is that of the epochs it ran. faster: ratio of
+    seconds to each baseline, seed by seed. to_reference: until the reference's final accuracy − 0.5
+    point. budgets: until that share of full training's final accuracy. stages: share of time.
+    levels: visits per epoch and level, mean over seeds. curve: (seconds, accuracy) after each
+    epoch, means over seeds.
     """
 
     rival: str
@@ -137,15 +137,20 @@ def standings_of(
 
 
 def total_seconds(run: Sequence[Cell], planned: int) -> float:
-    """Return the seconds of a whole run: those of the epochs it has, scaled to the planned ones.
+    """Return the seconds of a whole run: those of the epochs it has, scaled to the planned ones."""
+    return _whole([cell.seconds for cell in run], planned)
 
-    The first epoch's preparation happens once, so it is the other epochs' mean that is added.
-    """
-    spent = sum(cell.seconds for cell in run)
-    if len(run) >= planned:
-        return spent
-    later = run[1:] or run
-    return spent + (planned - len(run)) * statistics.fmean(cell.seconds for cell in later)
+
+def total_joules(run: Sequence[Cell], planned: int) -> float | None:
+    """Return the joules of a whole run, scaled as its seconds are; None if one was not metered."""
+    joules = [cell.energy_joules for cell in run if cell.energy_joules is not None]
+    return _whole(joules, planned) if len(joules) == len(run) else None
+
+
+def _whole(per_epoch: Sequence[float], planned: int) -> float:
+    """Sum up; what is missing costs the mean of the later epochs: the first one prepares, once."""
+    missing = max(0, planned - len(per_epoch))
+    return sum(per_epoch) + missing * statistics.fmean(per_epoch[1:] or per_epoch)
 
 
 def seconds_until(run: Sequence[Cell], accuracy: float) -> float | None:
@@ -176,8 +181,7 @@ def _standing(
         for baseline in BASELINES
         if baseline in runs
     }
-    joules = [sum(cell.energy_joules or 0.0 for cell in run) for run in mine]
-    metered = all(cell.energy_joules is not None for run in mine for cell in run)
+    joules = [spent for run in mine if (spent := total_joules(run, planned)) is not None]
     return Standing(
         rival=name,
         epochs=len(mine[0]),
@@ -190,7 +194,7 @@ def _standing(
         stages=_stages(mine),
         levels=_levels(mine),
         curve=_curve(mine),
-        joules=Spread.of(joules) if metered else None,
+        joules=Spread.of(joules) if len(joules) == len(mine) else None,
         facts=facts,
     )
 

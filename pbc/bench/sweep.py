@@ -26,6 +26,7 @@ STUDIES = {
     "shots": "Photos per class",
 }
 SHOTS = (1, 2, 4, 8, 16)
+_SHIPPED = "shipped"
 _RIVALS = (REFERENCE, "pbc-nocache", "pbc")
 
 Tell = Callable[[str], None]
@@ -78,13 +79,52 @@ class Variation:
     train: Samples
 
 
-def check(names: tuple[str, ...], runtime: Runtime) -> None:
-    """Refuse a study that does not exist, or that the bundle cannot serve."""
+def check(names: tuple[str, ...], runtime: Runtime, bundles: Mapping[str, Path]) -> None:
+    """Refuse a study that does not exist, or that the bundle or the other ones cannot serve."""
+    if bundles and "policy-data" not in names:
+        raise UsageError("--bundle is for --sweep policy-data, which is not asked for")
     for name in names:
         if name not in STUDIES:
             raise UsageError(suggest("sweep", name, STUDIES))
         if name != "shots" and len(runtime.bundle.manifest["levels"]) == 1:
             raise PbcError(f"--sweep {name} needs a bundle with proxies; this one has level 0 only")
+    if "policy-data" not in names:
+        return
+    if not bundles and runtime.bundle.manifest.get("policy") is None:
+        raise PbcError("--sweep policy-data needs a bundle with a policy, or --bundle NAME=PATH …")
+    for name, path in bundles.items():
+        if name == _SHIPPED or "/" in name:
+            raise UsageError(f"--bundle names {name!r}; expected a name other than {_SHIPPED!r}")
+        other = Runtime.open(path)
+        if other.spec != runtime.spec or (
+            other.bundle.manifest["parameters"] != runtime.bundle.manifest["parameters"]
+        ):
+            raise PbcError(f"--bundle {name}: {path} is not of the same model and strategy")
+
+
+def notes(names: tuple[str, ...], runtime: Runtime, bundles: Mapping[str, Path]) -> list[str]:
+    """Say where a study compares nothing."""
+    if "policy-data" not in names:
+        return []
+    compared = {_SHIPPED: runtime.bundle}
+    compared |= {name: Bundle.open(path) for name, path in bundles.items()}
+    means = [name for name, bundle in compared.items() if ships_means(bundle)]
+    if bundles and means:
+        return [
+            f"sweep policy-data: {', '.join(means)} predict with each level's mean, not a policy"
+        ]
+    if means:
+        return [
+            "sweep policy-data compares nothing: the bundle ships each level's mean, so that "
+            "shipped, means and shuffled route alike"
+        ]
+    return []
+
+
+def ships_means(bundle: Bundle) -> bool:
+    """Return whether the bundle's policy is each level's mean fidelity."""
+    policy = bundle.manifest.get("policy")
+    return policy is not None and policy.get("report", {}).get("shipped") == "means"
 
 
 def study(
@@ -107,7 +147,9 @@ def study(
     points: list[Point] = []
     for variation in variations:
         tell(f"sweep {name}: {variation.value}")
-        part = Work(work.root / "states" / "sweep" / f"{name}-{variation.value}")
+        # Another bundle under the same name is another study, not a refusal after the match.
+        digest = variation.runtime.bundle.digest[:12]
+        part = Work(work.root / "states" / "sweep" / f"{name}-{variation.value}-{digest}")
         part.begin({"value": variation.value}, resume=True, overwrite=False)
         outcome = play(
             variation.plan, variation.runtime, variation.train, test, part, NoMeter(), tell
@@ -156,21 +198,11 @@ def _policies(
     With bundles given, compare theirs instead: the same model compiled with other images.
     """
     if bundles:
-        found = []
-        for name, path in bundles.items():
-            other = Runtime.open(path)
-            if other.spec != runtime.spec or (
-                other.bundle.manifest["parameters"] != runtime.bundle.manifest["parameters"]
-            ):
-                raise PbcError(f"--bundle {name}: {path} is not of the same model and strategy")
-            found.append(Variation(name, plan, other, train))
-        return [Variation("shipped", plan, runtime, train), *found]
-    policy = runtime.bundle.manifest.get("policy")
-    if policy is None:
-        raise PbcError("--sweep policy-data needs a bundle with a policy, or --bundle NAME=PATH …")
+        found = [Variation(name, plan, Runtime.open(path), train) for name, path in bundles.items()]
+        return [Variation(_SHIPPED, plan, runtime, train), *found]
     shuffled = replace(runtime, engine=ShuffledPolicy(runtime.engine))
     return [
-        Variation("shipped", plan, runtime, train),
+        Variation(_SHIPPED, plan, runtime, train),
         Variation("means", plan, replace(runtime, bundle=_with_means(runtime.bundle)), train),
         Variation("shuffled", plan, shuffled, train),
     ]

@@ -98,6 +98,11 @@ class Trainer:
         cache = self._run.features.cache
         return 0 if cache is None else cache.size_bytes
 
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Return what the next epoch's report will count already, by stage."""
+        return dict(self._meter.seconds)
+
     def parameters(self) -> dict[str, np.ndarray]:
         """Return a copy of the trainable parameters as they are now, in f32."""
         return self._executable.parameters()
