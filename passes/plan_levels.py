@@ -30,8 +30,8 @@ PRECISION, RESOLUTION, WIDTH = AXES = ("precision", "resolution", "width")
 MEASURED_WIDTHS = np.linspace(1.0, 0.1, 10)
 # MACs follow from the sizes, at any width.
 COUNTED_WIDTHS = np.linspace(1.0, 0.1, 181)
-# Height and width against the original's. Below the first two, fewer channels cost less fidelity
-# than fewer pixels (docs/alignment.md); the others are for where no channel may go.
+# Height and width against the original's: these before any channel goes, the further ones where
+# no channel may. Which is better below three quarters was not measured (docs/alignment.md).
 RESOLUTIONS = (7 / 8, 3 / 4)
 FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
 RESOLUTION_ROUNDING = 16
