@@ -17,8 +17,10 @@ Points = Sequence[Sequence[float]]
 def floor_for(points: Points, most_lost: float) -> float:
     """Return the smallest fidelity whose interpolated loss is at most `most_lost` points.
 
-    points: (fidelity, points of accuracy lost), ascending in fidelity. Below the least faithful
-    point nothing is known, so no floor is lower.
+    points: (fidelity, points of accuracy lost), ascending in fidelity. The least faithful one is
+    the mean of a level, about which samples lie on both sides: where that level's loss is within
+    the bound, the floor is as far below the mean as the mean is below one, so that none of its
+    usual samples is held back. Further down nothing is known.
     """
     floor = 1.0
     for (low, low_lost), (high, high_lost) in reversed(list(pairwise(points))):
@@ -28,7 +30,7 @@ def floor_for(points: Points, most_lost: float) -> float:
             share = (most_lost - high_lost) / (low_lost - high_lost)
             return high - share * (high - low)
         floor = low
-    return floor
+    return max(0.0, 2 * floor - 1)
 
 
 def lost_at(points: Points, fidelity: float) -> float:
