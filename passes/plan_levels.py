@@ -35,7 +35,7 @@ COUNTED_WIDTHS = np.linspace(1.0, 0.1, 181)
 RESOLUTIONS = (7 / 8, 3 / 4)
 FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
 RESOLUTION_ROUNDING = 16
-# A precision that saves less is not worth a level.
+# A precision that saves less is not worth a level, nor are resolutions.
 WORTHWHILE = 0.9
 
 
@@ -165,7 +165,9 @@ class _Planner:
         resolutions: list[Size | None] = [None]
         if RESOLUTION in axes:
             shares = RESOLUTIONS if wide else (*RESOLUTIONS, *FURTHER_RESOLUTIONS)
-            resolutions += self._resolutions(shares)
+            smaller = self._resolutions(shares)
+            if smaller and self.macs(Form(resolution=smaller[-1])) <= WORTHWHILE * self.whole:
+                resolutions += smaller
         forms = [Form(1.0, resolution, precision) for resolution in resolutions]
         if wide:
             widths = MEASURED_WIDTHS if self._program.target.local else COUNTED_WIDTHS
@@ -189,7 +191,9 @@ class _Planner:
         if form.resolution not in self._pixels:
             graph = self._program.graphs[prefix(0)]
             assert form.resolution is not None
-            self._pixels[form.resolution] = macs(reduced(graph, form.resolution)) / macs(graph)
+            before, after = macs(graph), macs(reduced(graph, form.resolution))
+            # Only the prefix shrinks: what it sends has its full size again.
+            self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
         return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]
 
     def costs(self, forms: Sequence[Form]) -> np.ndarray:
