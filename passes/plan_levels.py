@@ -90,13 +90,13 @@ class PlanLevels:
             if cost <= WORTHWHILE:
                 precision = BFLOAT16
                 chosen.append((in_bfloat16, cost))
-        path = planner.path(self.axes, precision) if self.levels else []
+        count = self.levels - len(chosen)
+        path = planner.path(self.axes, precision) if count else []
         if len(path) > 1:
             costs = np.minimum.accumulate(planner.costs(path).clip(max=1.0))
             if not chosen:
                 costs[0] = 1.0
             cheapest = max(self.min_cost, float(costs[-1]))
-            count = self.levels - len(chosen)
             for step in range(1, count + 1):
                 goal = float(costs[0]) - step * (float(costs[0]) - cheapest) / count
                 chosen.append(_at(path, costs, goal))

@@ -98,11 +98,9 @@ class _Visit:
         self._theta = [
             value.detach().requires_grad_() for value in program.parameter_values(self._body[0])
         ]
-        with torch.inference_mode(False):
-            self._features = [
-                _channels_last(feature.detach().clone())
-                for feature in self._prefix(self._images[self._batch])
-            ]
+        self._features = [
+            _channels_last(feature.clone()) for feature in self._prefix(self._images[self._batch])
+        ]
         # Seconds per sample; the prefix by how many share a call.
         self._prefix_seconds = dict.fromkeys(sizes, math.inf)
         self._body_seconds = math.inf

@@ -121,6 +121,9 @@ def test_a_faster_precision_is_given_up_first(monkeypatch: pytest.MonkeyPatch) -
     assert after.sizes[1] == {}
     assert costs(after) == pytest.approx([1, 0.8, 0.56], abs=0.01)
     assert after.sizes[2]["conv1.weight:0"] == pytest.approx(8, abs=1)  # (10 + 8) / 26 * 0.8
+    alone = PlanLevels(levels=1, min_cost=0.1, rounding=1)(before)
+    assert costs(alone) == pytest.approx([1, 0.8])
+    assert alone.notes == before.notes  # nothing further was asked for
     without = PlanLevels(levels=2, min_cost=0.56, rounding=1, axes=("width",))(before)
     assert {level.precision for level in without.ladder.levels} == {"float32"}
 
