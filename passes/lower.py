@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,7 +11,7 @@ from pbc import parallel, registry
 from pbc.interface import precision_of
 from pbc.ladder import Ladder
 from pbc.lowering import Candidate, Lowering
-from pbc.program import Program, body, prefix
+from pbc.program import Program, body, prefix, step_forward, step_update
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Lower:
 
     def _candidate(self, program: Program, level: int) -> Candidate:
         precision = program.ladder.precision(level)
-        kinds = [kind for kind in (prefix, body) if kind(level) in program.graphs]
-        return Candidate(
-            {kind(0): program.graphs[kind(level)] for kind in kinds},
-            {kind(0): precision_of(program, kind(level), precision) for kind in kinds},
-        )
+        kinds = (prefix, body, step_forward, functools.partial(step_update, optimizer="sgd"))
+        graphs = {
+            kind(0): program.graphs[kind(level)] for kind in kinds if kind(level) in program.graphs
+        }
+        return Candidate(graphs, {name: precision_of(program, name, precision) for name in graphs})

@@ -18,7 +18,9 @@ from pbc.calibration import Calibration
 from pbc.capture import capture
 from pbc.data import class_names
 from pbc.errors import PbcError, UsageError, suggest
+from pbc.extras import EXTRAS
 from pbc.ladder import Ladder
+from pbc.lowering import missing_packages
 from pbc.program import MODEL, Head, Program, Provenance
 from pbc.target import Target, load_target
 
@@ -240,7 +242,8 @@ def _without_calibration(options: Options, ladder: Ladder) -> tuple[str, ...]:
 def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ...]]:
     """The engine to lower to, and a note when it is not the one that the target prefers.
 
-    Raises UsageError for an engine that was asked for and that the target or pbc does not have.
+    Raises UsageError for an engine that was asked for and that the target or pbc does not have, and
+    PbcError for one whose packages are not installed here.
     """
     available = registry.entries("pbc.lowerings")
     if asked is not None:
@@ -255,14 +258,28 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
             raise UsageError(
                 f"engine {asked!r} is not installed (available: {', '.join(available)})"
             )
+        if (needs := _needs(available[asked])) is not None:
+            raise PbcError(f"compiling for engine {asked!r} {needs}")
         return asked, ()
-    if target.engine in available:
-        return target.engine, ()
-    for engine in (*target.engines, DEFAULT_ENGINE):
-        if engine in available:
-            missing = f"{target.name} prefers engine {target.engine}, which is not installed"
-            return engine, (f"{missing}: using {engine}",)
+    for engine in dict.fromkeys((target.engine, *target.engines, DEFAULT_ENGINE)):
+        if engine not in available or _needs(available[engine]) is not None:
+            continue
+        if engine == target.engine:
+            return engine, ()
+        needs = _needs(available[target.engine]) if target.engine in available else None
+        wanted = f"{target.name} prefers engine {target.engine}, which"
+        return engine, (f"{wanted} {needs or 'is not installed'}: using {engine}",)
     raise PbcError(f"no engine of {target.name} is installed ({', '.join(target.engines)})")
+
+
+def _needs(entry: registry.Entry) -> str | None:
+    """What is missing here to lower to this engine, in words; None where nothing is."""
+    missing = missing_packages(entry.load())
+    if not missing:
+        return None
+    extras = sorted({EXTRAS[package] for package in missing if package in EXTRAS})
+    how = f": pip install 'pbc[{','.join(extras)}]'" if extras else ""
+    return f"needs {', '.join(missing)}{how}"
 
 
 def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
@@ -297,4 +314,4 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
     }
     graph_files = {name: lowering.graph_file(name) for name in program.graphs}
     requires = {**program.target.requires, **lowering.requires()}
-    return manifest.manifest(program, requires, graph_files), files
+    return manifest.manifest(program, requires, graph_files, lowering.contents(program)), files

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pbc.calibration import Calibration
-from pbc.ladder import FLOAT32
+from pbc.ladder import FLOAT32, INT8
 from pbc.program import (
     PARAMETER,
     Program,
@@ -63,16 +63,22 @@ class Tapped(nn.Module):
 def precision_of(program: Program, graph: str, precision: str) -> str:
     """In what a graph of a level of this precision computes.
 
-    A body of nothing but trainable layers is the same at every level: it stays in float32.
+    A body of nothing but trainable layers is the same at every level: it stays in float32. So does
+    every body of an int8 level: gradients pass through it.
     """
+    if precision == INT8:
+        return precision if graph.startswith("prefix/") else FLOAT32
     alone = prefix(0) not in program.graphs
     frozen = graph.startswith("prefix/") or alone or bool(body_taps(program.graphs[body(0)]))
     return precision if frozen else FLOAT32
 
 
 def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor]]:
-    """A level as it runs on the device: in its precision, on a copy; float32 in and out."""
-    if precision == FLOAT32:
+    """A level as it runs on the device: in its precision, on a copy; float32 in and out.
+
+    The graphs of an int8 level round by themselves, and only where they are quantised.
+    """
+    if precision in (FLOAT32, INT8):
         return tapped
     dtype: torch.dtype = getattr(torch, precision)
     low = copy.deepcopy(tapped).to(dtype)

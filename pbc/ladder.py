@@ -13,6 +13,7 @@ UNALIGNED = "unaligned"
 
 FLOAT32 = "float32"
 BFLOAT16 = "bfloat16"
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Level:
     fidelity: centred, standardised cosine to level 0 on held-out calibration images
         (docs/architecture.md, «Fidelity»); None for a level that was never aligned.
     status: "original", "aligned" or "unaligned".
-    precision: in which the frozen part computes, "float32" or "bfloat16".
+    precision: in which the frozen part computes, "float32", "bfloat16" or "int8" (the prefix alone,
+        whose graph says where it rounds).
     resolution: height and width that the images are reduced to first; None leaves them alone.
     accuracy_loss: points of accuracy that training at this level alone costs on pseudo-tasks;
         None where it was not measured.

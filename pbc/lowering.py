@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from pbc.program import Program
+from pbc.errors import PbcError
+from pbc.program import Program, op_name, origin
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One trial level: its `prefix/0` (where there is one) and `body/0`, and their precisions."""
+    """One trial level: its `prefix/0` (where there is one) and `body/0`, and their precisions.
+
+    Once steps are derived, `forward/0` and `update/0/sgd` too.
+    """
 
     graphs: Mapping[str, GraphModule]
     precisions: Mapping[str, str]
 
 
 class Lowering(Protocol):
-    """Entry point group `pbc.lowerings`, under the engine's name."""
+    """Entry point group `pbc.lowerings`, under the engine's name.
+
+    precisions: the cheaper ones that its engine computes in, the first is tried first.
+    derives_steps: whether its engine trains by derived graphs (`forward/k`, `update/k/…`).
+    packages: what must be installed here to lower; naming them imports none of them.
+    """
+
+    precisions: ClassVar[tuple[str, ...]]
+    derives_steps: ClassVar[bool]
+    packages: ClassVar[tuple[str, ...]]
 
     def lower(self, program: Program) -> dict[str, bytes]:
         """The bundle's graph and weight files; raises PbcError for an operator it cannot run."""
+
+    def contents(self, program: Program) -> dict[str, Any]:
+        """What the manifest says about the artifacts of a lowered program.
+
+        `weights`: for each graph, the files of weights that it reads. `export`, if the engine has a
+        form that others read: for each level, the file and where its tensors come from.
+        """
 
     def graph_file(self, graph: str) -> str:
         """The name of the bundle's file that holds the graph of this name."""
@@ -37,3 +58,15 @@ class Lowering(Protocol):
         That is the prefix forward, at the batch size that suits it best (features do not depend on
         what shares a batch), and the body forward and backward.
         """
+
+
+def missing_packages(lowering: type[Lowering]) -> list[str]:
+    """Those of the lowering's packages that are not installed here."""
+    return [name for name in lowering.packages if importlib.util.find_spec(name) is None]
+
+
+def unsupported(node: Node, engine: str, remedy: str) -> PbcError:
+    """The error for an operator that an engine lacks, with the line of the model it comes from."""
+    return PbcError(
+        f"operator {op_name(node)}{origin(node)} is not supported by the {engine} engine; {remedy}"
+    )

@@ -17,9 +17,15 @@ DIMS = "dims.json"
 
 
 def manifest(
-    program: Program, requires: dict[str, str], graph_files: dict[str, str]
+    program: Program,
+    requires: dict[str, str],
+    graph_files: dict[str, str],
+    contents: dict[str, Any],
 ) -> dict[str, Any]:
-    """The manifest's own fields (docs/architecture.md, «Bundle»); the writer adds the files."""
+    """The manifest's own fields (docs/architecture.md, «Bundle»); the writer adds the files.
+
+    contents: what the lowering says about the artifacts.
+    """
     head = {program.head.weight, program.head.bias}
     by_name = {node.name: node for node in placeholders(program.graphs[body(0)])}
     return {
@@ -52,6 +58,7 @@ def manifest(
         "policy": None if POLICY not in program.graphs else policy(program),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "graphs": graph_files,
+        **contents,
         "trainable": TRAINABLE,
         "checks": program.checks,
         "notes": list(program.notes),

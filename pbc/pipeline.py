@@ -21,13 +21,16 @@ STAGES = (
     "plan",
     "prune",
     "align",
-    "route",
     "fold",
     "quantize",
+    "route",
     "derive",
     "lower",
 )
-"""In this order: alignment recalibrates what folding makes constant, and folds what is final."""
+"""In this order: alignment recalibrates the statistics that folding makes constant; quantisation
+rounds what is folded, since an engine runs no batch norm between a layer and its rounding; routing
+judges the proxies as they will run, after both.
+"""
 
 EQUIVALENCE = 1e-4
 

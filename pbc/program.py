@@ -25,6 +25,9 @@ MODEL = "model"
 POLICY = "policy"
 # A placeholder that stands for a trainable parameter carries the parameter's name under this key.
 PARAMETER = "pbc_parameter"
+# A placeholder whose outside name is no identifier carries it under this key; an output node does
+# so for all that it returns.
+NAME = "pbc_name"
 
 
 def prefix(level: int) -> str:
@@ -33,6 +36,16 @@ def prefix(level: int) -> str:
 
 def body(level: int) -> str:
     return f"body/{level}"
+
+
+def step_forward(level: int) -> str:
+    """The derived step's first half: loss and what the second half needs."""
+    return f"forward/{level}"
+
+
+def step_update(level: int, optimizer: str) -> str:
+    """The derived step's second half: backward and the optimizer's update."""
+    return f"update/{level}/{optimizer}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,9 @@ class Program:
     """Named graphs, the trainable parameters they share, and what passes need to work on them.
 
     graphs: `model` after capture; `prefix/k`, `body/k` after split-prefix and prune-dims;
-        `policy` after learn-policy. Frozen tensors are the graph module's own parameters and
-        buffers; a trainable parameter is a placeholder whose meta[PARAMETER] is its name.
+        `policy` after learn-policy; `forward/k`, `update/k/…` after derive-train-step. Frozen
+        tensors are the graph module's own parameters and buffers; a trainable parameter is a
+        placeholder whose meta[PARAMETER] is its name.
     parameters: the trainable parameters by name, at their initial values; the same names and
         shapes at every level.
     example: float32 [batch, channels, height, width], preprocessed; `reference`: the original
@@ -236,6 +250,22 @@ def output_names(graph: GraphModule) -> list[str]:
     return [node.name for node in output_nodes(graph)]
 
 
+def graph_inputs(graph: GraphModule) -> list[str]:
+    """The names by which an engine knows the graph's inputs, in order."""
+    return [
+        node.meta.get(PARAMETER) or node.meta.get(NAME) or node.name for node in placeholders(graph)
+    ]
+
+
+def graph_outputs(name: str, graph: GraphModule) -> list[str]:
+    """The names by which an engine knows the outputs of the graph called `name`, in order."""
+    if NAME in output_node(graph).meta:
+        return list(output_node(graph).meta[NAME])
+    if name.startswith("body/"):
+        return ["logits"]
+    return ["fidelity"] if name == POLICY else output_names(graph)
+
+
 def shape_of(node: Node) -> tuple[int, ...]:
     """The node's shape with the example batch standing for the symbolic one."""
     # int() of a symbolic size would make it a constant in every graph that shares it.
@@ -256,6 +286,16 @@ def op_name(node: Node) -> str:
     ):
         return f"operator.{getattr(node.target, '__name__', '')}"
     return str(node.target)
+
+
+def origin(node: Node) -> str:
+    """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+    trace = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line
+    ]
+    return module + (f" ({trace[-1].rpartition(', in ')[0]})" if trace else "")
 
 
 def graph_text(name: str, graph: GraphModule) -> str:

@@ -7,6 +7,7 @@ they are trainable-independent dimensions like channels are, only that no weight
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,9 +64,12 @@ def reducible(graph: GraphModule, size: Size) -> bool:
 def macs(graph: GraphModule) -> float:
     """Multiply-accumulates of one sample, by the shapes on the nodes."""
     (image,) = placeholders(graph)
-    with FlopCounterMode(display=False) as counter:
-        refresh_shapes(graph)
-    return float(counter.get_total_flops()) / 2 / shape_of(image)[0]
+    shape = shape_of(image)
+    # On stand-ins of its own: counting would make the program's symbolic batch a constant.
+    stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
+    with stand_ins, FlopCounterMode(display=False) as counter, torch.no_grad():
+        graph(torch.empty(shape))
+    return float(counter.get_total_flops()) / 2 / shape[0]
 
 
 def _resize(graph: GraphModule, node: Node, size: Size) -> Node:

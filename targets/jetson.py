@@ -9,6 +9,8 @@ from __future__ import annotations
 from pbc.target import Target
 
 _ENGINES = ("tvm", "onnxruntime", "pytorch")
+# What onnxruntime tries in this order; its wheels on the package index hold the CPU's alone.
+_PROVIDERS = "CUDAExecutionProvider,CPUExecutionProvider"
 _JETPACK_4 = {  # Ubuntu 18.04: older than what any current wheel of torch or onnxruntime needs
     "jetpack": "4.6",
     "cuda": "10.2",
@@ -65,6 +67,7 @@ agx_xavier = Target(
         "cuda": "11.4",
         "jetpack": "5.1",
         "libc": "glibc 2.31",
+        "onnxruntime_providers": _PROVIDERS,
         "sm": "72",
         "tvm": "nvidia/jetson-agx-xavier",
         "tvm_runtime": "build it on the board: the wheels need CUDA 13",
@@ -77,6 +80,7 @@ _JETPACK_6 = {
     "cuda": "12.6",
     "jetpack": "6.2",
     "libc": "glibc 2.35",
+    "onnxruntime_providers": _PROVIDERS,
     "sm": "87",
     "tvm_runtime": "wheels from JetPack 7 (CUDA 13) on; below that, build it on the board",
 }

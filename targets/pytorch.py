@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
 from pbc.interface import precision_of
-from pbc.ladder import FLOAT32
-from pbc.lowering import Candidate
+from pbc.ladder import BFLOAT16, FLOAT32
+from pbc.lowering import Candidate, unsupported
 from pbc.passes.fold_batch_norm import fold
 from pbc.program import (
     PARAMETER,
@@ -33,7 +31,9 @@ from pbc.program import (
 )
 from pbc.runtime.graph import FORMAT
 from pbc.runtime.ops import OPS
+from pbc.weights import TensorStore, by_level, weight_file
 
+WEIGHTS = "weights"
 ROUNDS = 6
 # How many of the device's mini-batches may share one call of the prefix.
 PREFIX_BATCHES = (1, 2, 4)
@@ -42,6 +42,10 @@ PREFIX_BATCHES = (1, 2, 4)
 class PyTorchLowering:
     """Write each graph as data; tensors that levels share are stored once."""
 
+    precisions: ClassVar[tuple[str, ...]] = (BFLOAT16,)
+    derives_steps: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+
     def graph_file(self, graph: str) -> str:
         return f"graphs/{graph.replace('/', '-')}.json"
 
@@ -49,27 +53,26 @@ class PyTorchLowering:
         return {"torch": ">=2.9,<2.14"}
 
     def lower(self, program: Program) -> dict[str, bytes]:
-        stored: dict[tuple[str, bytes], str] = {}
-        weights: dict[str, dict[str, Tensor]] = {}
+        store = TensorStore()
         files: dict[str, bytes] = {}
-        for name, graph in sorted(program.graphs.items(), key=lambda item: _by_level(item[0])):
-            file = weight_file(name)
-            sources = {}
-            for tensor_name in tensor_names(graph):
-                tensor = get_tensor(graph, tensor_name).detach()
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
-                key = (f"{tensor.dtype}{list(tensor.shape)}", _digest(tensor))
-                if key not in stored:
-                    stored[key] = f"{file}#{tensor_name}"
-                    weights.setdefault(file, {})[tensor_name] = tensor
-                sources[tensor_name] = stored[key]
+        for name, graph in sorted(program.graphs.items(), key=lambda item: by_level(item[0])):
+            file = weight_file(WEIGHTS, name)
+            sources = {
+                tensor_name: str(store.add(file, tensor_name, get_tensor(graph, tensor_name)))
+                for tensor_name in tensor_names(graph)
+            }
             data = graph_json(name, graph, sources, _precision(program, name))
             files[self.graph_file(name)] = json.dumps(
                 data, indent=None, separators=(",", ":")
             ).encode()
-        for file, tensors in weights.items():
-            files[file] = safetensors.torch.save(tensors)
-        return files
+        return {**files, **store.files()}
+
+    def contents(self, program: Program) -> dict[str, Any]:
+        weights = {}
+        for name in program.graphs:
+            sources = json.loads(program.artifacts[self.graph_file(name)])["tensors"].values()
+            weights[name] = sorted({source.partition("#")[0] for source in sources})
+        return {"weights": weights}
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
         # The fastest of several turns counts: this machine does other things too.
@@ -158,21 +161,6 @@ def _precision(program: Program, graph: str) -> str:
     return precision_of(program, graph, program.ladder.precision(level))
 
 
-def weight_file(graph: str) -> str:
-    """Prefix and body of a level share a file, so that a device loads only the levels it uses."""
-    return (
-        f"weights/{POLICY if graph == POLICY else 'level-' + graph.rpartition('/')[2]}.safetensors"
-    )
-
-
-def _by_level(graph: str) -> tuple[int, str]:
-    return (-1 if graph == POLICY else int(graph.rpartition("/")[2]), graph)
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.numpy().tobytes()).digest()
-
-
 def graph_json(
     name: str, graph: GraphModule, sources: dict[str, str], precision: str = FLOAT32
 ) -> dict[str, Any]:
@@ -190,7 +178,7 @@ def graph_json(
             tensors[node.name] = sources[str(node.target)]
         elif node.op == "call_function":
             if op_name(node) not in OPS:
-                raise _unsupported(node)
+                raise _lacking(node)
             nodes.append(
                 {
                     "name": node.name,
@@ -229,18 +217,8 @@ def _encode(argument: Any, names: dict[Node, str], node: Node) -> Any:
         return {"dtype": str(argument).removeprefix("torch.")}
     if isinstance(argument, (torch.device, torch.layout, torch.memory_format)):
         return None  # the engine runs on one device, and layouts are its own business
-    raise _unsupported(node)
+    raise _lacking(node)
 
 
-def _unsupported(node: Node) -> PbcError:
-    """Name the operator and the line of the model that it comes from."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
-    trace = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line
-    ]
-    line = f" ({trace[-1].rpartition(', in ')[0]})" if trace else ""
-    return PbcError(
-        f"operator {op_name(node)}{module}{line} is not supported by the pytorch engine; "
-        "replace it in the model, or add it to pbc/runtime/ops.py"
-    )
+def _lacking(node: Node) -> PbcError:
+    return unsupported(node, "pytorch", "replace it in the model, or add it to pbc/runtime/ops.py")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,14 @@ def root() -> Path:
 def examples(root: Path) -> Path:
     """The weights and photos that come with the sources."""
     return root / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what engines derive from bundles out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PBC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ def test_the_tables_say_what_is_extrapolated(match: Path) -> None:
     metered = content["energy_meter"] != "no energy meter on this machine"
     assert all((cell["energy_joules"] is not None) == metered for cell in content["cells"])
     assert "99 % of full" in printed
+    said = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "label_smoothing": 0.0}
+    assert said.items() <= content["protocol"].items()
     rows = list(csv.reader((match / "r.csv").read_text().splitlines()))
     assert rows[0] == ["", "Ours", "PET", "FTAll"]
     assert [row[0] for row in rows[1:]] == ["Time", "Acc.", "Epochs run"]
@@ -296,6 +298,8 @@ def test_another_bench_is_never_mixed_in(assets: Path, bundle: Path, tmp_path: P
         (["--lr-of", "pet=high"], "--lr-of pet is 'high'; expected a number"),
         (["--lr-of", "pet=-1"], "--lr-of pet is -1; it must be above 0"),
         (["--rivals", "pet", "--accuracy-budgets"], "--accuracy-budgets needs 'full'"),
+        (["--momentum", "1"], "the momentum is 1.0; it must be at least 0 and below 1"),
+        (["--weight-decay", "-1"], "the weight decay is -1.0; it must be at least 0"),
         (["--sweep", "level"], "no sweep named 'level'; did you mean 'levels'?"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (["--json", "/no/such/folder/r.json"], "the folder of /no/such/folder/r.json"),
@@ -366,18 +370,31 @@ class Lazy:
 '''
 
 
-def test_a_rival_without_its_package_is_left_out(
-    assets: Path, bundle: Path, tmp_path: Path, install_plugin: Callable[..., None]
+def test_a_rival_without_its_package(
+    assets: Path,
+    bundle: Path,
+    tmp_path: Path,
+    install_plugin: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = "import a_package_that_nobody_has\n" + RIVAL
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
-    result = pbc(
-        "bench", bundle, assets / "photos", "--rivals", "lazy,pet", "--epochs", "1",
-        "--seeds", "1", "--work", tmp_path / "w", *QUIET,
-    )  # fmt: skip
+    words = ("bench", bundle, assets / "photos", "--epochs", "1", "--seeds", "1", *QUIET)
+    refused = pbc(*words, "--rivals", "lazy,pbc", "--work", tmp_path / "a")
+    assert refused.exit_code == 1
+    needs = "a_package_that_nobody_has, which is not installed"
+    assert f"error: rival lazy needs {needs}, or leave it out of --rivals" in refused.stderr
+    # Nobody asked for it by name: whoever has what it needs plays.
+    monkeypatch.setattr("pbc.bench.bench.RIVALS", ("lazy", "pbc"))
+    monkeypatch.setattr("pbc.cli.bench.RIVALS", ("lazy", "pbc"))
+    report = tmp_path / "r.json"
+    result = pbc(*words, "--work", tmp_path / "b", "--json", report)
     assert result.exit_code == 0, result.output
-    said = "lazy is left out: it needs a_package_that_nobody_has, which is not installed"
+    said = f"lazy is left out: it needs {needs}"
     assert said in result.stderr.splitlines()
+    content = json.loads(report.read_text())
+    assert list(content["rivals"]) == ["pbc"]
+    assert content["notes"].count(said) == 1
 
 
 def test_a_diverged_rival_is_left_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +21,14 @@ from pbc.bench.own import Pbc
 from pbc.bench.pet import Pet, PetBfloat16, PetCache
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
+from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.parameters import labelled_for
 from pbc.runtime.runtime import Runtime
 
 STRATEGIES = ("linear-probe", "norm", "full")  # the last has no prefix
 EPOCHS = 3
+SGD, ADAM = Objective("sgd", 0.05), Objective("adam", 0.005)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +52,17 @@ def samples(runtime: Runtime, photos: Path) -> Samples:
 
 
 def setting(
-    runtime: Runtime, photos: Path, folder: Path, *, compiled: bool = False, optimizer: str = "sgd"
+    runtime: Runtime,
+    photos: Path,
+    folder: Path,
+    *,
+    compiled: bool = False,
+    objective: Objective = SGD,
 ) -> Setting:
     options = TrainOptions(
         epochs=EPOCHS,
-        learning_rate=0.05 if optimizer == "sgd" else 0.005,
         batch=bench_net.BATCH,
-        optimizer=optimizer,
+        **dataclasses.asdict(objective),
         seed=1,
         routing=False,
         skip=False,
@@ -69,12 +76,22 @@ def losses(rival: Rival) -> list[float]:
     return [rival.run_epoch().loss for _ in range(EPOCHS)]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SGD,
+        ADAM,
+        Objective("sgd", 0.05, momentum=0.5, weight_decay=0.1, label_smoothing=0.2),
+        Objective("adam", 0.005, weight_decay=0.1),
+        Objective("adamw", 0.005, weight_decay=0.5, label_smoothing=0.2),
+    ],
+    ids=str,
+)
 def test_pet_and_pbc_at_level_0_learn_alike(
-    runtime: Runtime, photos: Path, tmp_path: Path, optimizer: str
+    runtime: Runtime, photos: Path, tmp_path: Path, objective: Objective
 ) -> None:
     torchs, own = (
-        kind(setting(runtime, photos, tmp_path / kind.__name__, optimizer=optimizer))
+        kind(setting(runtime, photos, tmp_path / kind.__name__, objective=objective))
         for kind in (Pet, Pbc)
     )
     assert losses(torchs) == pytest.approx(losses(own), rel=1e-4)
@@ -120,20 +137,20 @@ def test_without_a_prefix_there_is_nothing_to_cache(
 
 
 @pytest.mark.parametrize("kind", [Pet, PetCache, Full])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("objective", [SGD, ADAM], ids=str)
 def test_a_state_is_all_that_is_needed(
     probe: Runtime,
     photos: Path,
     tmp_path: Path,
     kind: type[Pet | PetCache | Full],
-    optimizer: str,
+    objective: Objective,
 ) -> None:
-    one = kind(setting(probe, photos, tmp_path, optimizer=optimizer))
+    one = kind(setting(probe, photos, tmp_path, objective=objective))
     one.prepare(None)
     one.run_epoch()
     state = {name: value.copy() for name, value in one.state().items()}
     expected = one.run_epoch().loss
-    other = kind(setting(probe, photos, tmp_path, optimizer=optimizer))
+    other = kind(setting(probe, photos, tmp_path, objective=objective))
     other.prepare(state)
     assert other.run_epoch().loss == expected
 

@@ -30,6 +30,7 @@ from pbc.pipeline import PassPipeline
 from pbc.program import Program, get_tensor, tensor_names
 from pbc.progress import reporting_to
 from pbc.runtime.engines.pytorch import PyTorchEngine
+from pbc.runtime.objective import Objective
 from pbc.target import load_target
 
 MODEL = "mobilenet_v3_large"
@@ -121,7 +122,7 @@ def test_the_engine_computes_the_program_at_every_level(compiled: Run) -> None:
     program = compiled.program
     engine = PyTorchEngine().load(Bundle.open(compiled.path))
     parameters = {name: value.numpy() for name, value in program.parameters.items()}
-    engine.start(parameters, "sgd", 0.1)
+    engine.start(parameters, Objective(learning_rate=0.1))
     images = program.example
     for level in program.levels:
         logits = engine.logits(level, engine.prefix(level, images.numpy()))
@@ -191,7 +192,7 @@ def test_nothing_in_a_bundle_is_a_pickle_and_loading_one_runs_none(
     opened = Bundle.open(compiled.path)
     opened.verify()
     engine = PyTorchEngine().load(opened)
-    engine.start({n: p.numpy() for n, p in compiled.program.parameters.items()}, "sgd", 0.1)
+    engine.start({n: p.numpy() for n, p in compiled.program.parameters.items()}, Objective())
     images = np.zeros((1, 3, 64, 64), np.float32)
     for level in (0, 1, 2):
         engine.logits(level, engine.prefix(level, images))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import light
 import pytest
 
 DEVICE_MODULES = [
@@ -95,11 +96,51 @@ def test_every_runtime_module_but_the_engines_is_light(root: Path) -> None:
         ["strategies"],
         ["targets", "--json"],
         ["train", "--help"],
+        ["eval", "--help"],
+        ["predict", "--help"],
+        ["inspect", "--help"],
+        ["bench", "--help"],
+        ["forget", "--help"],
+        ["export", "--help"],
     ],
 )
 def test_commands_that_need_no_engine_load_none(args: list[str]) -> None:
     names = imported("from pbc.cli import main; main()", *args)
     assert third_party(names) <= ALLOWED | {"pbc"}
+
+
+def test_pbcs_own_rivals_and_the_match_are_light() -> None:
+    modules = ("bench", "cells", "charts", "energy", "evaluator", "match", "own", "report", "sweep")
+    names = imported("import " + ", ".join(f"pbc.bench.{module}" for module in modules))
+    assert third_party(names) <= ALLOWED | {"pbc"}
+
+
+# With onnxruntime's own dependencies, where it imports them, and what numpy.random is built with.
+WITH_ONNXRUNTIME = ALLOWED | {"pbc", "onnxruntime", "flatbuffers", "google", "packaging"}
+WITH_ONNXRUNTIME |= {"cython_runtime"}
+
+
+def test_onnxruntime_bundles_train_without_the_compiler(examples: Path, tmp_path: Path) -> None:
+    bundle = light.compiled(tmp_path / "net", examples)
+    train, test = examples / "photos" / "train", examples / "photos" / "test"
+    photo = sorted(test.rglob("*.jpg"))[0]
+    mine = tmp_path / "mine"
+    for args in (
+        ["inspect", bundle],
+        ["train", bundle, train, "-o", mine, "--val", test, "--epochs", "1"],
+        ["eval", mine, test, "--level", "1"],
+        ["predict", mine, photo],
+        ["export", mine, "-o", tmp_path / "mine.onnx"],
+        ["bench", bundle, train, "--quick", "--rivals", "piebridge,pbc-nocache,pbc",
+         "--html", tmp_path / "r.html"],
+        ["forget", mine, "--all"],
+    ):  # fmt: skip
+        names = imported(
+            "from pbc.cli import main; main()",
+            *(str(arg) for arg in args),
+            forbidden=FORBIDDEN - {"onnxruntime"} | light.HEAVY,
+        )
+        assert third_party(names) <= WITH_ONNXRUNTIME, args
 
 
 def test_importing_pbc_costs_nothing() -> None:

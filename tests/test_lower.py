@@ -21,6 +21,7 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import Program
 from pbc.runtime.engines.pytorch import PyTorchEngine
+from pbc.runtime.objective import Objective
 from pbc.targets.pytorch import PyTorchLowering
 from pbc.testing import assert_same, assert_unchanged, gradients, make_program, run_passes
 
@@ -72,7 +73,9 @@ def test_the_engine_computes_what_the_program_does(
     images = program.example.repeat(2, 1, 1, 1).numpy()
     written = bundle.write(tmp_path / "m.pbc", *compiler.package(program))
     engine = PyTorchEngine().load(written)
-    engine.start({n: p.numpy() for n, p in program.parameters.items()}, "sgd", 1.0)
+    engine.start(
+        {n: p.numpy() for n, p in program.parameters.items()}, Objective(learning_rate=1.0)
+    )
     for level in program.levels:
         logits = engine.logits(level, engine.prefix(level, images))
         with torch.no_grad():

@@ -1,38 +1,17 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-
-BUILD = "import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
-
-
-def build(hook: str, sources: Path, out: Path) -> Path:
-    """Build an sdist or a wheel of the sources with the build backend itself, offline."""
-    subprocess.run(
-        [sys.executable, "-c", BUILD.format(hook=hook), str(out)],
-        cwd=sources,
-        check=True,
-        capture_output=True,
-    )
-    (built,) = out.iterdir()
-    return built
+from distribution import build, copy_sources
 
 
 @pytest.fixture(scope="module")
 def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("sources")
-    for folder in ("pbc", "passes", "targets"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(root / folder, copy / folder, symlinks=True, ignore=ignore)
-    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / file, copy / file)
-    return copy
+    return copy_sources(root, tmp_path_factory.mktemp("sources"))
 
 
 def modules(root: Path) -> set[str]:

@@ -16,6 +16,7 @@ import tiny
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.engines.pytorch import PyTorchExecutable
+from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.personal import Personal
 from pbc.runtime.runtime import Runtime
@@ -119,7 +120,7 @@ def test_parameters_that_are_not_finite_are_never_written(
         update(self)
         theta = self.parameters()
         theta["head.bias"][1] = np.inf
-        self.start(theta, "sgd", 0.1)
+        self.start(theta, Objective())
 
     monkeypatch.setattr(PyTorchExecutable, "update", overflow)
     options = TrainOptions(costs=tiny.costs(tmp_path / "costs.json"))

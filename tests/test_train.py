@@ -29,6 +29,7 @@ from pbc.errors import PbcError
 from pbc.runtime import features
 from pbc.runtime.checkpoint import Checkpoint
 from pbc.runtime.events import EpochReport, Event, StepReport
+from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.personal import Personal
 from pbc.runtime.runtime import Runtime
@@ -86,7 +87,7 @@ def metrics(out: str | Path) -> list[dict[str, Any]]:
 # ---- results -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_train_eval_predict(run: Run, optimizer: str) -> None:
     lr = "0.2" if optimizer == "sgd" else "0.05"
     result = run(
@@ -143,6 +144,7 @@ SETTINGS = [
     ("probe", []),
     ("probe", ["--cache", "ram"]),
     ("probe", ["--cache", "disk", "--optimizer", "adam"]),
+    ("probe", ["--optimizer", "adamw", "--weight-decay", "0.1", "--label-smoothing", "0.1"]),
     ("maps", ["--cache", "ram", "--cache-dtype", "float16"]),
     ("bodies", ["--cache", "disk"]),
     ("whole", ["--no-routing"]),
@@ -454,6 +456,9 @@ def test_resuming_something_else_names_the_difference(run: Run) -> None:
         (["@probe.pbc", "@photos", "--seed", "1"], "started with seed 0, not 1"),
         (["@probe.pbc", "@photos", "--batch", "8"], "started with batch 4, not 8"),
         (["@probe.pbc", "@photos", "--lr", "1"], "started with learning_rate 0.01, not 1.0"),
+        (["@probe.pbc", "@photos", "--momentum", "0"], "started with momentum 0.9, not 0.0"),
+        (["@probe.pbc", "@photos", "--weight-decay", "1"], "started with weight_decay 0.0, not 1"),
+        (["@probe.pbc", "@photos", "--label-smoothing", "0.1"], "with label_smoothing 0.0, not 0."),
         (["@probe.pbc", "@test"], "started with another data"),
         (["@maps.pbc", "@photos"], "started with another bundle"),
     ):
@@ -529,7 +534,7 @@ def test_parameters_that_are_not_finite_are_never_saved(assets: Path, tmp_path: 
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     parameters = trainer._executable.parameters()
     parameters["head.bias"][1] = np.inf
-    trainer._executable.start(parameters, "sgd", 0.1)
+    trainer._executable.start(parameters, Objective())
     with pytest.raises(PbcError, match="a parameter is not finite in epoch 1, step 0"):
         trainer.save_checkpoint()
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
@@ -655,7 +660,12 @@ def test_a_personal_model_that_was_tampered_with(run: Run, assets: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer", "adamw"], "no optimizer named 'adamw'; did you mean 'adam'?"),
+        (["--optimizer", "adamax"], "no optimizer named 'adamax'; did you mean 'adam'?"),
+        (["--momentum", "1"], "the momentum is 1.0; it must be at least 0 and below 1"),
+        (["--momentum", "0.5", "--optimizer", "adamw"], "momentum is 0.5, but adamw takes none"),
+        (["--weight-decay", "-1"], "the weight decay is -1.0; it must be at least 0 and at most"),
+        (["--weight-decay", "inf"], "the weight decay is inf; it must be at least 0 and at most"),
+        (["--label-smoothing", "1"], "the label smoothing is 1.0; it must be at least 0 and bel"),
         (["--cache", "dsk"], "no cache named 'dsk'; did you mean 'disk'?"),
         (["--cache-dtype", "int8"], "no cache dtype named 'int8'"),
         (["--scheduler", "pie"], "no scheduler named 'pie'; did you mean 'piebridge'?"),

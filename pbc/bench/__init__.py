@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pbc.data import Samples
+from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 
@@ -25,8 +26,8 @@ class Setting:
     """What a rival has to work with, for one seed.
 
     samples: the training photos, labelled as the bundle numbers its classes.
-    options: epochs, batch, learning_rate, optimizer, seed and threads count for every rival;
-        batch and learning_rate are never None here. The rest is for pbc's own schedulers.
+    options: epochs, batch, objective, seed and threads count for every rival; batch and
+        learning_rate are never None here. The rest is for pbc's own schedulers.
     folder: a scratch folder of this rival and seed.
     weights: the file of pretrained weights, where the bundle's provenance alone does not find it.
     torch_compile: whether PyTorch rivals may try torch.compile.
@@ -46,10 +47,10 @@ class Setting:
         return self.options.batch
 
     @property
-    def learning_rate(self) -> float:
-        """The learning rate of every rival."""
+    def objective(self) -> Objective:
+        """The loss and the optimizer of every rival."""
         assert self.options.learning_rate is not None
-        return self.options.learning_rate
+        return self.options.objective
 
 
 @dataclass(frozen=True)

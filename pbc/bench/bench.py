@@ -21,6 +21,7 @@ from pbc.bench.match import GROUP, Plan, play
 from pbc.bench.results import REFERENCE, Standing, standings
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
+from pbc.extras import missing
 from pbc.ladder import BFLOAT16, Ladder
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
@@ -42,13 +43,15 @@ class Options:
     """What `pbc bench` takes besides the bundle and the photos.
 
     train: what every rival trains with; None for batch is the bundle's, for the learning rate that
-    it is tuned. quick: one seed, few epochs and photos, one epoch of full training.
+    it is tuned. optional: a rival whose packages are not installed is left out with a note, not
+    refused. quick: one seed, few epochs and photos, one epoch of full training.
     policy_bundles: bundles by name for the sweep over policies' data.
     """
 
     train: TrainOptions = field(default_factory=TrainOptions)
     test: Path | None = None
     rivals: tuple[str, ...] = RIVALS
+    optional: bool = True
     seeds: int = 3
     epochs_of: Mapping[str, int] = field(default_factory=dict)
     rate_of: Mapping[str, float] = field(default_factory=dict)
@@ -123,6 +126,9 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
     runtime = Runtime.open(bundle)
     for name in options.rivals:
         registry.find(GROUP, name)
+    options, not_installed = _installed(options)
+    for line in not_installed:
+        tell(line)
     sweep.check(options.sweeps, runtime, options.policy_bundles)
     # It is the whole process's: whoever is timed, is timed with it.
     keep_freed_memory()
@@ -178,6 +184,9 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
             "epochs": chosen.epochs,
             "batch": batch,
             "optimizer": chosen.optimizer,
+            **({"momentum": chosen.momentum} if chosen.optimizer == "sgd" else {}),
+            "weight_decay": chosen.weight_decay,
+            "label_smoothing": chosen.label_smoothing,
             "learning_rate": rate.value,
             "learning_rate_from": rate.reason,
             "rates_of_their_own": dict(plan.rate_of),
@@ -193,6 +202,7 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
             for name in on_disk
         ),
         *sweep.notes(options.sweeps, runtime, options.policy_bundles),
+        *not_installed,
         *_left_out(outcome.left_out),
     ]
     return Results(
@@ -205,6 +215,41 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
         peak_memory_bytes(),
         meter.name,
     )
+
+
+def _installed(options: Options) -> tuple[Options, list[str]]:
+    """Leave out the rivals whose packages are not installed, with a line per package."""
+    without: dict[str, list[str]] = {}
+    for name in options.rivals:
+        needs = _needs(name)
+        if needs is not None and not options.optional:
+            raise PbcError(f"rival {name} needs {needs}, or leave it out of --rivals")
+        if needs is not None:
+            without.setdefault(needs, []).append(name)
+    lines = [
+        f"{', '.join(names)} are left out: they need {needs}"
+        if len(names) > 1
+        else f"{names[0]} is left out: it needs {needs}"
+        for needs, names in without.items()
+    ]
+    gone = {name for names in without.values() for name in names}
+    playing = tuple(name for name in options.rivals if name not in gone)
+    if not playing:
+        raise PbcError(f"nobody could play: {'; '.join(lines)}")
+    return replace(options, rivals=playing), lines
+
+
+def _needs(rival: str) -> str | None:
+    """Return the package that a rival's module misses, and how to install it."""
+    try:
+        registry.load(GROUP, rival)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pbc":
+            raise  # not a package that somebody could install
+        return missing(error) or f"{error.name}, which is not installed"
+    except PbcError:
+        return None  # a broken plugin: the match tells why it is left out
+    return None
 
 
 def _quick(options: Options) -> Options:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pbc.bench import Arrays, EpochTimes, Setting, network, order
 from pbc.data import Samples
@@ -28,9 +27,7 @@ class Full:
         self._parameters = list(self._module.parameters())
         for parameter in self._parameters:
             parameter.requires_grad_()
-        self._optimizer = network.optimizer(
-            options.optimizer, self._parameters, setting.learning_rate
-        )
+        self._optimizer = network.optimizer(setting.objective, self._parameters)
         self._meter = Meter()
         self._epoch = 0
 
@@ -62,10 +59,10 @@ class Full:
                     continue  # a batch norm has no variance over one sample
                 meter.lap("bookkeeping")
                 images = torch.from_numpy(setting.samples.images(indices))
-                labels = torch.from_numpy(setting.samples.labels[indices])
                 meter.lap("decode")
                 logits: Tensor = self._module(images)
-                loss = cross_entropy(logits, labels)
+                labels = setting.samples.labels[indices]
+                loss = network.loss(setting.objective, logits, labels)
                 total += float(loss.detach()) * len(indices)
                 count += len(indices)
                 meter.lap("forward")

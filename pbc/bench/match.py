@@ -16,6 +16,7 @@ from pbc.bench.energy import Meter, NoMeter
 from pbc.bench.evaluator import Evaluator
 from pbc.data import Samples
 from pbc.errors import PbcError
+from pbc.extras import missing
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 
@@ -161,7 +162,8 @@ def play(
             except ModuleNotFoundError as error:
                 if error.name is None or error.name.partition(".")[0] == "pbc":
                     raise  # not a package that somebody could install
-                leave_out(name, PbcError(f"it needs {error.name}, which is not installed"))
+                needs = missing(error) or f"{error.name}, which is not installed"
+                leave_out(name, PbcError(f"it needs {needs}"))
                 continue
             contestants.append(contestant)
         for epoch in range(plan.options.epochs):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.functional import cross_entropy
 
 from pbc import models, strategy
 from pbc.bundle import Bundle
@@ -21,6 +22,7 @@ from pbc.errors import PbcError
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import PARAMETER, body, placeholders, prefix
+from pbc.runtime.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,13 +145,21 @@ def _candidates(bundle: Bundle, weights: Path | None) -> Iterator[Path]:
     yield bundle.path.parent / bundle.manifest["provenance"]["weights"]
 
 
-def optimizer(
-    name: str, parameters: Iterable[Tensor], learning_rate: float
-) -> torch.optim.Optimizer:
-    """Return the optimizer with the settings that pbc's own has."""
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=learning_rate)
-    return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9)
+def optimizer(objective: Objective, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return torch's own optimizer for the objective of all rivals."""
+    rate, decay = objective.learning_rate, objective.weight_decay
+    if objective.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=objective.momentum, weight_decay=decay)
+    if objective.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+
+def loss(objective: Objective, logits: Tensor, labels: np.ndarray) -> Tensor:
+    """Return the mean cross-entropy of a mini-batch."""
+    return cross_entropy(
+        logits, torch.from_numpy(labels), label_smoothing=objective.label_smoothing
+    )
 
 
 def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pbc.bench import Arrays, EpochTimes, Setting, network, order
 from pbc.data import Samples
@@ -75,9 +74,7 @@ class Pet:
         self._theta = {
             name: torch.from_numpy(value).requires_grad_() for name, value in initial.items()
         }
-        self._optimizer = network.optimizer(
-            setting.options.optimizer, list(self._theta.values()), setting.learning_rate
-        )
+        self._optimizer = network.optimizer(setting.objective, list(self._theta.values()))
         self._meter = Meter()
         self._epoch = 0
         choice = _choice(self._parts, self._sizes(), self.bfloat16, setting.torch_compile)
@@ -115,9 +112,8 @@ class Pet:
         ):
             meter.lap("bookkeeping")
             features = self._features(indices)
-            labels = torch.from_numpy(setting.samples.labels[indices])
             logits = _logits(self._parts, self._variant.body, features, self._theta)
-            loss = cross_entropy(logits, labels)
+            loss = network.loss(setting.objective, logits, setting.samples.labels[indices])
             total += float(loss.detach()) * len(indices)
             meter.lap("forward")
             self._optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from pbc.bench import order
 from pbc.bench.photos import split
 from pbc.data import Samples
 from pbc.runtime.evaluation import log_softmax
-from pbc.runtime.options import LEARNING_RATES, TrainOptions
+from pbc.runtime.objective import default_rate
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.parameters import initial_parameters
 from pbc.runtime.runtime import Runtime
 
-RATES = {"sgd": (0.003, 0.01, 0.03), "adam": (0.0003, 0.001, 0.003)}
+RATES = {
+    "sgd": (0.003, 0.01, 0.03),
+    "adam": (0.0003, 0.001, 0.003),
+    "adamw": (0.0003, 0.001, 0.003),
+}
 _VALIDATION_SHARE = 0.2
 _SEED = 0
 _MOST_BYTES = 2 << 30
@@ -43,7 +48,7 @@ def tune(
     Of equals the one of the lowest loss. Without a frozen prefix a trial would be as dear as a
     run: the optimizer's default is taken then.
     """
-    default = LEARNING_RATES[options.optimizer]
+    default = default_rate(options.optimizer)
     bundle = runtime.bundle
     if "prefix/0" not in bundle.manifest["graphs"]:
         return Rate(default, "the default: without a frozen prefix tuning would cost whole runs")
@@ -64,7 +69,7 @@ def tune(
     found: dict[float, tuple[float, float]] = {}
     for rate in RATES[options.optimizer]:
         theta = initial_parameters(bundle, len(samples.classes), _SEED)
-        executable.start(theta, options.optimizer, rate)
+        executable.start(theta, replace(options.objective, learning_rate=rate))
         for epoch in range(options.epochs):
             for indices in order.batches(len(train), batch, _SEED, epoch):
                 inputs = {name: value[indices] for name, value in learnt.items()}

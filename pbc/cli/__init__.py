@@ -9,45 +9,39 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import click
 
 from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
+from pbc.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.registry import summary
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command is, and which extra brings the torch that it may need."""
+    """Where a command is, and which extras bring what it may need beside the core."""
 
     module: str
     attribute: str
-    torch_extra: str = "compile"
+    extras: Mapping[str, str] = field(default_factory=lambda: EXTRAS)
 
 
 COMMANDS: Mapping[str, Command] = {
     "compile": Command("pbc.cli.compile", "compile"),
     "inspect": Command("pbc.cli.inspect", "inspect"),
-    "train": Command("pbc.cli.train", "train", torch_extra="device"),
-    "eval": Command("pbc.cli.train", "evaluate", torch_extra="device"),
-    "predict": Command("pbc.cli.train", "predict", torch_extra="device"),
+    "train": Command("pbc.cli.train", "train", DEVICE_EXTRAS),
+    "eval": Command("pbc.cli.train", "evaluate", DEVICE_EXTRAS),
+    "predict": Command("pbc.cli.train", "predict", DEVICE_EXTRAS),
+    "export": Command("pbc.cli.export", "export"),
     "forget": Command("pbc.cli.train", "forget"),
-    "bench": Command("pbc.cli.bench", "bench"),
+    "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),
     "targets": Command("pbc.cli.listing", "targets"),
     "passes": Command("pbc.cli.listing", "passes"),
     "strategies": Command("pbc.cli.listing", "strategies"),
 }
-
-EXTRAS: Mapping[str, str] = {
-    "torch_pruning": "compile",
-    "torchvision": "models",
-    "timm": "models",
-    "tensorboard": "tensorboard",
-}
-"""Which extra brings a package that is not part of the core; torch depends on the command."""
 
 
 class Main(click.Group):
@@ -81,16 +75,11 @@ class Main(click.Group):
         try:
             result = super().invoke(ctx)
         except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
             command = COMMANDS.get(ctx.invoked_subcommand or "")
-            extra = EXTRAS.get(package)
-            if package == "torch" and command is not None:
-                extra = command.torch_extra
-            if extra is None:
+            needs = missing(error, EXTRAS if command is None else command.extras)
+            if needs is None:
                 raise
-            raise PbcError(
-                f"this needs {package}, which is not installed: pip install 'pbc[{extra}]'"
-            ) from error
+            raise PbcError(f"this needs {needs}") from error
         sys.stdout.flush()  # a closed pipe is met here, where click expects it
         return result
 

@@ -15,6 +15,7 @@ from pbc.bench import report, tables
 from pbc.bench.bench import RIVALS, Options
 from pbc.bench.bench import bench as play
 from pbc.bench.results import FULL
+from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
 from pbc.errors import UsageError
 from pbc.registry import entries
@@ -31,15 +32,14 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("--test", type=_PATH, help="Photos to test on.  [default: a third of DATA]")
 @click.option(
     "--rivals",
-    default=",".join(RIVALS),
-    show_default=True,
-    help="Who plays; `all` means everyone who is installed.",
+    help="Who plays; `all` means everyone who is installed.  "
+    f"[default: those of {','.join(RIVALS)} whose packages are installed]",
 )
 @click.option("--seeds", type=int, default=3, show_default=True)
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
 @click.option("--lr", type=float, help="Learning rate of all.  [default: tuned for PET]")
-@click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True, help="sgd or adam.")
+@objective_options
 @click.option("--threads", type=int, help="Threads of everybody.  [default: the engine's choice]")
 @click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
 @click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")
@@ -70,7 +70,7 @@ def bench(
     bundle: Path,
     data: Path,
     test: Path | None,
-    rivals: str,
+    rivals: str | None,
     seeds: int,
     epochs_of: Sequence[str],
     lr_of: Sequence[str],
@@ -94,7 +94,9 @@ def bench(
     DATA is a folder of class folders, a zip of them, or a folder with train/ and test/ inside.
     Killed at any moment, the same command with --resume goes on with the epoch that was lost.
     """
-    names = tuple(entries("pbc.rivals")) if rivals == "all" else _list(rivals)
+    names: tuple[str, ...] = RIVALS
+    if rivals is not None:
+        names = tuple(entries("pbc.rivals")) if rivals == "all" else _list(rivals)
     if accuracy_budgets and FULL not in names:
         raise UsageError(f"--accuracy-budgets needs {FULL!r} among --rivals ({', '.join(names)})")
     for out in (json_out, html_out, csv_out):
@@ -104,6 +106,7 @@ def bench(
         train=TrainOptions(learning_rate=lr, **settings),
         test=test,
         rivals=names,
+        optional=rivals in (None, "all"),
         seeds=seeds,
         epochs_of={name: _whole(name, text) for name, text in _pairs("--epochs-of", epochs_of)},
         rate_of={name: _number(name, text) for name, text in _pairs("--lr-of", lr_of)},

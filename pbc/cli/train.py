@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc.cli.display import TrainDisplay
+from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
 from pbc.data import ImageFolder, Samples, read_image
 from pbc.errors import PbcError
@@ -34,10 +35,13 @@ _DEFAULTS = TrainOptions()
 @click.option("--val", type=_PATH, help="Labelled photos to evaluate the result on.")
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @click.option(
-    "--lr", "learning_rate", type=float, help="Learning rate.  [default: sgd 0.01, adam 0.001]"
+    "--lr",
+    "learning_rate",
+    type=float,
+    help="Learning rate.  [default: sgd 0.01, adam and adamw 0.001]",
 )
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
-@click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True, help="sgd or adam.")
+@objective_options
 @click.option(
     "--max-accuracy-loss",
     type=float,

@@ -8,11 +8,10 @@ from typing import Any
 
 from pbc.errors import UsageError, suggest
 from pbc.runtime.cache import DTYPES
+from pbc.runtime.objective import Objective, default_rate
 
 CACHES = ("off", "ram", "disk")
-LEARNING_RATES = {"sgd": 0.01, "adam": 0.001}
-# Far beyond use; what an optimizer makes of a larger one is no float32.
-_LARGEST_RATE = 1e30
+_MOMENTUM = Objective().momentum
 # More would be a cache of mostly the same picture.
 _MOST_VIEWS = 64
 # These may differ when a run is resumed: they decide when it ends and what is written beside it.
@@ -24,6 +23,7 @@ _FREE_ON_RESUME = ("epochs", "checkpoint_seconds", "tensorboard", "costs")
 class TrainOptions:
     """Options of one run; None means the default that the bundle or the optimizer implies.
 
+    momentum, weight_decay, label_smoothing: see Objective; momentum is for sgd alone.
     alpha: a mini-batch whose loss is at most alpha times the running mean is not learnt from
         (for schedulers that judge whole mini-batches).
     max_accuracy_loss: how many points of accuracy cheap levels may cost; the bundle's map turns
@@ -45,6 +45,9 @@ class TrainOptions:
     learning_rate: float | None = None
     batch: int | None = None
     optimizer: str = "sgd"
+    momentum: float = _MOMENTUM
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
     alpha: float = 0.8
     max_accuracy_loss: float = 0.5
     fidelity_floor: float | None = None
@@ -67,7 +70,6 @@ class TrainOptions:
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
         for kind, value, known in (
-            ("optimizer", self.optimizer, tuple(LEARNING_RATES)),
             ("cache", self.cache, CACHES),
             ("cache dtype", self.cache_dtype, DTYPES),
         ):
@@ -77,10 +79,11 @@ class TrainOptions:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be at least 1")
-        if self.learning_rate is not None and not 0 < self.learning_rate <= _LARGEST_RATE:
+        optimizer = self.objective.optimizer  # which refuses what no optimizer can do
+        if self.momentum != _MOMENTUM and optimizer != "sgd":
             raise UsageError(
-                f"the learning rate is {self.learning_rate}; "
-                f"it must be above 0 and at most {_LARGEST_RATE:g}"
+                f"the momentum is {self.momentum}, but {optimizer} takes none; "
+                "only sgd does (--optimizer sgd)"
             )
         if not self.alpha >= 0:
             raise UsageError(f"alpha is {self.alpha}; it must be at least 0")
@@ -99,6 +102,18 @@ class TrainOptions:
             raise UsageError(f"augment is {self.augment}; it must be in 0…{_MOST_VIEWS}")
         if self.seed < 0:
             raise UsageError(f"the seed is {self.seed}; it must be at least 0")
+
+    @property
+    def objective(self) -> Objective:
+        """Return the loss and the optimizer, at the optimizer's own rate if none is given."""
+        rate = self.learning_rate
+        return Objective(
+            self.optimizer,
+            default_rate(self.optimizer) if rate is None else rate,
+            self.momentum,
+            self.weight_decay,
+            self.label_smoothing,
+        )
 
     @property
     def views(self) -> int:

@@ -19,6 +19,7 @@ from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines import Executable
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
+from pbc.runtime.objective import Objective
 from pbc.runtime.output import Output
 from pbc.runtime.parameters import labelled_as
 
@@ -35,24 +36,11 @@ class Personal:
     @classmethod
     def open(cls, root: Path | str, *, threads: int | None = None) -> Personal:
         """Load the folder; refuses one whose training has not ended."""
-        output = Output(Path(root))
-        if not output.model.exists():
-            unfinished = output.checkpoint.exists()
-            hint = "finish it with pbc train … --resume" if unfinished else "pbc train makes one"
-            raise PbcError(f"{root} holds no personal model; {hint}")
-        try:
-            model = json.loads(output.model.read_bytes())
-            parameters = safetensors.numpy.load_file(output.trainable)
-            digest = model["bundle"]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise PbcError(f"the personal model in {root} is damaged: {error}") from error
-        bundle = Bundle.open(output.bundle)
-        if bundle.digest != digest:
-            raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
+        bundle, model, parameters = stored(root)
         engine = registry.load("pbc.engines", bundle.manifest["engine"])()
         executable: Executable = engine.load(bundle, threads=threads)
         # The optimizer is never stepped; an executable takes parameters in no other way.
-        executable.start(parameters, "sgd", 1.0)
+        executable.start(parameters, Objective())
         return cls(bundle, model, InputSpec.from_json(bundle.manifest["input"]), executable)
 
     @property
@@ -79,6 +67,25 @@ class Personal:
         if not 0 <= level < count:
             raise UsageError(f"no level {level}; this model has levels 0 to {count - 1}")
         return level
+
+
+def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarray]]:
+    """Read a personal model's bundle, model.json and trained parameters; no engine is needed."""
+    output = Output(Path(root))
+    if not output.model.exists():
+        unfinished = output.checkpoint.exists()
+        hint = "finish it with pbc train … --resume" if unfinished else "pbc train makes one"
+        raise PbcError(f"{root} holds no personal model; {hint}")
+    try:
+        model = json.loads(output.model.read_bytes())
+        parameters = safetensors.numpy.load_file(output.trainable)
+        digest = model["bundle"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise PbcError(f"the personal model in {root} is damaged: {error}") from error
+    bundle = Bundle.open(output.bundle)
+    if bundle.digest != digest:
+        raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
+    return bundle, model, parameters
 
 
 def write_model(

@@ -25,7 +25,7 @@ from pbc.runtime.events import EpochReport, Progress, Report, silent
 from pbc.runtime.interrupt import Interrupt
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.metrics import Metrics
-from pbc.runtime.options import LEARNING_RATES, TrainOptions
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.output import Output
 from pbc.runtime.parameters import initial_parameters, labelled_for
 from pbc.runtime.personal import write_model
@@ -75,7 +75,7 @@ class StreamTraining:
         # What a second visit would need is off.
         options = replace(self.options, epochs=1, cache="off", augment=0, time_budget=None)
         batch = options.batch or int(self.bundle.manifest["batch"])
-        learning_rate = options.learning_rate or LEARNING_RATES[options.optimizer]
+        objective = options.objective
         keep_freed_memory()
         executable = self.engine.load(self.bundle, threads=options.threads)
         metrics = Metrics(self.output.metrics, None)
@@ -104,9 +104,9 @@ class StreamTraining:
             )
             if run is None:
                 theta = initial_parameters(self.bundle, len(block.classes), options.seed)
-                executable.start(theta, options.optimizer, learning_rate)
+                executable.start(theta, objective)
                 run = preparation(None)
-                executable.start(theta, options.optimizer, learning_rate)
+                executable.start(theta, objective)
                 classes = block.classes
             else:
                 state = run.scheduler.state()
@@ -123,7 +123,7 @@ class StreamTraining:
             raise PbcError(_diverged("a parameter is not finite", seen))
         result = self._result(seen, meter)
         metrics.append(result.to_json())
-        resolved = {"batch": batch, "learning_rate": learning_rate}
+        resolved = {"batch": batch, "learning_rate": objective.learning_rate}
         final = {"final": True, "epochs": 1}
         write_model(
             self.output,

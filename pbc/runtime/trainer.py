@@ -22,7 +22,7 @@ from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
 from pbc.runtime.interrupt import Interrupt
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.metrics import Metrics
-from pbc.runtime.options import LEARNING_RATES, TrainOptions
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.output import Output
 from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
 from pbc.runtime.personal import write_model
@@ -62,7 +62,7 @@ class Trainer:
     ) -> None:
         self.options = options
         self.batch: int = options.batch or bundle.manifest["batch"]
-        self.learning_rate: float = options.learning_rate or LEARNING_RATES[options.optimizer]
+        self.objective = options.objective
         self.epoch = 0
         self.step = 0
         self._bundle = bundle
@@ -121,13 +121,13 @@ class Trainer:
         checkpoint = self._resumable() if resume else None
         if checkpoint is not None:
             parameters = checkpoint.part("theta")
-        self._executable.start(parameters, options.optimizer, self.learning_rate)
+        self._executable.start(parameters, self.objective)
         self._meter.restart()
         preparation = self._preparation()
         known = Decisions.load(checkpoint, len(self._ladder)) if checkpoint else None
         self._run = preparation(known)
         # Measuring trained on the first samples: begin again.
-        self._executable.start(parameters, options.optimizer, self.learning_rate)
+        self._executable.start(parameters, self.objective)
         self._epochs = self._run.scheduler.epochs
         self._totals = self._no_totals()
         if checkpoint is not None:
@@ -266,7 +266,7 @@ class Trainer:
         }
 
     def _resolved(self) -> dict[str, Any]:
-        return {"batch": self.batch, "learning_rate": self.learning_rate}
+        return {"batch": self.batch, "learning_rate": self.objective.learning_rate}
 
     def _resumable(self) -> Checkpoint | None:
         """Load the checkpoint if it is of this very run; None if there is none yet."""
@@ -375,6 +375,6 @@ class Trainer:
     def _diverged(self, what: str, step: int) -> str:
         return (
             f"{what} in epoch {self.epoch + 1}, step {step}: lower the learning rate "
-            f"(it is {self.learning_rate:g}) and start again with --overwrite; "
+            f"(it is {self.objective.learning_rate:g}) and start again with --overwrite; "
             f"the last good checkpoint is in {self._output.root}"
         )

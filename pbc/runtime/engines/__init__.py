@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.runtime.objective import Objective
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -28,13 +29,16 @@ class Executable(Protocol):
     def logits(self, level: int, features: Arrays) -> np.ndarray:
         """f32[B, classes] at the current parameters; nothing is kept for a backward."""
 
-    def start(self, parameters: Arrays, optimizer: str, learning_rate: float) -> None:
-        """Set the trainable parameters; begin with a fresh state of the optimizer."""
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        """Set the trainable parameters; begin with a fresh state of the objective's optimizer."""
 
     def forward(
         self, level: int, features: Arrays, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Per-sample losses f32[B] and logits f32[B, classes]; keeps what `update` needs."""
+        """Per-sample losses f32[B] and logits f32[B, classes]; keeps what `update` needs.
+
+        The losses are those of the smoothed labels.
+        """
 
     def update(self) -> None:
         """Run the backward of the last forward's mean loss, and one step of the optimizer."""

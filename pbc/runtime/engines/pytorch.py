@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
-from pbc.errors import PbcError, UsageError, suggest
+from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays
 from pbc.runtime.graph import Argument, DType, Graph, Slot, Step, parse
+from pbc.runtime.objective import Objective
 from pbc.runtime.ops import OPS
 
 __all__ = ["OPS", "PyTorchEngine", "PyTorchExecutable"]
@@ -53,7 +54,8 @@ class PyTorchExecutable:
         self._contents: dict[str, _Program] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}
         self._theta: dict[str, Tensor] = {}
-        self._optimizer: _Optimizer = _Sgd({}, 0.0)
+        self._objective = Objective()
+        self._optimizer: _Optimizer = _Sgd({}, self._objective)
         self._loss: Tensor | None = None
 
     def policy(self, views: np.ndarray) -> np.ndarray:
@@ -73,21 +75,25 @@ class PyTorchExecutable:
         with torch.inference_mode():
             return _to_numpy(self._body(level, features))
 
-    def start(self, parameters: Arrays, optimizer: str, learning_rate: float) -> None:
-        if optimizer not in _OPTIMIZERS:
-            raise UsageError(suggest("optimizer", optimizer, _OPTIMIZERS))
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        self._objective = objective
         self._theta = {
             name: torch.tensor(value, dtype=torch.float32).requires_grad_()
             for name, value in parameters.items()
         }
-        self._optimizer = _OPTIMIZERS[optimizer](self._theta, learning_rate)
+        self._optimizer = _OPTIMIZERS[objective.optimizer](self._theta, objective)
         self._loss = None
 
     def forward(
         self, level: int, features: Arrays, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         logits = self._body(level, features)
-        losses = cross_entropy(logits, torch.from_numpy(labels), reduction="none")
+        losses = cross_entropy(
+            logits,
+            torch.from_numpy(labels),
+            reduction="none",
+            label_smoothing=self._objective.label_smoothing,
+        )
         self._loss = losses.mean()
         return losses.detach().numpy(), logits.detach().numpy()
 
@@ -290,40 +296,47 @@ class _Optimizer(Protocol):
 
 
 class _Sgd:
-    """torch.optim.SGD(momentum=0.9)."""
+    """torch.optim.SGD."""
 
-    def __init__(self, parameters: dict[str, Tensor], learning_rate: float) -> None:
+    def __init__(self, parameters: dict[str, Tensor], objective: Objective) -> None:
         self._parameters = parameters
-        self._learning_rate = learning_rate
+        self._objective = objective
         self._momentum = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def step(self, gradients: _Gradients) -> None:
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
-                momentum = self._momentum[name].mul_(0.9).add_(gradient)
-                parameter.add_(momentum, alpha=-self._learning_rate)
+                if self._objective.weight_decay:
+                    gradient = gradient.add(parameter, alpha=self._objective.weight_decay)
+                momentum = self._momentum[name].mul_(self._objective.momentum).add_(gradient)
+                parameter.add_(momentum, alpha=-self._objective.learning_rate)
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum/{name}": value for name, value in self._momentum.items()}
 
 
 class _Adam:
-    """torch.optim.Adam() with its default betas and epsilon."""
+    """torch.optim.Adam, or AdamW, with the default betas and epsilon."""
 
-    def __init__(self, parameters: dict[str, Tensor], learning_rate: float) -> None:
+    def __init__(self, parameters: dict[str, Tensor], objective: Objective) -> None:
         self._parameters = parameters
-        self._learning_rate = learning_rate
+        self._objective = objective
         self._step = torch.zeros((), dtype=torch.int64)
         self._mean = {name: torch.zeros_like(value) for name, value in parameters.items()}
         self._square = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def step(self, gradients: _Gradients) -> None:
+        rate, decay = self._objective.learning_rate, self._objective.weight_decay
         self._step += 1
         count = int(self._step)
-        step_size = self._learning_rate / (1 - 0.9**count)
+        step_size = rate / (1 - 0.9**count)
         correction = (1 - 0.999**count) ** 0.5
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
+                if decay and self._objective.optimizer == "adamw":
+                    parameter.mul_(1 - rate * decay)
+                elif decay:
+                    gradient = gradient.add(parameter, alpha=decay)
                 mean = self._mean[name].lerp_(gradient, 1 - 0.9)
                 square = self._square[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 denominator = (square.sqrt() / correction).add_(1e-8)
@@ -337,7 +350,8 @@ class _Adam:
         }
 
 
-_OPTIMIZERS: dict[str, Callable[[dict[str, Tensor], float], _Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[[dict[str, Tensor], Objective], _Optimizer]] = {
     "sgd": _Sgd,
     "adam": _Adam,
+    "adamw": _Adam,
 }

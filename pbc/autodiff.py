@@ -1,0 +1,378 @@
+"""Differentiate a body ahead of time: its graph in, the graphs of a training step out.
+
+The gradient is torch's own, traced once: autograd runs on stand-ins whose batch axis is a symbol,
+and every operator that it calls is written down. What it calls and no inference engine has is
+taken apart by `pbc.decompositions`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from pbc import decompositions
+from pbc.errors import PbcError
+from pbc.program import (
+    NAME,
+    PARAMETER,
+    get_tensor,
+    op_name,
+    origin,
+    output_node,
+    placeholders,
+    put_tensor,
+    tensor_names,
+)
+
+aten = torch.ops.aten
+
+LABELS = "labels"
+SMOOTHING = "label_smoothing"
+LOSS, LOSSES, LOGITS = "loss", "losses", "logits"
+SAVED = "saved/"
+
+# A saved tensor that one of these makes of another is made again instead of kept: engines do it
+# for nothing, or for less than the memory traffic.
+_REMADE = frozenset(
+    (
+        aten.detach.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A body's training step without its optimizer, cut in two.
+
+    forward: takes features, θ, labels int64 [b] and the label smoothing; returns mean loss,
+        per-sample losses [b], logits [b, classes], and what the backward needs beside the inputs.
+    backward: returns the gradients of `parameters` (those that the loss depends on), in order.
+    """
+
+    forward: GraphModule
+    backward: GraphModule
+    parameters: tuple[str, ...]
+
+
+def differentiate(body: GraphModule, open_axes: Mapping[str, int] = {}) -> Gradient:
+    """Derive the gradient of cross-entropy (with label smoothing) on the body's logits.
+
+    open_axes: by parameter name, the axis whose size the device decides. Raises PbcError for an
+    operator without a gradient, naming it, the module and the source line it came from.
+    """
+    joint, names = _joint(body, dict(open_axes))
+    titles = _name_inputs(joint, body)
+    _tidy(joint)
+    return _cut(joint, names, titles)
+
+
+# ---- tracing -------------------------------------------------------------------------------
+
+
+class _Forward(Interpreter):
+    """Runs a body on stand-ins, its frozen tensors given, some operators taken apart."""
+
+    def __init__(self, graph: GraphModule, frozen: Mapping[str, Tensor]) -> None:
+        super().__init__(graph)
+        self._frozen = frozen
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._frozen[target]
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return decompositions.DIFFERENTIABLE.get(target, target)(*args, **kwargs)
+
+
+def _joint(body: GraphModule, open_axes: dict[str, int]) -> tuple[GraphModule, list[str]]:
+    """One graph from all inputs to loss, losses, logits and gradients; whose gradients they are."""
+    nodes, tensors = placeholders(body), tensor_names(body)
+    parameters = [node.meta[PARAMETER] for node in nodes if PARAMETER in node.meta]
+    values = _stand_ins(nodes, open_axes)
+    mode = values[0].fake_mode  # type: ignore[attr-defined]
+    reached: list[str] = []
+
+    def step(inputs: list[Tensor], frozen: list[Tensor], labels: Tensor, smoothing: Tensor) -> Any:
+        leaves = [
+            value.detach().requires_grad_() if PARAMETER in node.meta else value
+            for node, value in zip(nodes, inputs, strict=True)
+        ]
+        theta = [leaf for leaf in leaves if leaf.requires_grad]
+        (logits,) = _Forward(body, dict(zip(tensors, frozen, strict=True))).run(*leaves)
+        losses = cross_entropy(logits, labels, smoothing)
+        loss = losses.mean()
+        gradients = torch.autograd.grad(loss, theta, allow_unused=True)
+        found = [
+            (name, gradient)
+            for name, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None
+        ]
+        reached.extend(name for name, _ in found)
+        return loss.detach(), losses.detach(), logits.detach(), *(grad for _, grad in found)
+
+    # The dispatcher keeps symbolic sizes symbolic in operators that torch composes of others.
+    with mode, enable_python_dispatcher(), _quiet():
+        frozen = [
+            mode.from_tensor(get_tensor(body, name).detach(), static_shapes=True)
+            for name in tensors
+        ]
+        batch = _batch(nodes, values)
+        labels = torch.empty(batch, dtype=torch.int64)
+        try:
+            joint = make_fx(step, decomposition_table=decompositions.table())(
+                values, frozen, labels, torch.empty(())
+            )
+        except (NotImplementedError, RuntimeError) as error:
+            raise _without_gradient(body, nodes, values, frozen, error) from error
+    return joint, reached
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
+    """Per-sample losses f32 [b] (Szegedy et al., CVPR 2016, §7), as torch's cross_entropy."""
+    scores = torch.log_softmax(logits, 1)
+    # Not a gather: its gradient is a scatter, which few engines run in parallel.
+    is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+    of_label = torch.where(is_label, scores, 0.0).sum(1)
+    return (smoothing - 1) * of_label - smoothing * scores.mean(1)
+
+
+def _stand_ins(nodes: Sequence[Node], open_axes: dict[str, int]) -> list[Tensor]:
+    """What the inputs are while tracing: the batch a symbol, open axes one symbol together."""
+    mode = nodes[0].meta["val"].fake_mode
+    opened: torch.SymInt | None = None
+    values = []
+    for node in nodes:
+        value: Tensor = node.meta["val"]
+        axis = open_axes.get(node.meta.get(PARAMETER, ""))
+        if axis is not None:
+            if opened is None:
+                dynamic = [DimDynamic.STATIC] * value.dim()
+                dynamic[axis] = DimDynamic.DYNAMIC
+                context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+                    dynamic_sizes=dynamic, constraint_sizes=[None] * value.dim()
+                )
+                # A size of its own: one that another axis has too would be taken for that.
+                sizes = list(value.shape)
+                sizes[axis] = _OPEN_EXAMPLE
+                value = mode.from_tensor(torch.empty(sizes), symbolic_context=context)
+                opened = value.shape[axis]  # type: ignore[assignment]
+            else:
+                sizes = list(value.shape)
+                sizes[axis] = opened  # type: ignore[call-overload]
+                with mode:
+                    value = torch.empty(sizes)
+        values.append(value)
+    return values
+
+
+# No channel, head or batch count of a model, so that the open axis keeps a symbol of its own.
+_OPEN_EXAMPLE = 1013
+
+
+def _batch(nodes: Sequence[Node], values: Sequence[Tensor]) -> Any:
+    return next(
+        value.shape[0]
+        for node, value in zip(nodes, values, strict=True)
+        if PARAMETER not in node.meta
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_gradient(
+    body: GraphModule,
+    nodes: Sequence[Node],
+    values: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    error: Exception,
+) -> Exception:
+    """The error that names the operator at fault: the first that fails on its own."""
+    tensors = dict(zip(tensor_names(body), frozen, strict=True))
+    known: dict[Node, Any] = dict(zip(nodes, values, strict=True))
+    for node in body.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = tensors[str(node.target)]
+        if node.op != "call_function":
+            continue
+        try:
+            known[node] = _alone(node, known)
+        except (NotImplementedError, RuntimeError) as failure:
+            reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            return PbcError(
+                f"operator {op_name(node)}{origin(node)} has no gradient that could be derived: "
+                f"{reason}; replace it in the model, freeze everything before it, or add a "
+                "decomposition to pbc/decompositions.py"
+            )
+    return error
+
+
+def _alone(node: Node, known: Mapping[Node, Any]) -> Any:
+    """Run one operator on stand-ins, and its gradient with respect to every real input."""
+    leaves = []
+
+    def leaf(source: Node) -> Any:
+        value = known[source]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            leaves.append(value.detach().requires_grad_())
+            return leaves[-1]
+        return value
+
+    def run(inputs: list[Tensor]) -> Any:
+        del inputs
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), leaf)
+        result = decompositions.DIFFERENTIABLE.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        real = [part for part in parts if isinstance(part, Tensor) and part.requires_grad]
+        if real:
+            torch.autograd.grad([part.sum() for part in real], leaves, allow_unused=True)
+        return result
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_fx(lambda inputs: (run(inputs), 0)[1], decomposition_table=decompositions.table())([])
+    return node.meta["val"]
+
+
+# ---- from the trace to two graphs ----------------------------------------------------------
+
+
+def _name_inputs(joint: GraphModule, body: GraphModule) -> dict[Node, str]:
+    """Put frozen inputs of the trace back into its module; return what the others are called."""
+    nodes, tensors, traced = placeholders(body), tensor_names(body), placeholders(joint)
+    titles = dict(zip(traced[-2:], (LABELS, SMOOTHING), strict=True))
+    for node, of_body in zip(traced, nodes, strict=False):
+        titles[node] = of_body.name
+        if PARAMETER in of_body.meta:
+            node.meta[PARAMETER] = of_body.meta[PARAMETER]
+    for node, name in zip(traced[len(nodes) : -2], tensors, strict=True):
+        put_tensor(joint, name, get_tensor(body, name))
+        with joint.graph.inserting_before(node):
+            read = joint.graph.get_attr(name)
+        read.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(read)
+        joint.graph.erase_node(node)
+    return titles
+
+
+def _tidy(joint: GraphModule) -> None:
+    """Drop what only means something to autograd, and let every view be a reshape."""
+    for node in list(joint.graph.nodes):
+        if node.target in (aten.alias.default, aten.detach.default, aten.clone.default):
+            node.replace_all_uses_with(node.args[0])
+            joint.graph.erase_node(node)
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+
+
+def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str]) -> Gradient:
+    """Split where the loss is known: what it needs, and what only the gradients need."""
+    results: list[Node] = list(output_node(joint).args[0])  # type: ignore[arg-type]
+    answers, gradients = results[:3], results[3:]
+    first = _needed_for(answers)
+    second = _needed_for(gradients) - first
+    saved = _saved(second, first)
+    titles = titles | {node: node.name for node in saved}
+    forward = _part(joint, first, [], answers + saved, titles)
+    output_node(forward).meta[NAME] = [LOSS, LOSSES, LOGITS] + [SAVED + n.name for n in saved]
+    backward = _part(joint, second | _remade(second, first), saved, gradients, titles)
+    output_node(backward).meta[NAME] = list(parameters)
+    return Gradient(forward, backward, tuple(parameters))
+
+
+def _needed_for(results: Iterable[Node]) -> set[Node]:
+    needed: set[Node] = set()
+    waiting = list(results)
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += node.all_input_nodes
+    return needed
+
+
+def _remade(second: set[Node], first: set[Node]) -> set[Node]:
+    """Nodes of the forward that the backward makes again, from what is saved or given."""
+    again: set[Node] = set()
+    waiting = [source for node in second for source in node.all_input_nodes if source in first]
+    while waiting:
+        node = waiting.pop()
+        if node not in again and _is_remade(node):
+            again.add(node)
+            waiting += node.all_input_nodes
+    return again
+
+
+def _is_remade(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.meta["val"], Tensor):
+        return True  # a size
+    return node.target in _REMADE or all(source.op == "get_attr" for source in node.all_input_nodes)
+
+
+def _saved(second: set[Node], first: set[Node]) -> list[Node]:
+    """What the backward reads of the forward, inputs and frozen tensors aside."""
+    readers = second | _remade(second, first)
+    read = {source for node in readers for source in node.all_input_nodes} - readers
+    return [
+        node
+        for node in next(iter(second)).graph.nodes
+        if node in read and node.op == "call_function"
+    ]
+
+
+def _part(
+    joint: GraphModule,
+    inside: set[Node],
+    saved: Sequence[Node],
+    results: Sequence[Node],
+    titles: Mapping[Node, str],
+) -> GraphModule:
+    """The nodes `inside` as a graph of their own, with the inputs they read and what was saved."""
+    graph, root = Graph(), torch.nn.Module()
+    values: dict[Node, Node] = {}
+    read = {source for node in inside for source in node.all_input_nodes} | set(results)
+    for node in joint.graph.nodes:
+        if node in read and (node.op == "placeholder" or node in saved):
+            # First of all, so that it is the others whose names give way.
+            values[node] = graph.placeholder(titles[node])
+            # A feature and a saved tensor may have one title: the argument is called otherwise.
+            values[node].target = values[node].name
+            values[node].meta = {k: node.meta[k] for k in ("val", PARAMETER) if k in node.meta}
+            values[node].meta[NAME] = (SAVED if node in saved else "") + titles[node]
+    for node in joint.graph.nodes:
+        frozen = node.op == "get_attr" and node in read
+        if frozen:
+            put_tensor(root, str(node.target), get_tensor(joint, str(node.target)))
+        if frozen or (node.op == "call_function" and node in inside):
+            values[node] = graph.node_copy(node, lambda old: values[old])
+            kept = ("val", "stack_trace", "nn_module_stack")
+            values[node].meta = {key: node.meta[key] for key in kept if key in node.meta}
+    graph.output(tuple(values[node] for node in results))
+    return GraphModule(root, graph)

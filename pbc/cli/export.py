@@ -1,0 +1,29 @@
+"""The command that hands a personal model to other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pbc.runtime.export import export as write
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("out", type=_PATH)
+@click.option(
+    "-o", "--output", "target", type=_PATH, help="File to write.  [default: OUT's name + .onnx]"
+)
+@click.option("--level", type=int, help="Level of an .onnx file.  [default: 0, the original]")
+def export(out: Path, target: Path | None, level: int | None) -> None:
+    """Write a personal model as one file: FILE.onnx to run anywhere, or FILE.safetensors.
+
+    The .onnx file takes preprocessed images and returns logits and probabilities; class names and
+    the preprocessing are in its metadata. The .safetensors file holds the trained parameters only.
+    """
+    if target is None:
+        target = Path(f"{out.resolve().name}.onnx")
+    write(out, target, level=level)
+    click.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")

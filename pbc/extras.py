@@ -1,0 +1,36 @@
+"""Which extra of this distribution brings a package that is not part of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+EXTRAS: Mapping[str, str] = {
+    "torch": "compile",
+    "torch_pruning": "compile",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "onnxsim": "onnx",
+    "torchvision": "models",
+    "timm": "models",
+    "tensorboard": "tensorboard",
+}
+"""Where bundles are made and rivals rebuilt."""
+
+DEVICE_EXTRAS: Mapping[str, str] = {
+    **EXTRAS,
+    "torch": "device-torch",
+    "onnxruntime": "device",
+}
+"""Where bundles run: an engine is all that is needed there."""
+
+
+def missing(error: ModuleNotFoundError, extras: Mapping[str, str] = EXTRAS) -> str | None:
+    """Return the words for the package that an import did not find, with how to install it.
+
+    None for a package that no extra brings.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in extras:
+        return None
+    return f"{package}, which is not installed: pip install 'pbc[{extras[package]}]'"

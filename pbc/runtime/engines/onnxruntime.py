@@ -1,0 +1,456 @@
+"""The ONNX Runtime engine: inference, and training by the step graphs that the compiler derived.
+
+All it needs on the device is onnxruntime and numpy. A step is two graphs: `forward/k` returns the
+losses and what its backward needs, `update/k/<optimizer>` takes that and returns new parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime import GraphOptimizationLevel, OrtValue, SessionOptions
+from onnxruntime.capi import onnxruntime_pybind11_state as failures
+
+from pbc.bundle import Bundle
+from pbc.errors import PbcError
+from pbc.runtime.artifacts import Artifacts, default_folder
+from pbc.runtime.engines import Arrays
+from pbc.runtime.objective import Objective
+
+_CPU = "CPUExecutionProvider"
+_ERRORS = (
+    failures.EPFail,
+    failures.EngineError,
+    failures.Fail,
+    failures.InvalidArgument,
+    failures.InvalidGraph,
+    failures.InvalidProtobuf,
+    failures.NoModel,
+    failures.NoSuchFile,
+    failures.NotImplemented,
+    failures.RuntimeException,
+)
+"""What onnxruntime raises; the classes have no base of their own."""
+
+# What a row of zeros is called for each parameter, by the optimizer.
+_MOMENTS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("momentum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_NEW = "new/"
+_ALIGNMENT = 64
+_GRAPH_FILE = "graph.onnx"
+# Smaller tensors stay in the graph's file: onnxruntime refuses to load one without any.
+_EXTERNAL_BYTES = 1024
+# Counts up where entries of an older pbc would not do.
+_ENTRY_FORMAT = 1
+
+_log = logging.getLogger("pbc")
+
+
+class OnnxRuntimeEngine:
+    """Run bundles with ONNX Runtime."""
+
+    name = "onnxruntime"
+
+    def version(self) -> str:
+        return f"onnxruntime {onnxruntime.__version__} on {cpu_identity()}"
+
+    def load(self, bundle: Bundle, *, threads: int | None = None) -> OnnxRuntimeExecutable:
+        return OnnxRuntimeExecutable(bundle, threads)
+
+
+class OnnxRuntimeExecutable:
+    """A bundle's graphs, each loaded when it is first run; parameters and state by their names."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._loader = _Loader(bundle, threads)
+        self._objective = Objective()
+        self._theta: dict[str, Any] = {}
+        self._moments: dict[str, Any] = {}
+        self._steps = 0
+        # The level of the last forward, and all that its update may read.
+        self._pending: tuple[int, dict[str, Any]] | None = None
+
+    def policy(self, views: np.ndarray) -> np.ndarray:
+        return _copied(self._loader.graph("policy").run({"view": views})["fidelity"])
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        graph = f"prefix/{level}"
+        if graph not in self._bundle.manifest["graphs"]:
+            return {"x": images}
+        outputs = self._loader.graph(graph).run({"x": images})
+        return {name: _copied(value) for name, value in outputs.items()}
+
+    def logits(self, level: int, features: Arrays) -> np.ndarray:
+        outputs = self._loader.graph(f"body/{level}").run({**features, **self._theta})
+        return _copied(outputs["logits"])
+
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        self._objective = objective
+        self._theta = {name: _kept(value) for name, value in parameters.items()}
+        self._moments = {
+            f"{moment}/{name}": _kept(np.zeros_like(value, np.float32))
+            for moment in _MOMENTS[objective.optimizer]
+            for name, value in parameters.items()
+        }
+        self._steps = 0
+        self._pending = None
+
+    def forward(
+        self, level: int, features: Arrays, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # What the last forward kept goes first: it is as large as what this one makes.
+        self._pending = None
+        self._loader.require(f"update/{level}/{self._objective.optimizer}")
+        inputs = {
+            **{name: _aligned(value) for name, value in features.items()},
+            "labels": labels.astype(np.int64, copy=False),
+            "label_smoothing": _scalar(self._objective.label_smoothing),
+        }
+        outputs = self._loader.graph(f"forward/{level}").run({**inputs, **self._theta})
+        losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
+        self._pending = level, {**inputs, **outputs}
+        return losses, logits
+
+    def update(self) -> None:
+        assert self._pending is not None, "update() follows forward()"
+        (level, values), self._pending = self._pending, None
+        self._steps += 1
+        graph = self._loader.graph(f"update/{level}/{self._objective.optimizer}")
+        outputs = graph.run({**values, **self._scalars(), **self._theta, **self._moments})
+        # New tensors replace the old: one buffer as input and output gives wrong results.
+        for name, value in outputs.items():
+            own = name.removeprefix(_NEW)
+            (self._moments if own in self._moments else self._theta)[own] = value
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {name: _copied(value) for name, value in self._theta.items()}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        state = {name: _copied(value) for name, value in self._moments.items()}
+        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
+
+    def load_optimizer_state(self, state: Arrays) -> None:
+        own = self.optimizer_state()
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in state.items()}:
+            raise PbcError("the optimizer state is not of this optimizer and these parameters")
+        self._steps = int(state.get("step", self._step()))
+        self._moments = {name: _kept(state[name]) for name in self._moments}
+
+    def _step(self) -> np.ndarray:
+        return np.array(self._steps, np.int64)
+
+    def _scalars(self) -> dict[str, np.ndarray]:
+        """Return what an update graph may ask for beside tensors.
+
+        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
+        """
+        mean, square = (1 - beta**self._steps for beta in _BETAS)
+        return {
+            "learning_rate": _scalar(self._objective.learning_rate),
+            "weight_decay": _scalar(self._objective.weight_decay),
+            "momentum": _scalar(self._objective.momentum),
+            "epsilon": _scalar(_EPSILON),
+            "mean_correction": _scalar(mean),
+            "square_correction": _scalar(square),
+        }
+
+
+# ---- running a graph -----------------------------------------------------------------------
+
+
+class _Graph:
+    """A session, called by names."""
+
+    def __init__(self, session: Any, title: str) -> None:
+        self._session = session
+        self._title = title
+        self._inputs = [entry.name for entry in session.get_inputs()]
+        self._outputs = [entry.name for entry in session.get_outputs()]
+
+    def run(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Feed what the graph reads, arrays or OrtValues; return its outputs as OrtValues.
+
+        The binding is a new one each time: a used one would write into the outputs that it gave.
+        """
+        binding = self._session.io_binding()
+        held = []  # a bound array is read where it is
+        for name in self._inputs:
+            if name not in values:
+                raise PbcError(
+                    f"{self._title} reads {name!r}, which this pbc does not know: upgrade pbc"
+                )
+            value = values[name]
+            if isinstance(value, np.ndarray):
+                held.append(_aligned(value))
+                binding.bind_cpu_input(name, held[-1])
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except failures.RuntimeException as error:
+            if "allocat" not in str(error):
+                raise
+            raise PbcError(
+                f"not enough memory for {self._title}: a smaller --batch needs less"
+            ) from error
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+
+def _aligned(value: np.ndarray) -> np.ndarray:
+    """Return the array in C order, at an address that sums do not depend on.
+
+    A vectorised sum begins at the first aligned value: from another address it may add in another
+    order, and training would not go on to the same bits after a restart.
+    """
+    if value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
+        return value
+    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    copy: np.ndarray = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
+
+
+def _kept(value: np.ndarray) -> Any:
+    """Copy a tensor of reals in; the OrtValue holds on to its memory."""
+    return OrtValue.ortvalue_from_numpy(_aligned(np.array(value, np.float32)))
+
+
+def _copied(value: Any) -> np.ndarray:
+    """Copy a tensor out."""
+    return np.array(value.numpy())
+
+
+def _scalar(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
+
+
+# ---- loading a graph -----------------------------------------------------------------------
+
+
+class _Loader:
+    """Makes sessions of a bundle's graphs; graphs of the same content share one.
+
+    A graph with weights is optimised for this CPU once, and kept: from there its weights are
+    mapped, laid out as the kernels want them. ResNet-50 is ready in a sixth of the time, most of
+    which goes into verifying the file, and eight graphs that read its weights hold 181 MB (PSS)
+    where they held 936. A graph without weights is loaded as it is.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        self._bundle = bundle
+        self._threads = threads
+        self._providers = _providers(bundle)
+        self._graphs: dict[str, _Graph] = {}
+        self._contents: dict[str, _Graph] = {}
+
+    def require(self, name: str) -> None:
+        """Refuse a graph that the bundle does not have."""
+        if name in self._bundle.manifest["graphs"]:
+            return
+        reason = ""
+        if name.startswith(("forward/", "update/")):
+            reason = ": it cannot train with these options; compile the model again"
+        raise PbcError(f"{self._bundle.path} has no graph {name}{reason}")
+
+    def graph(self, name: str) -> _Graph:
+        graph = self._graphs.get(name)
+        if graph is None:
+            self.require(name)
+            key = self._key(name)
+            if key not in self._contents:
+                title = f"graph {name} of {self._bundle.path}"
+                self._contents[key] = _Graph(self._session(name, key), title)
+            graph = self._graphs[name] = self._contents[key]
+        return graph
+
+    def _weights(self, name: str) -> list[str]:
+        return list(self._bundle.manifest.get("weights", {}).get(name, ()))
+
+    def _key(self, name: str) -> str:
+        """Return the hash of all that decides what a graph becomes on this device."""
+        sha256 = self._bundle.sha256
+        parts = [sha256(self._bundle.manifest["graphs"][name])]
+        # The graph says by what names it reads its weights.
+        parts += [f"{PurePosixPath(file).name} {sha256(file)}" for file in self._weights(name)]
+        parts += [f"format {_ENTRY_FORMAT}", OnnxRuntimeEngine().version(), *self._providers]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _session(self, name: str, key: str) -> Any:
+        if not self._weights(name):
+            return self._plain(name, None)
+        if self._providers != (_CPU,):
+            # What other providers make of a graph cannot be written down.
+            return self._from_temporary_folder(name)
+        try:
+            artifacts = Artifacts(default_folder())
+            try:
+                return self._optimised(artifacts.get(key, lambda folder: self._make(name, folder)))
+            except _ERRORS:
+                artifacts.discard(key)
+                return self._optimised(artifacts.get(key, lambda folder: self._make(name, folder)))
+        except (OSError, *_ERRORS) as error:
+            session = self._from_temporary_folder(name)
+            _tell_once(f"optimised graphs are not kept: {_first_line(error)}")
+            return session
+
+    def _make(self, name: str, folder: Path) -> None:
+        """Write the graph and its weights as onnxruntime's optimiser leaves them for this CPU."""
+        with tempfile.TemporaryDirectory(dir=folder) as source:
+            options = self._options(GraphOptimizationLevel.ORT_ENABLE_ALL)
+            options.optimized_model_filepath = str(folder / _GRAPH_FILE)
+            for entry, value in {
+                "optimized_model_external_initializers_file_name": "weights.bin",
+                "optimized_model_external_initializers_min_size_in_bytes": str(_EXTERNAL_BYTES),
+                # As the kernels repack them: they need no copy then (ignored before 1.21).
+                "save_external_prepacked_constant_initializers": "1",
+            }.items():
+                options.add_session_config_entry(f"session.{entry}", value)
+            self._open(self._unpack(name, Path(source)), options)
+
+    def _optimised(self, folder: Path) -> Any:
+        return self._open(
+            folder / _GRAPH_FILE, self._options(GraphOptimizationLevel.ORT_DISABLE_ALL)
+        )
+
+    def _from_temporary_folder(self, name: str) -> Any:
+        """Load as it is, from files that are needed until it is loaded."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
+                return self._plain(name, Path(folder))
+        except OSError as error:
+            raise PbcError(
+                f"no folder has room for the weights of {self._bundle.path}: "
+                f"{error.strerror or error}; PBC_CACHE or TMPDIR can name one"
+            ) from error
+
+    def _plain(self, name: str, folder: Path | None) -> Any:
+        file = self._bundle.manifest["graphs"][name]
+        model = self._bundle.read(file) if folder is None else self._unpack(name, folder)
+        try:
+            return self._open(model, self._options(GraphOptimizationLevel.ORT_ENABLE_ALL))
+        except _ERRORS as error:
+            raise PbcError(
+                f"{self._bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file}: "
+                f"{_first_line(error)}"
+            ) from error
+
+    def _unpack(self, name: str, folder: Path) -> Path:
+        """Put a graph and its weights side by side; return the graph."""
+        graph = self._bundle.manifest["graphs"][name]
+        for file in (graph, *self._weights(name)):
+            (folder / PurePosixPath(file).name).write_bytes(self._bundle.read(file))
+        return folder / PurePosixPath(graph).name
+
+    def _options(self, level: Any) -> Any:
+        options = session_options(self._threads)
+        options.graph_optimization_level = level
+        return options
+
+    def _open(self, model: Path | bytes, options: Any) -> Any:
+        source = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(source, options, providers=list(self._providers))
+
+
+def session_options(threads: int | None) -> Any:
+    """Return the options of every session: so many threads, or one for each core."""
+    options = SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or _cores()
+    options.inter_op_num_threads = 1
+    # A session that waits would keep its cores busy, and slow whatever runs beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if _shared_arena():
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@cache
+def _shared_arena() -> bool:
+    """Have one pool of memory for the activations of all sessions; False if it cannot be.
+
+    They run one after the other: four networks in turn hold 146 MB so, and 322 MB in pools of
+    their own. Shrinking the pool after each run made it hold more.
+    """
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu",
+        onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+        0,
+        onnxruntime.OrtMemType.DEFAULT,
+    )
+    same_as_requested = onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1})
+    try:
+        onnxruntime.create_and_register_allocator(info, same_as_requested)
+    except (*_ERRORS, RuntimeError):  # another user of onnxruntime in this process has one
+        return False
+    return True
+
+
+def _cores() -> int:
+    """Return how many cores this process may run on; the second thread of one counts nothing."""
+    try:
+        threads = os.sched_getaffinity(0)
+        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(siblings.format(thread)).read_text() for thread in threads})
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
+
+
+def _providers(bundle: Bundle) -> tuple[str, ...]:
+    """Return the target's execution providers that this onnxruntime has, in its order."""
+    tags = (bundle.manifest.get("target") or {}).get("tags") or {}
+    wanted = [name.strip() for name in tags.get("onnxruntime_providers", "").split(",")]
+    available = onnxruntime.get_available_providers()
+    found = [name for name in wanted if name in available and name != _CPU]
+    return (*found, _CPU)
+
+
+@cache
+def cpu_identity() -> str:
+    """Return the CPU's name, and a hash of all that lets kernels differ between CPUs."""
+    deciding = {
+        "model name", "vendor_id", "cpu family", "model", "stepping", "flags", "Features",
+        "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision",
+    }  # fmt: skip
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    pairs = [
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
+    ]
+    facts = sorted({f"{key}: {value}" for key, value in pairs if key in deciding})
+    names = [value for key, value in pairs if key == "model name"]
+    name = names[0] if names else platform.processor() or platform.machine()
+    digest = hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()
+    return f"{name} ({digest[:8]})"
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what onnxruntime or the system says, without the code in front."""
+    text = str(error).strip().partition("\n")[0]
+    return text.rpartition("[ONNXRuntimeError] : ")[2]

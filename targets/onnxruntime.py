@@ -1,0 +1,313 @@
+"""Lower to ONNX: models for stock onnxruntime, their weights beside them, shared by all levels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pbc.lowering import Candidate
+from pbc.passes.fold_batch_norm import fold
+from pbc.program import (
+    Program,
+    body,
+    copy_graph,
+    get_tensor,
+    graph_inputs,
+    graph_outputs,
+    prefix,
+    tensor_names,
+)
+from pbc.weights import Stored, TensorStore, by_level, byte_ranges, level_of, unused, weight_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+    from onnxruntime import InferenceSession
+
+    from pbc.onnx_graph import Converter
+
+# One folder for all: a model may not name a file of weights outside its own.
+FOLDER = "onnx"
+# Smaller tensors stay in the model: most are scales, shifts and biases of a few numbers.
+INLINE_BYTES = 1024
+THETA = "θ"
+ROUNDS = 6
+# How many of the device's mini-batches may share one call of the prefix.
+PREFIX_BATCHES = (1, 2, 4)
+# What a measured step takes for scalars: any value does, since none changes the time.
+SCALARS = {
+    "label_smoothing": 0.1,
+    "learning_rate": 0.01,
+    "mean_correction": 0.1,
+    "momentum": 0.9,
+    "square_correction": 0.001,
+    "weight_decay": 0.01,
+}
+
+
+class OnnxRuntimeLowering:
+    """Write each graph as an ONNX model; tensors that levels share are stored once."""
+
+    precisions: ClassVar[tuple[str, ...]] = ("int8",)
+    derives_steps: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+
+    def __init__(self) -> None:
+        self._converter: Converter | None = None
+
+    def graph_file(self, graph: str) -> str:
+        return f"{FOLDER}/{graph.replace('/', '-')}.onnx"
+
+    def requires(self) -> dict[str, str]:
+        return {"onnxruntime": ">=1.20"}
+
+    def lower(self, program: Program) -> dict[str, bytes]:
+        from pbc.onnx_graph import joined, with_tensors
+
+        store = TensorStore()
+        parts = {
+            name: _Part(name, program.graphs[name], names)
+            for name, names in _tensor_names(program).items()
+        }
+        models = {}
+        for name, part in parts.items():
+            models[name] = self._model(program, name, part.graph, part.tensors)
+            part.store(store)
+        files = store.files()
+        # Only now is it known where in its file a tensor comes to lie.
+        ranges = {file: byte_ranges(data) for file, data in files.items()}
+        for name, part in parts.items():
+            complete = with_tensors(models[name], part.initializers(ranges))
+            files[self.graph_file(name)] = complete.SerializeToString(deterministic=True)
+        for level in program.levels:
+            kinds = [name for name in (prefix(level), body(level)) if name in parts]
+            small = {proto.name: proto for name in kinds for proto in parts[name].small()}
+            model = joined(models.get(prefix(level)), models[body(level)], small.values())
+            files[_export_file(level)] = model.SerializeToString(deterministic=True)
+        return files
+
+    def contents(self, program: Program) -> dict[str, Any]:
+        import onnx
+
+        from pbc.onnx_graph import source, unresolved
+
+        artifacts = program.artifacts
+        keys = {
+            (file, offset): key
+            for file, data in artifacts.items()
+            if file.endswith(".safetensors")
+            for key, (offset, _) in byte_ranges(data).items()
+        }
+        weights: dict[str, list[str]] = {}
+        stored: dict[int, dict[str, Stored]] = {}
+        for name in program.graphs:
+            model = onnx.load_model_from_string(artifacts[self.graph_file(name)])
+            where = {tensor.name: source(tensor) for tensor in model.graph.initializer}
+            outside = {name: place for name, place in where.items() if place is not None}
+            found = {
+                tensor: Stored(f"{FOLDER}/{location}", keys[f"{FOLDER}/{location}", offset])
+                for tensor, (location, offset) in outside.items()
+            }
+            weights[name] = sorted({place.file for place in found.values()})
+            stored.setdefault(level_of(name), {}).update(found)
+        export = {}
+        for level in program.levels:
+            file = _export_file(level)
+            names = unresolved(onnx.load_model_from_string(artifacts[file]).graph)
+            tensors = {name: str(stored[level].get(name, THETA)) for name in names}
+            export[str(level)] = {"file": file, "tensors": tensors}
+        return {"weights": weights, "export": export}
+
+    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+        # The fastest of several turns counts: this machine does other things too.
+        runs = [_Visit(self, program, candidate) for candidate in candidates]
+        for turn in range(ROUNDS):
+            for run in runs:
+                run.measure(warm_up=turn == 0)
+        return [run.latency_ms() for run in runs]
+
+    def session(self, program: Program, name: str, graph: GraphModule) -> InferenceSession:
+        """A session like the device's, with the graph's tensors in it."""
+        from onnxruntime import InferenceSession
+
+        from pbc.onnx_graph import inline, with_tensors
+        from pbc.runtime.engines.onnxruntime import session_options
+
+        names = tensor_names(graph)
+        model = self._model(program, name, graph, names)
+        tensors = [inline(tensor, get_tensor(graph, tensor)) for tensor in names]
+        return InferenceSession(
+            with_tensors(model, tensors).SerializeToString(),
+            session_options(None),
+            providers=["CPUExecutionProvider"],
+        )
+
+    def _model(
+        self, program: Program, name: str, graph: GraphModule, tensors: Sequence[str]
+    ) -> ModelProto:
+        from pbc.onnx_graph import Converter
+
+        self._converter = self._converter or Converter()
+        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
+        open_head = program.class_count is None
+        return self._converter(name, graph, tensors, head, open_head=open_head)
+
+
+class _Part:
+    """One graph with the names of its frozen tensors, and where they are stored."""
+
+    def __init__(self, name: str, graph: GraphModule, names: dict[str, str]) -> None:
+        self.graph = graph
+        self._file = weight_file(FOLDER, name)
+        self._values = {new: get_tensor(graph, old) for old, new in names.items()}
+        self._stored: dict[str, Stored] = {}
+
+    @property
+    def tensors(self) -> list[str]:
+        """What the model calls the tensors, in the order of `tensor_names`."""
+        return list(self._values)
+
+    def store(self, store: TensorStore) -> None:
+        for name, tensor in self._values.items():
+            if tensor.nbytes >= INLINE_BYTES:
+                self._stored[name] = store.add(self._file, name, tensor)
+
+    def small(self) -> list[TensorProto]:
+        from pbc.onnx_graph import inline
+
+        return [inline(n, value) for n, value in self._values.items() if n not in self._stored]
+
+    def initializers(self, ranges: dict[str, dict[str, tuple[int, int]]]) -> list[TensorProto]:
+        from pbc.onnx_graph import external
+
+        outside = [
+            external(
+                name,
+                self._values[name],
+                stored.file.removeprefix(f"{FOLDER}/"),
+                *ranges[stored.file][stored.key],
+            )
+            for name, stored in self._stored.items()
+        ]
+        return [*self.small(), *outside]
+
+
+def _export_file(level: int) -> str:
+    return f"{FOLDER}/export-{level}.onnx"
+
+
+def _tensor_names(program: Program) -> dict[str, dict[str, str]]:
+    """For each graph, in the order of levels, what its model calls its frozen tensors.
+
+    Their own names, with a number where another tensor, input or output of the level has it: the
+    level's graphs become one model when they are exported.
+    """
+    order = sorted(program.graphs, key=by_level)
+    taken: dict[int, set[str]] = {}
+    for name in order:
+        graph = program.graphs[name]
+        level = taken.setdefault(level_of(name), {"logits", "probabilities"})
+        level.update(graph_inputs(graph), graph_outputs(name, graph))
+    known: dict[int, list[tuple[str, str, Tensor]]] = {level: [] for level in taken}
+    names: dict[str, dict[str, str]] = {}
+    for name in order:
+        graph, level_ = program.graphs[name], level_of(name)
+        names[name] = {}
+        for own in tensor_names(graph):
+            tensor = get_tensor(graph, own)
+            same = [new for old, new, t in known[level_] if old == own and _equal(t, tensor)]
+            new = same[0] if same else unused(own, taken[level_])
+            if not same:
+                taken[level_].add(new)
+                known[level_].append((own, new, tensor))
+            names[name][own] = new
+    return names
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+
+
+# ---- measuring -----------------------------------------------------------------------------
+
+
+class _Visit:
+    """Measures one training visit: the prefix forward, then the derived step or the body forward.
+
+    A candidate of a program that no step is derived of yet has none.
+    """
+
+    def __init__(
+        self, lowering: OnnxRuntimeLowering, program: Program, candidate: Candidate
+    ) -> None:
+        self._batch = program.batch
+        self._sessions = {}
+        for name, graph in candidate.graphs.items():
+            # Folded as the device runs it.
+            folded = copy_graph(graph)
+            fold(folded)
+            self._sessions[name] = lowering.session(program, name, folded)
+        update = _update(candidate)
+        self._step = [body(0)] if update is None else ["forward/0", update]
+        image = program.example[:1].numpy()
+        sizes = [self._batch * times for times in PREFIX_BATCHES]
+        self._images = {size: np.repeat(image, size, axis=0) for size in sizes}
+        self._values: dict[str, np.ndarray] = {
+            **{name: np.array(value, np.float32) for name, value in SCALARS.items()},
+            **{name: value.detach().numpy() for name, value in program.parameters.items()},
+            "labels": np.zeros(self._batch, np.int64),
+            "x": self._images[self._batch],
+        }
+        if prefix(0) in self._sessions:
+            self._values.update(self._run(prefix(0), self._values))
+        # Seconds per sample; the prefix by how many share a call.
+        self._prefix_seconds = dict.fromkeys(sizes, math.inf)
+        self._step_seconds = math.inf
+
+    def measure(self, warm_up: bool) -> None:
+        if prefix(0) in self._sessions:
+            for size, images in self._images.items():
+                start = time.perf_counter()
+                self._run(prefix(0), {"x": images})
+                seconds = (time.perf_counter() - start) / size
+                if not warm_up:
+                    self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
+        values = dict(self._values)
+        start = time.perf_counter()
+        for name in self._step:
+            values.update(self._run(name, values))
+        if not warm_up:
+            seconds = (time.perf_counter() - start) / self._batch
+            self._step_seconds = min(seconds, self._step_seconds)
+
+    def _run(self, name: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        session = self._sessions[name]
+        feeds = {}
+        for given in session.get_inputs():
+            if given.name not in values:
+                # The optimizer's state, which is called after its parameter: momentum/fc.weight.
+                self._values[given.name] = values[given.name] = np.zeros_like(
+                    values[given.name.partition("/")[2]]
+                )
+            feeds[given.name] = values[given.name]
+        results = session.run(None, feeds)
+        names = (output.name for output in session.get_outputs())
+        return dict(zip(names, results, strict=True))
+
+    def latency_ms(self) -> float:
+        prefix_seconds = 0.0
+        if prefix(0) in self._sessions:
+            prefix_seconds = min(self._prefix_seconds.values())
+        return (prefix_seconds + self._step_seconds) * self._batch * 1000
+
+
+def _update(candidate: Candidate) -> str | None:
+    """Any of the candidate's updates: they differ by a few products per parameter."""
+    return next((name for name in sorted(candidate.graphs) if name.startswith("update/0/")), None)

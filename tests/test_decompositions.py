@@ -1,0 +1,219 @@
+"""Every decomposition of ours against torch's own autograd, over shapes that hypothesis picks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from pbc import decompositions
+
+aten = torch.ops.aten
+
+settings.register_profile("quick", deadline=None, max_examples=40)
+settings.load_profile("quick")
+
+
+def random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def assert_close(value: Tensor | None, expected: Tensor | None) -> None:
+    assert (value is None) == (expected is None)
+    if value is not None and expected is not None:
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    outputs=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    bias=st.booleans(),
+)
+def test_convolution_backward(
+    batch: int,
+    groups: int,
+    per_group: int,
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, int],
+    bias: bool,
+) -> None:
+    x = random(batch, groups * per_group, *size)
+    weight = random(groups * outputs, per_group, *kernel)
+    result = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    arguments = (
+        random(*result.shape),
+        x,
+        weight,
+        [groups * outputs] if bias else None,
+        stride,
+        padding,
+        dilation,
+        False,
+        (0, 0),
+        groups,
+        (True, True, bias),
+    )
+    expected = aten.convolution_backward.default(*arguments)
+    for value, goal in zip(decompositions.convolution_backward(*arguments), expected, strict=True):
+        assert_close(value, goal)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False)])
+def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool, bool]) -> None:
+    x, weight = random(2, 3, 6), random(4, 3, 3)
+    grad = random(2, 4, 4)
+    found = decompositions.convolution_backward(
+        grad, x, weight, None, (1,), (0,), (1,), False, (0,), 1, wanted
+    )
+    assert tuple(value is not None for value in found) == wanted
+    expected = aten.convolution_backward.default(
+        grad, x, weight, None, (1,), (0,), (1,), False, (0,), 1, wanted
+    )
+    for value, goal in zip(found, expected, strict=True):
+        assert_close(value, goal)
+
+
+def test_a_transposed_convolution_is_refused() -> None:
+    x, weight = random(1, 2, 4, 4), random(2, 3, 3, 3)
+    with pytest.raises(NotImplementedError, match="a transposed convolution"):
+        decompositions.convolution_backward(
+            random(1, 3, 6, 6), x, weight, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1,
+            (True, True, False),
+        )  # fmt: skip
+
+
+@given(
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    dilation=st.integers(1, 2),
+    ceil_mode=st.booleans(),
+    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+)
+def test_max_pool_backward(
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    ceil_mode: bool,
+    size: tuple[int, int],
+) -> None:
+    x = random(2, 3, *size)
+    window: Any = (
+        (kernel, kernel),
+        (stride, stride),
+        (min(padding, kernel // 2),) * 2,
+        (dilation, dilation),
+        ceil_mode,
+    )
+    result, indices = aten.max_pool2d_with_indices.default(x, *window)
+    arguments = (random(*result.shape), x, *window, indices)
+    expected = aten.max_pool2d_with_indices_backward.default(*arguments)
+    assert_close(decompositions.max_pool2d_with_indices_backward(*arguments), expected)
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    divisor=st.sampled_from([None, 5]),
+    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+)
+def test_avg_pool_backward(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padded: bool,
+    divisor: int | None,
+    size: tuple[int, int],
+) -> None:
+    x = random(2, 3, *size)
+    padding = tuple(k // 2 for k in kernel) if padded else (0, 0)
+    window = (kernel, stride, padding, False, True, divisor)
+    result = aten.avg_pool2d.default(x, *window)
+    arguments = (random(*result.shape), x, *window)
+    expected = aten.avg_pool2d_backward.default(*arguments)
+    assert_close(decompositions.avg_pool2d_backward(*arguments), expected)
+
+
+def test_an_average_over_a_part_of_a_window_is_refused() -> None:
+    x = random(1, 2, 5, 5)
+    with pytest.raises(NotImplementedError, match="ceil_mode or without its padding"):
+        decompositions.avg_pool2d_backward(
+            random(1, 2, 3, 3), x, (2, 2), (2, 2), (0, 0), True, True, None
+        )
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_adaptive_avg_pool_backward(size: tuple[int, int], bins: tuple[int, int]) -> None:
+    x, grad = random(2, 3, *size), random(2, 3, *bins)
+    expected = aten._adaptive_avg_pool2d_backward.default(grad, x)
+    assert_close(decompositions.adaptive_avg_pool2d_backward(grad, x), expected)
+
+
+@given(
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    outputs=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    align_corners=st.booleans(),
+)
+def test_upsampling_backward(
+    size: tuple[int, int], outputs: tuple[int, int], align_corners: bool
+) -> None:
+    grad, shape = random(2, 3, *outputs), [2, 3, *size]
+    assert_close(
+        decompositions.upsample_bilinear2d_backward(grad, outputs, shape, align_corners),
+        aten.upsample_bilinear2d_backward.default(grad, outputs, shape, align_corners),
+    )
+    assert_close(
+        decompositions.upsample_nearest2d_backward(grad, outputs, shape),
+        aten.upsample_nearest2d_backward.default(grad, outputs, shape),
+    )
+
+
+@given(leading=st.lists(st.integers(1, 3), min_size=1, max_size=3), bias=st.booleans())
+def test_linear(leading: list[int], bias: bool) -> None:
+    x, weight = random(*leading, 4), random(5, 4)
+    shift = random(5) if bias else None
+    assert_close(decompositions.linear(x, weight, shift), functional.linear(x, weight, shift))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_attention(mask: str | None, scale: float | None) -> None:
+    query, key, value = random(2, 3, 5, 4), random(2, 3, 6, 4), random(2, 3, 6, 7)
+    given = None if mask is None else random(5, 6)
+    if given is not None and mask == "bool":
+        given = given > -1
+    assert_close(
+        decompositions.scaled_dot_product_attention(query, key, value, given, scale=scale),
+        functional.scaled_dot_product_attention(query, key, value, given, scale=scale),
+    )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_with_frozen_statistics(affine: bool) -> None:
+    x, mean, variance = random(2, 4, 3, 3), random(4), random(4).square()
+    weight, bias = (random(4), random(4)) if affine else (None, None)
+    assert_close(
+        decompositions.batch_norm(x, weight, bias, mean, variance, False, 0.1, 1e-5, False),
+        functional.batch_norm(x, mean, variance, weight, bias),
+    )
