@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+from torch.fx import GraphModule
 
 from pbc import parallel, registry
 from pbc.atomic import replace_bytes
@@ -17,9 +19,10 @@ from pbc.dims import HEADS, Dimension, Dims
 from pbc.emit import emit
 from pbc.errors import UsageError, suggest
 from pbc.interface import precision_of
-from pbc.ladder import BFLOAT16, FLOAT32, ORIGINAL, UNALIGNED, Ladder, Level
+from pbc.ladder import FLOAT32, INT8, ORIGINAL, UNALIGNED, Ladder, Level
 from pbc.lowering import Candidate, Lowering
-from pbc.program import Program, body, op_name, prefix
+from pbc.program import Program, body, op_name, prefix, shape_of
+from pbc.quantization import quantized
 from pbc.resolution import Size, macs, reduced, reducible
 from pbc.work import work_file
 
@@ -37,6 +40,10 @@ FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
 RESOLUTION_ROUNDING = 16
 # A precision that saves less is not worth a level, nor are resolutions.
 WORTHWHILE = 0.9
+# What an int8 multiply-accumulate of a convolution costs of a float32 one where that is not
+# measured: ResNet-50's prefix took 3.7 ms for 12.7 ms an image (ONNX Runtime, one x86 core with
+# VNNI), and its first and last layers are not integer.
+INT8_COST = 0.35
 
 
 @dataclass(frozen=True)
@@ -52,15 +59,18 @@ class Form:
 class PlanLevels:
     """Choose every level's form so that costs fall in even steps.
 
-    Three axes, given up in this order: precision (bfloat16, where it is measured to be faster on
-    this machine; such a level needs no weights of its own), resolution (fewer pixels, where the
+    Three axes, given up in this order: precision (the first of those that the program's engine
+    offers and that is measured to be faster on this machine; a bfloat16 level needs no weights of
+    its own, an int8 level rounds its prefix, see `quantize`), resolution (fewer pixels, where the
     frozen prefix pools them away), width (all independent dimensions shrink by one common width,
     rounded to `rounding`, 0 meaning 16 where there are depthwise convolutions, else 8; of an
     attention the head size shrinks, the number of heads stays).
 
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
     down to `min_cost`, or to the cheapest cost in reach. Cost is the latency of one training visit
-    measured here when this machine is the target, MACs otherwise. Graphs stay as they are;
+    measured here when this machine is the target, MACs otherwise. Then int8 is planned for
+    convolutional networks without depthwise layers, which gain little by it, and a note says what
+    was assumed; bfloat16 is not planned, since few devices multiply it. Graphs stay as they are;
     `program.ladder` and `program.sizes` are filled. A level that rounding makes equal to the one
     above is dropped and noted. Where nothing can be given up, level 0 is the only one.
 
@@ -84,12 +94,19 @@ class PlanLevels:
         notes = program.notes
         chosen: list[tuple[Form, float]] = []
         precision = FLOAT32
-        if self.levels and PRECISION in self.axes and program.target.local:
-            in_bfloat16 = Form(precision=BFLOAT16)
-            cost = float(planner.costs([in_bfloat16])[0])
-            if cost <= WORTHWHILE:
-                precision = BFLOAT16
-                chosen.append((in_bfloat16, cost))
+        if self.levels and PRECISION in self.axes:
+            for cheaper in planner.precisions():
+                form = Form(precision=cheaper)
+                cost = float(planner.costs([form])[0])
+                if cost <= WORTHWHILE:
+                    precision = cheaper
+                    chosen.append((form, cost))
+                    break
+        if precision == INT8 and not program.target.local:
+            notes += (
+                f"costs of int8 levels are assumed, not measured: {INT8_COST} of a float32 "
+                "multiply-accumulate for an int8 one",
+            )
         count = self.levels - len(chosen)
         path = planner.path(self.axes, precision) if count else []
         if len(path) > 1:
@@ -118,7 +135,7 @@ class PlanLevels:
             plans.append(form)
             sizes.append(shrunk)
             # MACs follow from the sizes; a latency is read off between the forms measured.
-            expected.append(cost if program.target.local else planner.macs(form) / planner.whole)
+            expected.append(cost if program.target.local else planner.assumed(form))
         levels = tuple(
             Level(
                 level=number,
@@ -183,6 +200,15 @@ class _Planner:
         distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
         return [size for size in distinct if reducible(graph, size)]
 
+    def precisions(self) -> list[str]:
+        """The cheaper precisions to try: those that the engine offers and the program can have."""
+        program = self._program
+        lowering: Lowering = registry.load("pbc.lowerings", program.engine)
+        offered = [p for p in lowering.precisions if p != INT8 or prefix(0) in program.graphs]
+        if program.target.local:
+            return offered
+        return [p for p in offered if p == INT8 and _convolves(program)]
+
     def sizes(self, form: Form) -> Sizes:
         return uniform_sizes(self._dims, form.width, self._rounding)
 
@@ -202,7 +228,16 @@ class _Planner:
             latency_ms = np.array(self._latencies_ms([Form(), *forms]))
             relative: np.ndarray = latency_ms[1:] / latency_ms[0]
             return relative
-        return np.array([self.macs(form) / self.whole for form in forms])
+        return np.array([self.assumed(form) for form in forms])
+
+    def assumed(self, form: Form) -> float:
+        """The cost by MACs, in which those of an int8 prefix count less."""
+        share = 0.0
+        if form.precision == INT8:
+            graphs = self._program.graphs
+            work = _layer_macs(graphs[prefix(0)])
+            share = work / (work + _layer_macs(graphs[body(0)]))
+        return self.macs(form) / self.whole * (1 - share * (1 - INT8_COST))
 
     def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""
@@ -235,6 +270,8 @@ class _Planner:
         }
         if form.resolution is not None:
             graphs[prefix(0)] = reduced(graphs[prefix(0)], form.resolution)
+        if form.precision == INT8:
+            graphs[prefix(0)] = quantized(graphs[prefix(0)], self._program.example)
         return Candidate(
             graphs, {name: precision_of(self._program, name, form.precision) for name in graphs}
         )
@@ -269,3 +306,20 @@ def has_depthwise(program: Program) -> bool:
         for graph in program.graphs.values()
         for node in graph.graph.nodes
     )
+
+
+def _layer_macs(graph: GraphModule) -> float:
+    """Multiply-accumulates of one sample in convolutions and linear layers."""
+    total = 0.0
+    for node in graph.graph.nodes:
+        if op_name(node) in ("aten.conv2d.default", "aten.linear.default"):
+            weight = node.args[1]
+            total += math.prod(shape_of(node)[1:]) * math.prod(shape_of(weight)[1:])
+    return total
+
+
+def _convolves(program: Program) -> bool:
+    """Whether most layers of the prefix are convolutions, none of them channel by channel."""
+    names = [op_name(node) for node in program.graphs[prefix(0)].graph.nodes]
+    convolutions = names.count("aten.conv2d.default")
+    return convolutions > names.count("aten.linear.default") and not has_depthwise(program)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, pruned, settled
 
+from pbc import distillation
+from pbc.distillation import alignment_loss, augment
 from pbc.interface import Standard, sample_fidelity
-from pbc.passes import align
-from pbc.passes.align import Align, alignment_loss, augment
+from pbc.passes.align import Align
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
@@ -115,7 +116,7 @@ def test_an_interrupted_alignment_continues_to_the_same_bits(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: int
 ) -> None:
     """Stopped in the first level, in the second, and near the end."""
-    monkeypatch.setattr(align, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     program = with_data(ConvNet, "linear-probe", photos)
     whole = Align(align_steps=8)(program)
     program = replace(program, work=tmp_path / "work")

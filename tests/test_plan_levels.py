@@ -13,10 +13,10 @@ from pbc.errors import UsageError
 from pbc.lowering import Candidate
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
-from pbc.passes.plan_levels import PlanLevels
+from pbc.passes.plan_levels import INT8_COST, PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.program import Program
+from pbc.program import Program, op_name
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,
@@ -93,6 +93,8 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
     """A program for a host that takes 10 ms for nothing, 1 ms per channel, less in bfloat16."""
 
     class Fixed:
+        precisions = ("bfloat16",)
+
         def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
             return [
                 (10.0 + c.graphs["prefix/0"].get_parameter("conv1.weight").shape[0])
@@ -141,6 +143,57 @@ def test_fewer_pixels_come_before_fewer_channels() -> None:
     assert [f.shape for f in after.features(3, images)] == [
         f.shape for f in after.features(0, images)
     ]
+
+
+class OffersInt8:
+    """The lowering of an engine with integer kernels, which take half as long."""
+
+    precisions = ("int8",)
+
+    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+        times = []
+        for candidate in candidates:
+            graph = candidate.graphs["prefix/0"]
+            in_int8 = any("quantize_per_tensor" in op_name(node) for node in graph.graph.nodes)
+            assert in_int8 == (candidate.precisions["prefix/0"] == "int8")
+            assert candidate.precisions["body/0"] == "float32"
+            times.append(10.0 * (0.5 if in_int8 else 1.0))
+        return times
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_int8_is_planned_where_the_engine_offers_it(
+    monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    before = analysed(ConvNet)
+    before = replace(before, target=replace(before.target, local=local))
+    monkeypatch.setattr(registry, "load", lambda group, name: OffersInt8)
+    after = assert_unchanged(PlanLevels(levels=2, min_cost=0.1, rounding=1), before)
+    assert after.ladder.levels[1].precision == "int8"
+    assert after.sizes[1] == {}
+    assert {level.precision for level in after.ladder.levels[1:]} == {"int8"}
+    if local:
+        assert costs(after)[1] == pytest.approx(0.5)
+    else:
+        assert costs(after)[1] == pytest.approx(INT8_COST, abs=0.01)  # the head's MACs are few
+    assert any("assumed" in note for note in after.notes) == (not local)
+
+
+def test_int8_is_not_planned_unmeasured_where_it_gains_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = analysed(AttentionNet)
+    monkeypatch.setattr(registry, "load", lambda group, name: OffersInt8)
+    after = PlanLevels(levels=2, min_cost=0.1, rounding=1)(before)
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
+
+
+def test_int8_needs_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = analysed(ConvNet, "full")
+    assert "prefix/0" not in before.graphs
+    monkeypatch.setattr(registry, "load", lambda group, name: OffersInt8)
+    after = PlanLevels(levels=2)(before)
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
 
 
 def test_an_unknown_axis_is_refused() -> None:
