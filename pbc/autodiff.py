@@ -138,9 +138,10 @@ def _joint(body: GraphModule, open_axes: dict[str, int]) -> tuple[GraphModule, l
         batch = _batch(nodes, values)
         labels = torch.empty(batch, dtype=torch.int64)
         try:
-            joint = make_fx(step, decomposition_table=decompositions.table())(
-                values, frozen, labels, torch.empty(())
-            )
+            with decompositions.frozen(frozen):
+                joint = make_fx(step, decomposition_table=decompositions.table())(
+                    values, frozen, labels, torch.empty(())
+                )
         except (NotImplementedError, RuntimeError) as error:
             raise _without_gradient(body, nodes, values, frozen, error) from error
     return joint, reached

@@ -8,8 +8,12 @@ differentiated than after.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +43,20 @@ WHOLE = (
 )
 
 
+# The identities of tensors that no step changes; engines work their constants up ahead of time.
+_frozen: ContextVar[frozenset[int]] = ContextVar("pbc_frozen", default=frozenset())
+
+
+@contextmanager
+def frozen(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let decompositions inside the block prefer what is fast for these constants."""
+    token = _frozen.set(frozenset(id(tensor) for tensor in tensors))
+    try:
+        yield
+    finally:
+        _frozen.reset(token)
+
+
 @functools.cache
 def table() -> dict[Any, Callable[..., Any]]:
     """Return torch's decompositions without those of `WHOLE`, and with ours."""
@@ -46,6 +64,9 @@ def table() -> dict[Any, Callable[..., Any]]:
     for op in WHOLE:
         known.pop(op, None)
     known[aten.convolution_backward.default] = convolution_backward
+    known[aten.threshold_backward.default] = threshold_backward
+    known[aten.hardswish_backward.default] = hardswish_backward
+    known[aten.hardsigmoid_backward.default] = hardsigmoid_backward
     known[aten.max_pool2d_with_indices_backward.default] = max_pool2d_with_indices_backward
     known[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     known[aten._adaptive_avg_pool2d_backward.default] = adaptive_avg_pool2d_backward
@@ -73,82 +94,227 @@ def convolution_backward(
     """aten.convolution_backward of a convolution over any number of spatial axes.
 
     The input's gradient is the transposed convolution (Dumoulin and Visin, A guide to convolution
-    arithmetic, 2016); the weight's is the cheapest of four forms, by the kernel's shape.
+    arithmetic, 2016). Engines are slow at that, so it has two more forms: by a frozen kernel of
+    stride one, the convolution with the kernel turned around, which is a constant then; by a
+    trained kernel over small pictures, one matrix product of all images, tap beside tap (im2col;
+    Chellapilla et al., IWFHR 2006). The weight's gradient is such a product too.
     Raises NotImplementedError for the backward of a transposed convolution.
     """
     if transposed:
         raise NotImplementedError("the gradient of a transposed convolution")
+    layer = _Convolution(x.shape, weight.shape, stride, padding, dilation, groups)
+    small = groups == 1 and math.prod(grad.shape[2:]) <= _SMALL_PICTURE
     grad_x = grad_weight = grad_bias = None
     if wanted[0]:
-        missing = [
-            # Rows at the end that no window reached: their gradient is zero.
-            x.shape[2 + axis]
-            - ((grad.shape[2 + axis] - 1) * s - 2 * p + d * (weight.shape[2 + axis] - 1) + 1)
-            for axis, (s, p, d) in enumerate(zip(stride, padding, dilation, strict=True))
-        ]
-        grad_x = aten.convolution.default(
-            grad, weight, None, stride, padding, dilation, True, missing, groups
-        )
+        if id(weight) in _frozen.get() and all(s == 1 for s in stride):
+            grad_x = _input_gradient_by_turning(grad, weight, layer)
+        elif small:
+            grad_x = _input_gradient_by_columns(grad, weight, layer)
+        else:
+            grad_x = _input_gradient_transposed(grad, weight, layer)
     if wanted[1]:
-        grad_weight = _weight_gradient(grad, x, weight, stride, padding, dilation, groups)
+        grad_weight = _weight_gradient(grad, x, layer, small)
     if wanted[2]:
         grad_bias = grad.sum([0, *range(2, grad.dim())])
     return grad_x, grad_weight, grad_bias
 
 
-def _weight_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    kernel = weight.shape[2:]
-    if math.prod(kernel) == 1 and not any(padding) and groups == 1:
-        # A matrix product over everything but the channels.
-        seen = _shifted(x, (0,) * len(kernel), grad.shape[2:], stride, padding, dilation)
-        rows = grad.transpose(0, 1).reshape(weight.shape[0], -1)
-        columns = seen.transpose(0, 1).reshape(weight.shape[1], -1)
-        return (rows @ columns.t()).reshape(weight.shape)
-    taps = (_shifted(x, tap, grad.shape[2:], stride, padding, dilation) for tap in _taps(kernel))
-    batch, per_group, outputs = x.shape[0], weight.shape[1], weight.shape[0] // groups
-    if per_group == 1 and outputs == 1:
+# Output positions per channel up to which all images share one matrix product.
+_SMALL_PICTURE = 256
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """What a convolution is but for its values; shapes as torch has them."""
+
+    x: Sequence[int]
+    weight: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    @property
+    def kernel(self) -> Sequence[int]:
+        return self.weight[2:]
+
+    @property
+    def taps(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(*(range(size) for size in self.kernel)))
+
+    def seen(self, x: Tensor, tap: Sequence[int], outputs: Sequence[int]) -> Tensor:
+        """What one tap of the kernel multiplies at every output position; x is padded."""
+        for axis, (index, size) in enumerate(zip(tap, outputs, strict=True)):
+            start, step = index * self.dilation[axis], self.stride[axis]
+            if (start, step) != (0, 1) or size != x.shape[2 + axis]:
+                stop = start + (size - 1) * step + 1
+                x = aten.slice.Tensor(x, 2 + axis, start, stop, step)
+        return x
+
+    def padded(self, x: Tensor) -> Tensor:
+        return _pad(x, [(p, p) for p in self.padding])
+
+
+def _pad(x: Tensor, margins: Sequence[tuple[int, int]]) -> Tensor:
+    """Add zeros before and after each spatial axis."""
+    if not any(any(margin) for margin in margins):
+        return x
+    flat = [size for margin in reversed(margins) for size in margin]
+    padded: Tensor = aten.constant_pad_nd.default(x, flat, 0.0)
+    return padded
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[channels, everything else] of [batch, channels, …]."""
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, layer: _Convolution, small: bool) -> Tensor:
+    outputs, taps, groups = grad.shape[2:], layer.taps, layer.groups
+    x = layer.padded(x)
+    if groups == 1 and (small or len(taps) == 1):
+        columns = [_rows(layer.seen(x, tap, outputs)) for tap in taps]
+        stacked = columns[0] if len(taps) == 1 else torch.stack(columns, 1)
+        # [channels, taps]: the order in which the weight has them.
+        stacked = stacked.reshape(layer.weight[1] * len(taps), -1)
+        return (_rows(grad) @ stacked.t()).reshape(layer.weight)
+    if groups == 1:
+        rows = _rows(grad)
+        products = [rows @ _rows(layer.seen(x, tap, outputs)).t() for tap in taps]
+        return torch.stack(products, -1).reshape(layer.weight)
+    batch, per_group, per_output = layer.x[0], layer.weight[1], layer.weight[0] // groups
+    if per_group == 1 and per_output == 1:
         # Depthwise: one multiplication and one sum per tap of the kernel.
         axes = [0, *range(2, grad.dim())]
-        return torch.stack([(tap * grad).sum(axes) for tap in taps], -1).reshape(weight.shape)
-    # As matrix products: [outputs, positions] by [positions, channels], tap by tap.
-    by_group = grad.reshape(batch, groups, outputs, -1)
+        sums = [(layer.seen(x, tap, outputs) * grad).sum(axes) for tap in taps]
+        return torch.stack(sums, -1).reshape(layer.weight)
+    by_group = grad.reshape(batch, groups, per_output, -1)
     products = [
-        (by_group @ tap.reshape(batch, groups, per_group, -1).transpose(-1, -2)).sum(0)
+        (
+            by_group
+            @ layer.seen(x, tap, outputs).reshape(batch, groups, per_group, -1).transpose(-1, -2)
+        ).sum(0)
         for tap in taps
     ]
-    return torch.stack(products, -1).reshape(weight.shape)
+    return torch.stack(products, -1).reshape(layer.weight)
 
 
-def _taps(kernel: Sequence[int]) -> list[tuple[int, ...]]:
-    positions: list[tuple[int, ...]] = [()]
-    for size in kernel:
-        positions = [(*before, index) for before in positions for index in range(size)]
-    return positions
+def _input_gradient_by_columns(grad: Tensor, weight: Tensor, layer: _Convolution) -> Tensor:
+    """One product to what every tap contributes, and the contributions added up in place."""
+    (batch, channels, *size), outputs, taps = layer.x, grad.shape[2:], layer.taps
+    columns = weight.reshape(layer.weight[0], -1).t() @ _rows(grad)
+    columns = columns.reshape(channels, len(taps), batch, *outputs)
+    total: Tensor | None = None
+    whole = [s + 2 * p for s, p in zip(size, layer.padding, strict=True)]
+    for number, tap in enumerate(taps):
+        part = _spread(aten.select.int(columns, 1, number), layer.stride)
+        starts = [index * d for index, d in zip(tap, layer.dilation, strict=True)]
+        margins = [
+            (start, total_size - start - part_size)
+            for start, total_size, part_size in zip(starts, whole, part.shape[2:], strict=True)
+        ]
+        part = _pad(part, margins)
+        total = part if total is None else total + part
+    assert total is not None
+    return _inner(total, layer.padding, size).transpose(0, 1)
 
 
-def _shifted(
-    x: Tensor,
-    tap: Sequence[int],
-    outputs: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """What one tap of the kernel multiplies, at every output position."""
-    if any(padding):
-        x = aten.constant_pad_nd.default(x, [p for p in reversed(padding) for _ in range(2)], 0.0)
-    for axis, (index, size, s, d) in enumerate(zip(tap, outputs, stride, dilation, strict=True)):
-        start = index * d
-        x = aten.slice.Tensor(x, 2 + axis, start, start + (size - 1) * s + 1, s)
+def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """Put zeros between neighbours, stride - 1 of them; and after the last as many as fit."""
+    for axis, step in enumerate(stride, 2):
+        if step > 1:
+            shape = list(x.shape)
+            wide = aten.constant_pad_nd.default(
+                x.unsqueeze(axis + 1), [0] * _behind(x, axis) + [0, step - 1], 0.0
+            )
+            shape[axis] = shape[axis] * step
+            x = aten.slice.Tensor(wide.reshape(shape), axis, 0, shape[axis] - step + 1)
     return x
+
+
+def _behind(x: Tensor, axis: int) -> int:
+    """Entries of a padding for the axes behind the one that was inserted after `axis`."""
+    return 2 * (x.dim() - 1 - axis)
+
+
+def _inner(x: Tensor, margins: Sequence[int], size: Sequence[int]) -> Tensor:
+    for axis, (margin, length) in enumerate(zip(margins, size, strict=True), 2):
+        if margin or x.shape[axis] != length:
+            x = aten.slice.Tensor(x, axis, margin, margin + length)
+    return x
+
+
+def _input_gradient_by_turning(grad: Tensor, weight: Tensor, layer: _Convolution) -> Tensor:
+    """The convolution of the gradient with the kernel turned around; the stride is one."""
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel, strict=True)]
+    margins = [r - p for r, p in zip(reach, layer.padding, strict=True)]
+    # Padding beyond the kernel's reach only ever met zeros.
+    grad = _inner(grad, [max(0, -m) for m in margins], [
+        size - 2 * max(0, -m) for size, m in zip(grad.shape[2:], margins, strict=True)
+    ])  # fmt: skip
+    ones, zeros = [1] * len(margins), [0] * len(margins)
+    grad_x: Tensor = aten.convolution.default(
+        grad,
+        _turned(weight, layer.groups),
+        None,
+        ones,
+        [max(0, m) for m in margins],
+        layer.dilation,
+        False,
+        zeros,
+        layer.groups,
+    )
+    return grad_x
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """Inputs and outputs of each group swapped, the kernel turned around."""
+    outputs, per_group, *kernel = weight.shape
+    if (per_group, outputs) != (1, groups):
+        weight = weight.reshape(groups, outputs // groups, per_group, *kernel).transpose(1, 2)
+        weight = weight.reshape(groups * per_group, outputs // groups, *kernel)
+    turning = [axis for axis, size in enumerate(kernel, 2) if size > 1]
+    return aten.flip.default(weight, turning) if turning else weight
+
+
+def _input_gradient_transposed(grad: Tensor, weight: Tensor, layer: _Convolution) -> Tensor:
+    """The transposed convolution (Dumoulin and Visin, A guide to convolution arithmetic, 2016)."""
+    missing = [
+        # Rows at the end that no window reached: their gradient is zero.
+        layer.x[2 + axis] - ((grad.shape[2 + axis] - 1) * s - 2 * p + d * (k - 1) + 1)
+        for axis, (s, p, d, k) in enumerate(
+            zip(layer.stride, layer.padding, layer.dilation, layer.kernel, strict=True)
+        )
+    ]
+    grad_x: Tensor = aten.convolution.default(
+        grad, weight, None, layer.stride, layer.padding, layer.dilation, True, missing, layer.groups
+    )
+    return grad_x
+
+
+# ---- activations ---------------------------------------------------------------------------
+# By factors of 0 and 1: engines vectorise a comparison and a product, and select one by one.
+
+
+def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
+    """Let through what was above the threshold; for a ReLU `x` is its result."""
+    return grad * (x > threshold).to(grad.dtype)
+
+
+def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """One sixth between -3 and 3."""
+    return grad * (_between(aten.hardsigmoid.default(x)) * (1 / 6))
+
+
+def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Differentiate x · hardsigmoid(x) as a product."""
+    share = aten.hardsigmoid.default(x)
+    return grad * (share + x * (_between(share) * (1 / 6)))
+
+
+def _between(share: Tensor) -> Tensor:
+    """1 where 0 < share < 1, else 0."""
+    return (share - share * share > 0).to(share.dtype)
 
 
 # ---- pooling -------------------------------------------------------------------------------

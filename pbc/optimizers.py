@@ -168,10 +168,22 @@ def with_update(gradients: GraphModule, name: str) -> GraphModule:
 
     outputs, titles = [], []
     for parameter, result in zip(parameters, results, strict=True):
-        moved, kept = optimizer.rule(
-            emit, theta[parameter], values[result], state[parameter], scalars
-        )
-        outputs += [moved, *kept]
+        # Flat: onnxruntime takes element by element what has axes of one behind a scalar.
+        shape = result.meta["val"].shape
+        flat = [
+            emit(aten.reshape.default, value, [-1]) if len(shape) > 1 else value
+            for value in (theta[parameter], values[result], *state[parameter])
+        ]
+        moved, kept = optimizer.rule(emit, flat[0], flat[1], flat[2:], scalars)
+        outputs += [
+            emit(aten.reshape.default, value, _known(shape)) if len(shape) > 1 else value
+            for value in (moved, *kept)
+        ]
         titles += [NEW + parameter, *(f"{NEW}{part}/{parameter}" for part in optimizer.state)]
     graph.output(tuple(outputs)).meta[NAME] = titles
     return GraphModule(root, graph)
+
+
+def _known(shape: torch.Size) -> list[int]:
+    """A shape to reshape to; the size that the device decides follows from the others."""
+    return [size if isinstance(size, int) else -1 for size in shape]
