@@ -479,6 +479,62 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product.reshape(*x.shape[:-1], weight.shape[0]) if x.dim() != 2 else product
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """aten.conv2d; a trained depthwise one over small pictures as a matrix product per channel.
+
+    Engines are an order of magnitude slower at depthwise kernels that are no constants.
+    """
+    positions = math.prod(x.shape[2:])
+    depthwise = groups == x.shape[1] == weight.shape[0] and groups > 1
+    if not depthwise or id(weight) in _frozen.get() or positions > _SMALL_CHANNEL:
+        result: Tensor = aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
+        return result
+    layer = _Convolution(
+        x.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation), groups
+    )
+    outputs, where = _connections(layer)
+    matrices = weight.reshape(groups, -1) @ where.to(weight.dtype)
+    matrices = matrices.reshape(groups, positions, math.prod(outputs))
+    rows = x.reshape(-1, groups, positions).transpose(0, 1) @ matrices
+    y = rows.transpose(0, 1).reshape(-1, groups, *outputs)
+    return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+
+
+# Positions of a channel up to which a matrix of them by outputs is small.
+_SMALL_CHANNEL = 64
+
+
+def _connections(layer: _Convolution) -> tuple[list[int], Tensor]:
+    """Output sizes, and f32 [taps, inputs x outputs]: 1 where a tap connects the two."""
+    size = layer.x[2:]
+    outputs = [
+        (s + 2 * p - d * (k - 1) - 1) // step + 1
+        for s, p, d, k, step in zip(
+            size, layer.padding, layer.dilation, layer.kernel, layer.stride, strict=True
+        )
+    ]
+    table = [[0.0] * (math.prod(size) * math.prod(outputs)) for _ in layer.taps]
+    for row, tap in zip(table, layer.taps, strict=True):
+        for number, output in enumerate(itertools.product(*(range(count) for count in outputs))):
+            at = [
+                o * step + t * d - p
+                for o, step, t, d, p in zip(
+                    output, layer.stride, tap, layer.dilation, layer.padding, strict=True
+                )
+            ]
+            if all(0 <= a < s for a, s in zip(at, size, strict=True)):
+                row[(at[0] * size[1] + at[1]) * math.prod(outputs) + number] = 1.0
+    return outputs, torch.tensor(table, device="cpu")
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -524,6 +580,7 @@ def batch_norm(
 
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    aten.conv2d.default: conv2d,
     aten.linear.default: linear,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
     aten.batch_norm.default: batch_norm,

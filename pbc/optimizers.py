@@ -8,6 +8,7 @@ computes them in float64.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -166,24 +167,23 @@ def with_update(gradients: GraphModule, name: str) -> GraphModule:
             node.meta["val"] = op(*(a.meta["val"] if isinstance(a, Node) else a for a in args))
         return node
 
+    @functools.cache
+    def of_rank(rank: int) -> Mapping[str, Node]:
+        # onnxruntime takes value by value what has axes of one where the scalar has none.
+        return {
+            name: emit(aten.reshape.default, node, [1] * rank) for name, node in scalars.items()
+        }
+
     outputs, titles = [], []
     for parameter, result in zip(parameters, results, strict=True):
-        # Flat: onnxruntime takes element by element what has axes of one behind a scalar.
-        shape = result.meta["val"].shape
-        flat = [
-            emit(aten.reshape.default, value, [-1]) if len(shape) > 1 else value
-            for value in (theta[parameter], values[result], *state[parameter])
-        ]
-        moved, kept = optimizer.rule(emit, flat[0], flat[1], flat[2:], scalars)
-        outputs += [
-            emit(aten.reshape.default, value, _known(shape)) if len(shape) > 1 else value
-            for value in (moved, *kept)
-        ]
+        moved, kept = optimizer.rule(
+            emit,
+            theta[parameter],
+            values[result],
+            state[parameter],
+            of_rank(result.meta["val"].dim()),
+        )
+        outputs += [moved, *kept]
         titles += [NEW + parameter, *(f"{NEW}{part}/{parameter}" for part in optimizer.state)]
     graph.output(tuple(outputs)).meta[NAME] = titles
     return GraphModule(root, graph)
-
-
-def _known(shape: torch.Size) -> list[int]:
-    """A shape to reshape to; the size that the device decides follows from the others."""
-    return [size if isinstance(size, int) else -1 for size in shape]

@@ -244,3 +244,33 @@ def test_batch_norm_with_frozen_statistics(affine: bool) -> None:
         decompositions.batch_norm(x, weight, bias, mean, variance, False, 0.1, 1e-5, False),
         functional.batch_norm(x, mean, variance, weight, bias),
     )
+
+
+@given(
+    channels=st.integers(2, 4),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+)
+def test_a_trained_depthwise_convolution(
+    channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+) -> None:
+    arguments = (
+        random(2, channels, 6, 7),
+        random(channels, 1, *kernel),
+        random(channels) if bias else None,
+        stride,
+        padding,
+        dilation,
+        channels,
+    )
+    found = decompositions.conv2d(*arguments)
+    assert found.grad_fn is None
+    assert_close(found, functional.conv2d(*arguments))
