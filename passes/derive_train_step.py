@@ -18,20 +18,23 @@ from pbc.program import (
     Program,
     body,
     copy_graph,
-    feature_names,
     get_tensor,
     graph_text,
-    parameter_names,
     step_forward,
     step_update,
     tensor_names,
 )
 from pbc.progress import report
-from pbc.step_check import TOLERANCE, GraphStep, in_float64, random_batches, step_errors
+from pbc.step_check import (
+    TOLERANCE,
+    GraphStep,
+    in_float64,
+    random_batches,
+    starting_parameters,
+    step_errors,
+)
 
 CHECK = "train_step"
-# Where the device decides how many classes there are, any count checks as well as another.
-OPEN_CLASSES = 5
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,7 @@ class DeriveTrainStep:
     ) -> dict[str, float]:
         graph = program.graphs[body(level)]
         theta = starting_parameters(program, level)
-        names = feature_names(graph)
-
-        def features(images: Tensor) -> dict[str, Tensor]:
-            return dict(zip(names, program.features(level, images), strict=True))
-
-        classes = len(theta[program.head.weight])
-        batches = random_batches(features, program.input.shape, classes, program.seed)
+        batches = random_batches(program, level, len(theta[program.head.weight]))
         errors = step_errors(graph, theta, batches, GraphStep(gradient.forward, updates))
         if not max(errors.values()) <= TOLERANCE:
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:
@@ -125,21 +122,6 @@ class DeriveTrainStep:
 
 def _in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
-    """What a body reads of θ, f32, at the values that a device would begin with."""
-    head = {program.head.weight, program.head.bias}
-    generator = torch.Generator().manual_seed(program.seed)
-    theta = {}
-    for name in parameter_names(program.graphs[body(level)]):
-        value = program.parameters[name].detach()
-        if name in head and program.class_count is None:
-            bound = program.head.in_features**-0.5
-            shape = (OPEN_CLASSES, *value.shape[1:])
-            value = (2 * torch.rand(shape, generator=generator) - 1) * bound
-        theta[name] = value
-    return theta
 
 
 def same(one: GraphModule, other: GraphModule) -> bool:

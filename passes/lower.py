@@ -12,11 +12,20 @@ from pbc.interface import precision_of
 from pbc.ladder import Ladder
 from pbc.lowering import Candidate, Lowering
 from pbc.program import Program, body, prefix, step_forward, step_update
+from pbc.step_check import (
+    LOWERED_TOLERANCE,
+    TOLERANCE,
+    random_batches,
+    starting_parameters,
+    step_errors,
+)
+
+CHECK = "lowered_train_step"
 
 
 @dataclass(frozen=True)
 class Lower:
-    """Measure what each level costs as it will run, and write its files.
+    """Measure what each level costs as it will run, write its files, and check lowered steps.
 
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
     ladder's costs become measured latencies; a level that turns out no cheaper than the one
@@ -30,7 +39,40 @@ class Lower:
         lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
         if program.target.local:
             program = self._measured(program, lowering)
-        return replace(program, artifacts=lowering.lower(program))
+        program = replace(program, artifacts=lowering.lower(program))
+        return self._checked(program, lowering)
+
+    def _checked(self, program: Program, lowering: Lowering) -> Program:
+        """Run the lowered steps beside torch's; levels whose files are the same once."""
+        errors: dict[str, dict[str, float]] = {}
+        notes, seen = program.notes, set()
+        for level in program.levels:
+            step = lowering.step(program, level)
+            files = [
+                program.artifacts[lowering.graph_file(name)]
+                for name in (step_forward(level), step_update(level, "sgd"))
+                if name in program.graphs
+            ]
+            if step is None or tuple(files) in seen:
+                continue
+            seen.add(tuple(files))
+            theta = starting_parameters(program, level)
+            batches = random_batches(program, level, len(theta[program.head.weight]))
+            found = step_errors(program.graphs[body(level)], theta, batches, step)
+            errors[str(level)] = found
+            worst = max(found.values())
+            if not worst <= LOWERED_TOLERANCE:
+                raise RuntimeError(
+                    f"the lowered step of level {level} differs from torch's by {worst:.1e} "
+                    f"(relative; at most {LOWERED_TOLERANCE:.0e})"
+                )
+            if worst > TOLERANCE:
+                notes += (
+                    f"the step of level {level} differs from torch's by {worst:.1e} in float32 "
+                    f"(relative; {TOLERANCE:.0e} is usual): rounding that the network amplifies",
+                )
+        checks = {**program.checks, CHECK: errors} if errors else program.checks
+        return replace(program, checks=checks, notes=notes)
 
     def _measured(self, program: Program, lowering: Lowering) -> Program:
         candidates = [self._candidate(program, level) for level in program.levels]

@@ -298,7 +298,8 @@ def _input_gradient_transposed(grad: Tensor, weight: Tensor, layer: _Convolution
 
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     """Let through what was above the threshold; for a ReLU `x` is its result."""
-    return grad * (x > threshold).to(grad.dtype)
+    mask = (x > threshold).to(grad.dtype)
+    return grad * mask
 
 
 def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
 from pbc.program import Program, op_name, origin
+from pbc.step_check import Step
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Lowering(Protocol):
 
     def requires(self) -> dict[str, str]:
         """What the device must have installed to run the artifacts, by name."""
+
+    def step(self, program: Program, level: int) -> Step | None:
+        """What runs a level's derived step as the device will, None where none is derived."""
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
         """Milliseconds of one training visit of a batch, all candidates measured interleaved.

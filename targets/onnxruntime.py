@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -21,6 +22,8 @@ from pbc.program import (
     graph_inputs,
     graph_outputs,
     prefix,
+    step_forward,
+    step_update,
     tensor_names,
 )
 from pbc.weights import Stored, TensorStore, by_level, byte_ranges, level_of, unused, weight_file
@@ -41,6 +44,7 @@ ROUNDS = 6
 PREFIX_BATCHES = (1, 2, 4)
 # What a measured step takes for scalars: any value does, since none changes the time.
 SCALARS = {
+    "epsilon": 1e-8,
     "label_smoothing": 0.1,
     "learning_rate": 0.01,
     "mean_correction": 0.1,
@@ -123,6 +127,9 @@ class OnnxRuntimeLowering:
             export[str(level)] = {"file": file, "tensors": tensors}
         return {"weights": weights, "export": export}
 
+    def step(self, program: Program, level: int) -> _Step:
+        return _Step(self, program, level)
+
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
         # The fastest of several turns counts: this machine does other things too.
         runs = [_Visit(self, program, candidate) for candidate in candidates]
@@ -195,6 +202,30 @@ class _Part:
             for name, stored in self._stored.items()
         ]
         return [*self.small(), *outside]
+
+
+class _Step:
+    """A level's derived step in onnxruntime, torch tensors in and out."""
+
+    def __init__(self, lowering: OnnxRuntimeLowering, program: Program, level: int) -> None:
+        self._lowering, self._program, self._level = lowering, program, level
+        self._sessions: dict[str, InferenceSession] = {}
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._run(step_forward(self._level), inputs)
+
+    def update(self, optimizer: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._run(step_update(self._level, optimizer), inputs)
+
+    def _run(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if name not in self._sessions:
+            graph = self._program.graphs[name]
+            self._sessions[name] = self._lowering.session(self._program, name, graph)
+        session = self._sessions[name]
+        feeds = {given.name: inputs[given.name].numpy() for given in session.get_inputs()}
+        results = session.run(None, feeds)
+        names = (output.name for output in session.get_outputs())
+        return {n: torch.from_numpy(r) for n, r in zip(names, results, strict=True)}
 
 
 def _export_file(level: int) -> str:

@@ -74,6 +74,9 @@ class PyTorchLowering:
             weights[name] = sorted({source.partition("#")[0] for source in sources})
         return {"weights": weights}
 
+    def step(self, program: Program, level: int) -> None:
+        return None
+
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
         # The fastest of several turns counts: this machine does other things too.
         runs = [_Visit(program, candidate) for candidate in candidates]
