@@ -15,7 +15,7 @@ from pbc import parallel
 from pbc.calibration import Calibration
 from pbc.distillation import Distillation, adopt, replace_tensor, unaugmented
 from pbc.interface import Tapped, sample_fidelity, standards
-from pbc.ladder import ALIGNED
+from pbc.ladder import ALIGNED, INT8
 from pbc.program import (
     Program,
     body,
@@ -94,6 +94,10 @@ class Align:
                 begin=partial(_recalibrate, tapped, calibration) if recalibrates else None,
             ).train()
             adopt(program, level, tapped.cpu())
+        # Rounding to integers is still to come, and is measured then.
+        proxies = [level for level in proxies if program.ladder.precision(level) != INT8]
+        if not proxies:
+            return program
         values = sample_fidelity(program, proxies, calibration, calibration.held_out)
         levels = list(program.ladder.levels)
         for level, fidelity in zip(proxies, values.mean(0), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pbc.calibration import Calibration
-from pbc.interface import BATCH, precision_of
+from pbc.interface import BATCH, dtype_of, precision_of
 from pbc.ladder import ALIGNED
 from pbc.passes.learn_policy import affordable
 from pbc.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
@@ -153,7 +153,7 @@ def _until_head(program: Program, level: int) -> Callable[[Tensor], Tensor]:
     steps = []
     for name, graph in ((prefix(level), program.graphs.get(prefix(level))), (body(level), last)):
         if graph is not None:
-            dtype: torch.dtype = getattr(torch, precision_of(program, name, precision))
+            dtype = dtype_of(precision_of(program, name, precision))
             # A copy of its own: converting a module converts the tensors it shares.
             own = graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
             theta = [value.detach().to(dtype) for value in program.parameter_values(graph)]

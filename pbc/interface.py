@@ -73,6 +73,12 @@ def precision_of(program: Program, graph: str, precision: str) -> str:
     return precision if frozen else FLOAT32
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What a graph's real numbers are; an int8 graph rounds by its own operators."""
+    dtype: torch.dtype = torch.float32 if precision == INT8 else getattr(torch, precision)
+    return dtype
+
+
 def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor]]:
     """A level as it runs on the device: in its precision, on a copy; float32 in and out.
 
@@ -80,7 +86,7 @@ def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor
     """
     if precision in (FLOAT32, INT8):
         return tapped
-    dtype: torch.dtype = getattr(torch, precision)
+    dtype = dtype_of(precision)
     low = copy.deepcopy(tapped).to(dtype)
     low.theta = [value.to(dtype) for value in low.theta]
     return lambda images: [tensor.float() for tensor in low(images.to(dtype))]
