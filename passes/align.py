@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,14 +68,30 @@ class Align:
         if calibration is None or not proxies:
             return program.copy()
         program = program.copy()
+        trained = [level for level in proxies if _gives_up_more_than_precision(program, level)]
+        if trained:
+            self._train(program, trained, len(proxies), calibration)
+        # Rounding to integers is still to come, and is measured then.
+        proxies = [level for level in proxies if program.ladder.precision(level) != INT8]
+        if not proxies:
+            return program
+        values = sample_fidelity(program, proxies, calibration, calibration.held_out)
+        levels = list(program.ladder.levels)
+        for level, fidelity in zip(proxies, values.mean(0), strict=True):
+            levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
+        return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
+
+    def _train(
+        self, program: Program, levels: Sequence[int], of: int, calibration: Calibration
+    ) -> None:
+        """Distil some levels, each from the one above; their graphs take the result over."""
         device = parallel.device()
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(Tapped(program, 0)).to(device).eval()
         standard = standards(
             original, (batch.to(device) for batch in unaugmented(calibration, STATISTICS_BATCHES))
         )
-        trained = [level for level in proxies if _gives_up_more_than_precision(program, level)]
-        for level in trained:
+        for level in levels:
             self._start_from_above(program, level)
             # A copy of its own: tensors that no plan shrank are level 0's too.
             tapped = copy.deepcopy(Tapped(program, level))
@@ -86,23 +103,14 @@ class Align:
                 calibration,
                 program.seed * 1000 + level,
                 steps=self.align_steps,
-                seconds=self._seconds(level == trained[0], len(trained)),
+                seconds=self._seconds(level == levels[0], len(levels)),
                 saved=self._saved_as(program, level),
                 rate=LEARNING_RATE_AFTER_PRUNING if recalibrates else LEARNING_RATE,
                 task="align",
-                label=f"level {level} of {len(proxies)}",
+                label=f"level {level} of {of}",
                 begin=partial(_recalibrate, tapped, calibration) if recalibrates else None,
             ).train()
             adopt(program, level, tapped.cpu())
-        # Rounding to integers is still to come, and is measured then.
-        proxies = [level for level in proxies if program.ladder.precision(level) != INT8]
-        if not proxies:
-            return program
-        values = sample_fidelity(program, proxies, calibration, calibration.held_out)
-        levels = list(program.ladder.levels)
-        for level, fidelity in zip(proxies, values.mean(0), strict=True):
-            levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
-        return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
 
     def _seconds(self, first: bool, count: int) -> float | None:
         """The time for one of `count` levels; None when steps alone decide."""

@@ -309,7 +309,7 @@ def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Differentiate x · hardsigmoid(x) as a product."""
-    share = aten.hardsigmoid.default(x)
+    share: Tensor = aten.hardsigmoid.default(x)
     return grad * (share + x * (_between(share) * (1 / 6)))
 
 
