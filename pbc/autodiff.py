@@ -8,6 +8,7 @@ taken apart by `pbc.decompositions`.
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -296,6 +297,8 @@ def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str])
     results: list[Node] = list(output_node(joint).args[0])  # type: ignore[arg-type]
     answers, gradients = results[:3], results[3:]
     first = _needed_for(answers)
+    # Whoever computes several results computes those, too, that the backward alone reads.
+    first |= {n for n in joint.graph.nodes if n.target is operator.getitem and n.args[0] in first}
     second = _needed_for(gradients) - first
     saved = _saved(second, first)
     titles = titles | {node: node.name for node in saved}
@@ -332,9 +335,9 @@ def _remade(second: set[Node], first: set[Node]) -> set[Node]:
 def _is_remade(node: Node) -> bool:
     if node.op != "call_function":
         return False
-    if not isinstance(node.meta["val"], Tensor):
-        return True  # a size
-    return node.target in _REMADE or all(source.op == "get_attr" for source in node.all_input_nodes)
+    if isinstance(node.meta["val"], (int, torch.SymInt)):
+        return True
+    return node.target in _REMADE or all(n.op != "placeholder" for n in _needed_for([node]))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 LOWERED_TOLERANCE = 1e-2
 
 # Neither zero nor one, so that every term shows.
-MOMENTUM, WEIGHT_DECAY, SMOOTHING_SHARE = 0.9, 0.01, 0.1
+MOMENTUM, SMOOTHING_SHARE = 0.9, 0.1
 # Of the parameters' own size, per step: no network blows up, and rounding stays rounding.
 CHANGE = 0.01
 # Of the gradients' root mean square.
@@ -89,7 +89,8 @@ def _error(
             for name, value in (settings | corrections).items()
         }
         known |= step.forward(known)
-        new = {
+        # What the step leaves out stays where it is.
+        new = {name: known[name] for name in theta} | {
             name.removeprefix(NEW): value for name, value in step.update(optimizer, known).items()
         }
         losses = _losses(body, {**features, **theta}, labels)
@@ -104,7 +105,7 @@ def _error(
             if name.startswith("exp_avg_sq/"):
                 least = least**2
             errors.append(_relative(value, expected[name], least))
-        worst = max(worst, *errors)
+        worst = float(torch.tensor([worst, *errors], dtype=torch.float64).max())  # keeps a NaN
     return worst
 
 
@@ -148,7 +149,8 @@ def _settings(
     return {
         "learning_rate": rate,
         "momentum": MOMENTUM,
-        "weight_decay": WEIGHT_DECAY,
+        # AdamW's is multiplied by the rate, which would hide it in the tolerance.
+        "weight_decay": CHANGE / rate if optimizer == "adamw" else CHANGE * slope / size,
         "label_smoothing": SMOOTHING_SHARE,
         "epsilon": slope,
     }

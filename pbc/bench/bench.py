@@ -17,6 +17,7 @@ from pbc import registry
 from pbc.bench import photos, sweep, tuning
 from pbc.bench.cells import Cell, Work
 from pbc.bench.energy import find_meter
+from pbc.bench.machine import processor
 from pbc.bench.match import GROUP, Plan, play
 from pbc.bench.results import REFERENCE, Standing, standings
 from pbc.data import Samples
@@ -326,22 +327,13 @@ def _about_bundle(runtime: Runtime, path: Path, classes: int) -> dict[str, Any]:
 
 def _about_machine(threads: int | None) -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads if threads is not None else os.environ.get("OMP_NUM_THREADS", "default"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "pbc": pbc.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def _notes(runtime: Runtime, ranked: Sequence[Standing], options: Options) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import PARAMETER, body, placeholders, prefix
 from pbc.runtime.objective import Objective
+
+Features = tuple[Tensor, ...]
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,32 @@ def _candidates(bundle: Bundle, weights: Path | None) -> Iterator[Path]:
         elif word.startswith("--weights="):
             yield Path(word.partition("=")[2])
     yield bundle.path.parent / bundle.manifest["provenance"]["weights"]
+
+
+def without_gradient(call: Call, bfloat16: bool) -> Call:
+    """Return the frozen prefix as PET runs it: nothing is recorded, features are float32."""
+
+    def run(images: Tensor) -> Features:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return tuple(value.float() for value in call(images))
+
+    return run
+
+
+def logits(parts: Parts, call: Call, features: Features, theta: Mapping[str, Tensor]) -> Tensor:
+    """Call a body with its inputs in its own order."""
+    values = iter(features)
+    (result,) = call(
+        *(theta[name] if of_theta else next(values) for name, of_theta in parts.inputs)
+    )
+    answer: Tensor = result
+    return answer
+
+
+def not_compiled(error: Exception) -> str:
+    """Say in a line that torch.compile failed; what it raises is torch's own affair."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return f"torch.compile is not possible here ({type(error).__name__}: {reason})"
 
 
 def optimizer(objective: Objective, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pbc.bench import Arrays, EpochTimes, Setting, network, order
+from pbc.bench.network import Call, Features
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.meter import Meter
@@ -22,9 +23,6 @@ from pbc.runtime.parameters import initial_parameters
 
 _TIMED_CALLS = 5
 _FILL_SIZES = (32, 64)
-
-Features = tuple[Tensor, ...]
-Call = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class Pet:
         ):
             meter.lap("bookkeeping")
             features = self._features(indices)
-            logits = _logits(self._parts, self._variant.body, features, self._theta)
+            logits = network.logits(self._parts, self._variant.body, features, self._theta)
             loss = network.loss(setting.objective, logits, setting.samples.labels[indices])
             total += float(loss.detach()) * len(indices)
             meter.lap("forward")
@@ -254,7 +252,7 @@ def _choice(
     Compiled code is for calls of one size; what is left at the end runs eagerly, since compiling
     for it takes longer than it will ever save.
     """
-    frozen = None if parts.frozen is None else _without_gradient(parts.frozen, bfloat16)
+    frozen = None if parts.frozen is None else network.without_gradient(parts.frozen, bfloat16)
     variants = [Variant("eager", size, frozen, parts.body) for size in sizes]
     notes = [] if may_compile else ["torch.compile was not tried"]
     for eager in tuple(variants) if may_compile else ():
@@ -264,8 +262,7 @@ def _choice(
                 warnings.simplefilter("ignore")
                 _pass(parts, compiled, _noise(parts, compiled.size))
         except Exception as error:  # no C++ compiler, an operator that it cannot do: torch's own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            notes.append(f"torch.compile is not possible here ({type(error).__name__}: {reason})")
+            notes.append(network.not_compiled(error))
             break
         variants.append(compiled)
     if len(variants) == 1:
@@ -306,16 +303,8 @@ def _compiled(parts: network.Parts, eager: Variant, bfloat16: bool) -> Variant:
         body = for_size(torch.compile(parts.body, dynamic=False), parts.body)
         return Variant("torch.compile", eager.size, None, body)
     frozen = torch.compile(parts.frozen, dynamic=False)
-    chosen = for_size(_without_gradient(frozen, bfloat16), eager.frozen)
+    chosen = for_size(network.without_gradient(frozen, bfloat16), eager.frozen)
     return Variant("torch.compile", eager.size, chosen, parts.body)
-
-
-def _without_gradient(call: Call, bfloat16: bool) -> Call:
-    def run(images: Tensor) -> Features:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            return tuple(value.float() for value in call(images))
-
-    return run
 
 
 def _noise(parts: network.Parts, size: int) -> Tensor:
@@ -330,16 +319,4 @@ def _pass(parts: network.Parts, variant: Variant, images: Tensor) -> None:
         variant.frozen(images)
         return
     theta = {name: value.clone().requires_grad_() for name, value in parts.theta.items()}
-    _logits(parts, variant.body, (images,), theta).sum().backward()
-
-
-def _logits(
-    parts: network.Parts, body: Call, features: Features, theta: Mapping[str, Tensor]
-) -> Tensor:
-    """Call a body with its inputs in its own order."""
-    values = iter(features)
-    (logits,) = body(
-        *(theta[name] if of_theta else next(values) for name, of_theta in parts.inputs)
-    )
-    result: Tensor = logits
-    return result
+    network.logits(parts, variant.body, (images,), theta).sum().backward()

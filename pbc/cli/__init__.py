@@ -38,6 +38,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command("pbc.cli.export", "export"),
     "forget": Command("pbc.cli.train", "forget"),
     "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),
+    "profile": Command("pbc.cli.profile", "profile", DEVICE_EXTRAS),
     "targets": Command("pbc.cli.listing", "targets"),
     "passes": Command("pbc.cli.listing", "passes"),
     "strategies": Command("pbc.cli.listing", "strategies"),

@@ -1,0 +1,204 @@
+"""`pbc profile`: parse, measure in fresh processes, print and write what was found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pbc.atomic import replace_bytes
+from pbc.bench.profile import Options, Profile, best_prefix, visit_ms
+from pbc.bench.profile import profile as measure
+from pbc.bench.stages import COMPILED, EAGER, STEPS, level_name
+from pbc.cli.tables import console
+from pbc.errors import UsageError
+
+_PATH = click.Path(path_type=Path)
+_DEFAULTS = Options()
+_MODE = 0o644  # it is made to be shown, and to be read by the compiler; it holds no photo
+
+
+@click.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--data", type=_PATH, help="Photos to measure on.  [default: noise]")
+@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@click.option("--threads", metavar="N,N,…", help="Threads of everybody.  [default: one per CPU]")
+@click.option("--levels", metavar="N,N,…", help="Levels to measure.  [default: all]")
+@click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True)
+@click.option("--rounds", type=int, default=_DEFAULTS.rounds, show_default=True,
+              help="How often everything is timed, in turn.")  # fmt: skip
+@click.option("--against", metavar="torch|none",
+              help="Whom to compare with.  [default: torch, where it is installed]")  # fmt: skip
+@click.option("--no-compile", is_flag=True, help="PyTorch runs eagerly only.")
+@click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("-o", "--out", type=_PATH, help="Write everything as JSON.")
+def profile(
+    bundle: Path,
+    threads: str | None,
+    levels: str | None,
+    no_compile: bool,
+    as_json: bool,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    """Measure what each stage of each level of BUNDLE costs here, and what PyTorch needs.
+
+    Training with BUNDLE decides by measurements of its own; this one is for people.
+    """
+    if out is not None and not out.resolve().parent.is_dir():
+        raise UsageError(f"the folder of {out} does not exist")
+    options = Options(
+        threads=_numbers("--threads", threads),
+        levels=_numbers("--levels", levels),
+        torch_compile=not no_compile,
+        **settings,
+    )
+    try:
+        found = measure(bundle, options, lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        click.echo("interrupted: nothing was kept", err=True)
+        sys.exit(130)
+    text = json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n"
+    if out is not None:
+        replace_bytes(out, text.encode(), mode=_MODE)
+    if as_json:
+        click.echo(text, nl=False)
+        return
+    show(console(), found)
+    if out is not None:
+        click.echo(f"wrote {out}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Split whole numbers at commas; each counts once."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not (parts and all(part.isdecimal() for part in parts)):
+        raise UsageError(f"{option} is {text!r}; expected whole numbers, like 0,1")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def show(to: Console, found: Profile) -> None:
+    """Print a table for each number of threads, then loading, memory and notes."""
+    content = found.to_json()
+    protocol, bundle = content["protocol"], content["bundle"]
+    to.print(
+        f"{bundle['model']}, {bundle['strategy']}, {bundle['engine_version']}; "
+        f"batch {protocol['batch']}, {protocol['optimizer']}, {protocol['classes']} classes, "
+        f"{protocol['rounds']} rounds in turn; least time (median)",
+        soft_wrap=True,
+    )
+    for run in content["runs"]:
+        to.print()
+        to.print(_stages(run, content))
+    to.print()
+    to.print(_loading(content["process"]))
+    to.print()
+    to.print(_training(content["process"]["training"]))
+    to.print()
+    for note in content["notes"]:
+        to.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
+
+
+def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
+    batch = content["protocol"]["batch"]
+    loads = content["process"]["later_load"]["level_ms"]
+    by_name = {level_name(level): loads[str(level)] for level in content["protocol"]["levels"]}
+    rows = [
+        [
+            f"{run['threads']} thread(s), ms",
+            f"prefix/image by {batch}",
+            "at its best",
+            "by",
+            f"step of {batch}",
+            "skipped",
+            "logits",
+            "load",
+            "visit/image",
+            "prefix",
+            "step",
+            "visit",
+        ]
+    ]
+    for name, side in run["sides"].items():
+        compared = run["ratios"].get(name, {})
+        best, size = best_prefix(side)
+        against = "" if name == level_name(0) else " of L0"
+        rows.append(
+            [
+                name if name in by_name else f"PyTorch {_way(name)}",
+                _times(side["prefix"].get(str(batch))),
+                _times(side["prefix"].get(str(size))),
+                str(size) if best else "-",
+                _times(side["step"]),
+                _times(side["forward"]),
+                _times(side.get("logits")),
+                f"{by_name[name]:.0f}" if name in by_name else "-",
+                f"{visit_ms(side, batch):.3g}",
+                *(
+                    f"{compared[stage]:.2f}x{against}" if stage in compared else "-"
+                    for stage in ("prefix", "step", "visit")
+                ),
+            ]
+        )
+    return _table(rows)
+
+
+def _loading(process: dict[str, Any]) -> Table:
+    rows = [["loading, s", "total", "start and open", "engine", "levels", "peak memory", "PSS"]]
+    rows += [
+        [
+            title,
+            f"{load['total_seconds']:.2f}",
+            f"{load['open_seconds']:.2f}",
+            f"{load['engine_seconds']:.2f}",
+            f"{load['load_seconds']:.2f}",
+            _megabytes(load["peak_rss_bytes"]),
+            _megabytes(load["pss_bytes"]),
+        ]
+        for title, load in (
+            ("the first time", process["first_load"]),
+            ("later", process["later_load"]),
+        )
+    ]
+    return _table(rows)
+
+
+def _training(trained: dict[str, Any]) -> Table:
+    rows = [[f"{STEPS} steps at level 0", "peak memory", "PSS"]]
+    rows += [
+        [
+            f"PyTorch {_way(who)}" if who in (EAGER, COMPILED) else who,
+            _megabytes(found["peak_rss_bytes"]),
+            _megabytes(found["pss_bytes"]),
+        ]
+        for who, found in trained.items()
+    ]
+    return _table(rows)
+
+
+def _way(name: str) -> str:
+    return "compiled" if name == COMPILED else name
+
+
+def _times(times: dict[str, float] | None) -> str:
+    return "-" if times is None else f"{times['min']:.3g} ({times['median']:.3g})"
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.0f} MiB"
+
+
+def _table(rows: list[list[str]]) -> Table:
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
