@@ -47,7 +47,7 @@ class Lower:
         errors: dict[str, dict[str, float]] = {}
         notes, seen = program.notes, set()
         for level in program.levels:
-            step = lowering.step(program, level)
+            step = lowering.step(program, level) if step_forward(level) in program.graphs else None
             files = [
                 program.artifacts[lowering.graph_file(name)]
                 for name in (step_forward(level), step_update(level, "sgd"))

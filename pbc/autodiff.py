@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from pbc import decompositions
+from pbc.capture import EXAMPLE_BATCH
 from pbc.errors import PbcError
 from pbc.program import (
     NAME,
@@ -32,6 +34,7 @@ from pbc.program import (
     output_node,
     placeholders,
     put_tensor,
+    shape_of,
     tensor_names,
 )
 
@@ -158,32 +161,35 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
 
 
 def _stand_ins(nodes: Sequence[Node], open_axes: dict[str, int]) -> list[Tensor]:
-    """What the inputs are while tracing: the batch a symbol, open axes one symbol together."""
-    mode = nodes[0].meta["val"].fake_mode
-    opened: torch.SymInt | None = None
+    """What the inputs are while tracing: the batch a symbol, open axes one symbol together.
+
+    They share nothing with the program's own stand-ins, whose batch any pass may have pinned.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    symbols = {
+        "batch": _symbol(mode, EXAMPLE_BATCH),
+        "open": _symbol(mode, _OPEN_EXAMPLE) if open_axes else None,
+    }
     values = []
     for node in nodes:
-        value: Tensor = node.meta["val"]
-        axis = open_axes.get(node.meta.get(PARAMETER, ""))
-        if axis is not None:
-            if opened is None:
-                dynamic = [DimDynamic.STATIC] * value.dim()
-                dynamic[axis] = DimDynamic.DYNAMIC
-                context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
-                    dynamic_sizes=dynamic, constraint_sizes=[None] * value.dim()
-                )
-                # A size of its own: one that another axis has too would be taken for that.
-                sizes = list(value.shape)
-                sizes[axis] = _OPEN_EXAMPLE
-                value = mode.from_tensor(torch.empty(sizes), symbolic_context=context)
-                opened = value.shape[axis]  # type: ignore[assignment]
-            else:
-                sizes = list(value.shape)
-                sizes[axis] = opened  # type: ignore[call-overload]
-                with mode:
-                    value = torch.empty(sizes)
-        values.append(value)
+        sizes: list[Any] = list(shape_of(node))
+        if PARAMETER not in node.meta:
+            sizes[0] = symbols["batch"]
+        elif node.meta[PARAMETER] in open_axes:
+            sizes[open_axes[node.meta[PARAMETER]]] = symbols["open"]
+        with mode:
+            values.append(torch.empty(sizes, dtype=node.meta["val"].dtype))
     return values
+
+
+def _symbol(mode: FakeTensorMode, size: int) -> torch.SymInt:
+    """A size that is only known on the device, and `size` here."""
+    context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None]
+    )
+    symbol = mode.from_tensor(torch.empty(size), symbolic_context=context).shape[0]
+    assert isinstance(symbol, torch.SymInt)
+    return symbol
 
 
 # No channel, head or batch count of a model, so that the open axis keeps a symbol of its own.

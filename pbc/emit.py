@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 from pbc.dims import Axis, Dims, Keep, Variable, atoms, size
@@ -60,7 +61,8 @@ class _Shapes(torch.fx.Interpreter):
     def run_on_placeholders(self) -> None:
         values = [node.meta["val"] for node in self.graph.nodes if node.op == "placeholder"]
         self.mode = values[0].fake_mode
-        with self.mode, torch.no_grad():
+        # The dispatcher keeps symbolic sizes symbolic in operators that torch composes of others.
+        with self.mode, enable_python_dispatcher(), torch.no_grad():
             self.run(*values)
 
     def run_node(self, n: Node) -> Any:

@@ -10,7 +10,6 @@ EXTRAS: Mapping[str, str] = {
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
-    "onnxsim": "onnx",
     "torchvision": "models",
     "timm": "models",
     "tensorboard": "tensorboard",

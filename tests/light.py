@@ -8,7 +8,7 @@ import bench_net
 
 from pbc import compiler
 
-HEAVY = frozenset(("onnx", "onnxscript", "onnxsim", "sympy", "torch", "torch_pruning"))
+HEAVY = frozenset(("onnx", "onnxscript", "sympy", "torch", "torch_pruning"))
 """What the compiler needs, and a device with ONNX Runtime does without."""
 
 

@@ -76,7 +76,6 @@ def test_a_command_may_choose_its_exit_code(command: Callable[..., None]) -> Non
         ("compile", "onnx", "onnx"),
         ("compile", "onnxruntime.capi", "onnx"),
         ("compile", "onnxscript", "onnx"),
-        ("compile", "onnxsim", "onnx"),
         ("train", "torch", "device-torch"),
         ("train", "onnxruntime", "device"),
         ("predict", "onnxruntime", "device"),

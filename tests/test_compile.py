@@ -21,11 +21,10 @@ import safetensors.numpy
 import torch
 from click.testing import CliRunner, Result
 
-from pbc import cli, compiler, pipeline
+from pbc import cli, compiler, distillation, pipeline
 from pbc.bundle import Bundle
 from pbc.compiler import Options
 from pbc.errors import UsageError
-from pbc.passes import align
 from pbc.pipeline import PassPipeline
 from pbc.program import Program, get_tensor, tensor_names
 from pbc.progress import reporting_to
@@ -407,7 +406,7 @@ def stop_after(steps: int) -> Callable[[str, float, str], None]:
 def test_an_interrupted_compilation_continues_to_the_same_bundle(
     here: Path, examples: Path, few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(align, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     options = Options(
         weights="random", shape=(3, 32, 32), levels=2, calibration=few, align_steps=6,
         target="generic-arm64", without=("learn-policy",),

@@ -104,12 +104,9 @@ def test_the_files_of_a_bundle() -> None:
         "onnx/prefix-1.onnx",
         "onnx/prefix-2.onnx",
     ]
-    assert (
-        after.artifacts["onnx/body-0.onnx"].replace(b"body/0", b"body/1")
-        == (after.artifacts["onnx/body-1.onnx"])
-    )
+    assert after.artifacts["onnx/body-0.onnx"] == after.artifacts["onnx/body-1.onnx"]
     stored = safetensors.torch.load(after.artifacts["onnx/level-0.safetensors"])
-    assert list(stored) == ["conv1.weight_folded", "conv2.weight_folded"]
+    assert sorted(stored) == ["conv1.weight_folded", "conv2.weight_folded"]
     assert OnnxRuntimeLowering().lower(before) == after.artifacts  # to the byte
 
 

@@ -24,6 +24,7 @@ _CHUNK_BYTES = 1 << 20
 _ABANDONED_SECONDS = 24 * 3600.0
 _SHARED_BYTES = 1 << 16
 _LIMIT_BYTES = 4 * 2**30
+_ATTEMPTS = 5
 
 
 def default_folder() -> Path:
@@ -67,16 +68,28 @@ class Artifacts:
             make(new)
             self._share(new)
             _seal(new)
-            try:
-                new.rename(entry)
-            except OSError:
-                # Another process was faster; its entry is as good if it is sound.
-                if not _is_sound(entry):
-                    raise
+            self._install(new, key)
         finally:
             shutil.rmtree(new, ignore_errors=True)
         self._prune(keep=entry)
         return entry
+
+    def _install(self, new: Path, key: str) -> None:
+        """Give a finished entry its name, unless another process was faster.
+
+        Of several that met the same damaged entry, one may remove what another has just made.
+        """
+        entry = self.root / key
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                new.rename(entry)
+                return
+            except OSError:
+                if _is_sound(entry):
+                    return
+                if not attempts_left:
+                    raise
+            self.discard(key)
 
     def discard(self, key: str) -> None:
         """Remove a key's entry; whoever has mapped its files keeps them."""
