@@ -84,7 +84,7 @@ def differentiate(body: GraphModule, open_axes: Mapping[str, int] = {}) -> Gradi
     open_axes: by parameter name, the axis whose size the device decides. Raises PbcError for an
     operator without a gradient, naming it, the module and the source line it came from.
     """
-    joint, names = _joint(body, dict(open_axes))
+    joint, names = _joint(body, open_axes)
     titles = _name_inputs(joint, body)
     _tidy(joint)
     return _cut(joint, names, titles)
@@ -107,12 +107,13 @@ class _Forward(Interpreter):
         return decompositions.DIFFERENTIABLE.get(target, target)(*args, **kwargs)
 
 
-def _joint(body: GraphModule, open_axes: dict[str, int]) -> tuple[GraphModule, list[str]]:
+def _joint(body: GraphModule, open_axes: Mapping[str, int]) -> tuple[GraphModule, list[str]]:
     """One graph from all inputs to loss, losses, logits and gradients; whose gradients they are."""
     nodes, tensors = placeholders(body), tensor_names(body)
     parameters = [node.meta[PARAMETER] for node in nodes if PARAMETER in node.meta]
-    values = _stand_ins(nodes, open_axes)
-    mode = values[0].fake_mode  # type: ignore[attr-defined]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    batch = _symbol(mode, EXAMPLE_BATCH)
+    values = _stand_ins(mode, nodes, batch, open_axes)
     reached: list[str] = []
 
     def step(inputs: list[Tensor], frozen: list[Tensor], labels: Tensor, smoothing: Tensor) -> Any:
@@ -139,7 +140,6 @@ def _joint(body: GraphModule, open_axes: dict[str, int]) -> tuple[GraphModule, l
             mode.from_tensor(get_tensor(body, name).detach(), static_shapes=True)
             for name in tensors
         ]
-        batch = _batch(nodes, values)
         labels = torch.empty(batch, dtype=torch.int64)
         try:
             with decompositions.frozen(frozen):
@@ -160,23 +160,21 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
     return (smoothing - 1) * of_label - smoothing * scores.mean(1)
 
 
-def _stand_ins(nodes: Sequence[Node], open_axes: dict[str, int]) -> list[Tensor]:
+def _stand_ins(
+    mode: FakeTensorMode, nodes: Sequence[Node], batch: torch.SymInt, open_axes: Mapping[str, int]
+) -> list[Tensor]:
     """What the inputs are while tracing: the batch a symbol, open axes one symbol together.
 
     They share nothing with the program's own stand-ins, whose batch any pass may have pinned.
     """
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    symbols = {
-        "batch": _symbol(mode, EXAMPLE_BATCH),
-        "open": _symbol(mode, _OPEN_EXAMPLE) if open_axes else None,
-    }
+    opened = _symbol(mode, _OPEN_EXAMPLE)
     values = []
     for node in nodes:
         sizes: list[Any] = list(shape_of(node))
         if PARAMETER not in node.meta:
-            sizes[0] = symbols["batch"]
+            sizes[0] = batch
         elif node.meta[PARAMETER] in open_axes:
-            sizes[open_axes[node.meta[PARAMETER]]] = symbols["open"]
+            sizes[open_axes[node.meta[PARAMETER]]] = opened
         with mode:
             values.append(torch.empty(sizes, dtype=node.meta["val"].dtype))
     return values
@@ -194,14 +192,6 @@ def _symbol(mode: FakeTensorMode, size: int) -> torch.SymInt:
 
 # No channel, head or batch count of a model, so that the open axis keeps a symbol of its own.
 _OPEN_EXAMPLE = 1013
-
-
-def _batch(nodes: Sequence[Node], values: Sequence[Tensor]) -> Any:
-    return next(
-        value.shape[0]
-        for node, value in zip(nodes, values, strict=True)
-        if PARAMETER not in node.meta
-    )
 
 
 @contextlib.contextmanager

@@ -220,21 +220,16 @@ def _input_gradient_by_columns(grad: Tensor, weight: Tensor, layer: _Convolution
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """Put zeros between neighbours, stride - 1 of them; and after the last as many as fit."""
+    """Put stride - 1 zeros between neighbours."""
     for axis, step in enumerate(stride, 2):
         if step > 1:
             shape = list(x.shape)
-            wide = aten.constant_pad_nd.default(
-                x.unsqueeze(axis + 1), [0] * _behind(x, axis) + [0, step - 1], 0.0
-            )
+            # A padding begins with the last axis: none for those behind the one that is inserted.
+            behind = [0, 0] * (x.dim() - 1 - axis)
+            wide = aten.constant_pad_nd.default(x.unsqueeze(axis + 1), [*behind, 0, step - 1], 0.0)
             shape[axis] = shape[axis] * step
             x = aten.slice.Tensor(wide.reshape(shape), axis, 0, shape[axis] - step + 1)
     return x
-
-
-def _behind(x: Tensor, axis: int) -> int:
-    """Entries of a padding for the axes behind the one that was inserted after `axis`."""
-    return 2 * (x.dim() - 1 - axis)
 
 
 def _inner(x: Tensor, margins: Sequence[int], size: Sequence[int]) -> Tensor:

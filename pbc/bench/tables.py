@@ -165,14 +165,15 @@ def show(console: Console, results: Results, with_budgets: bool) -> None:
     for rows in [*tables, *sweeps(results)]:
         if len(rows) > 1:
             console.print()
-            console.print(_table(rows))
+            console.print(aligned(rows))
     console.print()
     console.print(f"energy: {results.energy}")
     for note in results.notes:
         console.print(Text.assemble(("note: ", "yellow"), note), soft_wrap=True)
 
 
-def _table(rows: list[list[str]]) -> Table:
+def aligned(rows: list[list[str]]) -> Table:
+    """A table of plain cells, the first row its header; numbers are flush right."""
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"

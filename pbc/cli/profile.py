@@ -16,6 +16,7 @@ from pbc.atomic import replace_bytes
 from pbc.bench.profile import Options, Profile, best_prefix, visit_ms
 from pbc.bench.profile import profile as measure
 from pbc.bench.stages import COMPILED, EAGER, STEPS, level_name
+from pbc.bench.tables import aligned
 from pbc.cli.tables import console
 from pbc.errors import UsageError
 
@@ -147,7 +148,7 @@ def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
                 ),
             ]
         )
-    return _table(rows)
+    return aligned(rows)
 
 
 def _loading(process: dict[str, Any]) -> Table:
@@ -167,7 +168,7 @@ def _loading(process: dict[str, Any]) -> Table:
             ("later", process["later_load"]),
         )
     ]
-    return _table(rows)
+    return aligned(rows)
 
 
 def _training(trained: dict[str, Any]) -> Table:
@@ -180,7 +181,7 @@ def _training(trained: dict[str, Any]) -> Table:
         ]
         for who, found in trained.items()
     ]
-    return _table(rows)
+    return aligned(rows)
 
 
 def _way(name: str) -> str:
@@ -193,12 +194,3 @@ def _times(times: dict[str, float] | None) -> str:
 
 def _megabytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.0f} MiB"
-
-
-def _table(rows: list[list[str]]) -> Table:
-    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows[1:]:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
