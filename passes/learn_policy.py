@@ -38,6 +38,8 @@ THRESHOLDS = torch.linspace(-1.5, 1.5, 7)
 SOFTNESS = 0.5
 
 FLOORS = (0.9, 0.95)
+# Floors whose mean fidelity the device may choose among.
+MIX_FLOORS = (0.5, 0.6, 0.7, 0.8, 0.85, *(round(0.9 + step / 200, 3) for step in range(20)))
 CONFIDENCE = 0.9
 # Fewer cannot hold the quantile in one half and judge it on the other.
 LEAST_HELD_OUT = 20
@@ -60,7 +62,9 @@ class LearnPolicy:
     prediction less margin with 90 % confidence (split conformal prediction, Papadopoulos et al.
     2002, finite-sample quantile). The other half judges: where the network does not beat the best
     constant levels at equal mean cost, or costs more than 3 % of level 0, it is replaced by each
-    level's mean, with margins of zero, and the report's `shipped` says «means».
+    level's mean, with margins of zero, and the report's `shipped` says «means». Of a network that
+    ships, the report's `mixes` say what fidelity each floor gives on average: that is what the map
+    to accuracy lost speaks of, and on the device it decides which floor a bound on the loss means.
 
     Does nothing when no level is aligned.
     """
@@ -111,7 +115,8 @@ class LearnPolicy:
                 )
             elif beats_constants(verdict):
                 network, margins = learned, learned_margins
-                summary["shipped"] = "network"
+                trusted = (predicted - margins)[1::2]
+                summary |= {"shipped": "network", "mixes": mixes(trusted, truth[1::2], ladder)}
         program.graphs[POLICY] = policy_graph(network)
         return replace(
             program,
@@ -257,6 +262,19 @@ def judge(predicted: Tensor, truth: Tensor, ladder: Ladder) -> dict[str, Any]:
             }
         )
     return {"floors": rows}
+
+
+def mixes(predicted: Tensor, truth: Tensor, ladder: Ladder) -> list[list[float]]:
+    """[floor, mean true fidelity, less its standard error] of routing at each of MIX_FLOORS.
+
+    predicted (less margins), truth: [samples, levels].
+    """
+    fidelity = torch.cat([torch.ones(len(truth), 1), truth], 1)
+    rows = []
+    for floor in MIX_FLOORS:
+        got = fidelity.gather(1, difficulty(predicted, floor, ladder)[:, None])[:, 0]
+        rows.append([floor, float(got.mean() - got.std(correction=0) / math.sqrt(len(got)))])
+    return rows
 
 
 def difficulty(fidelity: Tensor, floor: float, ladder: Ladder) -> Tensor:

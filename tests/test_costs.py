@@ -170,6 +170,13 @@ def test_a_flat_map_lets_everything_through() -> None:
     assert lost_at(MAP, 0.1) == 17.0
 
 
+def test_where_the_policy_tells_samples_apart_the_mean_keeps_the_bound() -> None:
+    policy = {"report": {"mixes": [[0.5, 0.93], [0.8, 0.96], [0.9, 0.97]]}}
+    manifest = {"accuracy_map": MAP, "policy": policy}
+    for most, floor in ((0.5, 0.8), (1.0, 0.5), (0.0, 1.0)):
+        assert fidelity_floor(manifest, TrainOptions(max_accuracy_loss=most)) == (floor, None)
+
+
 def test_an_explicit_floor_wins_and_a_missing_map_is_told() -> None:
     assert fidelity_floor({"accuracy_map": MAP}, TrainOptions(fidelity_floor=0.7)) == (0.7, None)
     floor, note = fidelity_floor({"accuracy_map": MAP}, TrainOptions(max_accuracy_loss=1))

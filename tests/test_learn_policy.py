@@ -197,6 +197,15 @@ def test_a_network_that_beats_the_constants_is_shipped(
     with torch.no_grad():
         (predicted,) = program.graphs[POLICY](views(data, data.held_out))
     truth = visible_fidelity(program, [1, 2], data, data.held_out)
+    floors, means = np.array(report["mixes"]).T
+    assert list(floors) == sorted(floors)
+    # What a floor gives on average: more than the floor itself, the more the higher it is.
+    assert means[-1] > means[0]
+    assert (np.diff(means) >= -0.02).all()
+    trusted = torch.from_numpy(predicted.numpy() - np.array(program.policy_margins))[1::2]
+    level = difficulty(trusted, float(floors[-1]), program.ladder).numpy()
+    got = np.where(level == 0, 1.0, truth[1::2][np.arange(len(level)), level - 1])
+    assert means[-1] == pytest.approx(got.mean() - got.std() / math.sqrt(len(got)), abs=1e-6)
     assert np.mean(truth >= predicted.numpy() - program.policy_margins) >= 0.85
 
 

@@ -49,9 +49,20 @@ def fidelity_floor(manifest: Mapping[str, Any], options: TrainOptions) -> tuple[
         return options.fidelity_floor, None
     points = manifest.get("accuracy_map")
     if points:
-        return floor_for(points, options.max_accuracy_loss), None
+        floor = floor_for(points, options.max_accuracy_loss)
+        return min([floor, *_floors_of_mean(manifest, floor)]), None
     return DEFAULT_FLOOR, (
         "the bundle has no map from fidelity to accuracy: "
         f"the fidelity floor is {DEFAULT_FLOOR:g} instead of one derived from "
         f"--max-accuracy-loss {options.max_accuracy_loss:g}"
     )
+
+
+def _floors_of_mean(manifest: Mapping[str, Any], fidelity: float) -> list[float]:
+    """Return the floors that a policy which tells samples apart needs for a mean fidelity.
+
+    The map speaks of means. Without such a policy a level's mean is all that is known of a sample;
+    with it most samples lie far above the floor, so that a lower one keeps the mean.
+    """
+    report = (manifest.get("policy") or {}).get("report") or {}
+    return [floor for floor, mean in report.get("mixes", ()) if mean >= fidelity]
