@@ -1,18 +1,47 @@
-"""Android phones and tablets."""
+"""Android phones and tablets: no engine has a wheel for their C library on the package index."""
 
 from __future__ import annotations
 
 from pbc.target import Target
 
-android_arm64 = Target(
-    name="android-arm64",
-    description="64-bit Android",
-    arch="aarch64",
-    engine="tvm",
-    engines=("tvm", "onnxruntime", "pytorch"),
-    tags={
-        "libc": "bionic",
-        "torch": "no wheel on the package index: a build of your own",
-    },
-    requires={"python": ">=3.10", "libc": "bionic"},
+_TERMUX = "as Termux packages it: the package index has no wheel for Android"
+
+
+def phone(
+    name: str,
+    description: str,
+    *,
+    cpu: str | None = None,
+    cores: int | None = None,
+    tag: str | None = None,
+) -> Target:
+    """Return a 64-bit Android device; what is not known of it is left out."""
+    known = {"cpu": cpu, "cores": None if cores is None else str(cores), "tvm": tag}
+    return Target(
+        name=name,
+        description=description,
+        family="Android",
+        arch="aarch64",
+        engine="tvm",
+        engines=("tvm", "onnxruntime", "pytorch"),
+        tags={
+            "triple": "aarch64-linux-android",
+            "libc": "bionic",
+            **{fact: value for fact, value in known.items() if value is not None},
+        },
+        requires={"python": ">=3.10", "libc": "bionic", "numpy": "as Termux packages it"},
+        needs={
+            "tvm": {"tvm runtime": "built with Android's NDK: there is no wheel for Android"},
+            "onnxruntime": {"onnxruntime build": _TERMUX},
+            "pytorch": {"torch build": _TERMUX},
+        },
+    )
+
+
+android_arm64 = phone("android-arm64", "64-bit Android")
+mate10 = phone(
+    "arm-mate10", "Huawei Mate 10, Kirin 970", cpu="cortex-a73", cores=8, tag="arm/mate10"
+)
+pixel2 = phone(
+    "arm-pixel2", "Google Pixel 2, Snapdragon 835", cpu="cortex-a73", cores=8, tag="arm/pixel2"
 )

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from pbc.target import Target
+from pbc.target import Arch, Target
 
-generic_arm64 = Target(
-    name="generic-arm64",
-    description="any 64-bit Arm Linux",
-    arch="aarch64",
-    engine="pytorch",
-    engines=("pytorch", "onnxruntime", "tvm"),
-    tags={"libc": "glibc 2.28"},
-    requires={"python": ">=3.10", "libc": "glibc>=2.28"},
-)
 
-generic_x86_64 = Target(
-    name="generic-x86-64",
-    description="any 64-bit x86 Linux",
-    arch="x86_64",
-    engine="pytorch",
-    engines=("pytorch", "onnxruntime", "tvm"),
-    tags={"libc": "glibc 2.28"},
-    requires={"python": ">=3.10", "libc": "glibc>=2.28"},
-)
+def _any(name: str, description: str, arch: Arch) -> Target:
+    return Target(
+        name=name,
+        description=description,
+        family="Any machine",
+        arch=arch,
+        engine="pytorch",
+        engines=("pytorch", "onnxruntime", "tvm"),
+        tags={"triple": f"{arch}-linux-gnu", "libc": "glibc 2.28"},
+        requires={"python": ">=3.10", "libc": "glibc>=2.28"},
+    )
+
+
+generic_arm64 = _any("generic-arm64", "any 64-bit Arm Linux", "aarch64")
+generic_x86_64 = _any("generic-x86-64", "any 64-bit x86 Linux", "x86_64")

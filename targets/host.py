@@ -19,12 +19,13 @@ def host() -> Target:
     """Return this machine as a target."""
     cores = len(os.sched_getaffinity(0))
     libc, version = platform.libc_ver()
-    tags = {"cores": str(cores)}
+    tags = {"cores": str(cores), "python": platform.python_version()}
     if libc:
         tags["libc"] = f"{libc} {version}"
     return Target(
         name="host",
         description=f"this machine, {cores} core{'s' if cores != 1 else ''}",
+        family="This machine",
         arch=_ARCHS.get(platform.machine().lower(), "any"),
         engine="pytorch",
         engines=("pytorch", "onnxruntime", "tvm"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ def run(*args: str) -> Result:
     return CliRunner().invoke(main, args, prog_name="pbc")
 
 
-@pytest.mark.parametrize("command", ["targets", "passes", "strategies"])
+@pytest.mark.parametrize("command", ["passes", "strategies"])
 def test_a_listing_has_a_table_and_json_that_agree(command: str) -> None:
     table, data = run(command), run(command, "--json")
     assert (table.exit_code, data.exit_code) == (0, 0)
@@ -28,11 +29,47 @@ def test_a_listing_has_a_table_and_json_that_agree(command: str) -> None:
         assert f"{row['distribution']} {row['version']}" in line
 
 
-def test_targets_mark_the_engines_that_are_not_installed() -> None:
-    (line,) = [line for line in run("targets").stdout.splitlines() if "jetson-tx2" in line]
-    assert "pytorch" in line
-    assert "(pytorch)" not in line
-    assert "8.0 GiB" in line
+def test_targets_are_listed_by_family() -> None:
+    rows = json.loads(run("targets", "--json").stdout)
+    lines = [line.rstrip() for line in run("targets").stdout.splitlines()]
+    assert len(lines) == len(rows) + len({row["family"] for row in rows}) + 2
+    headings = [line for line in lines[1:-1] if not line.startswith("  ")]
+    assert set(headings) == {row["family"] for row in rows}
+    for row in rows:
+        (line,) = [line for line in lines if line.split()[:1] == [row["name"]]]
+        assert row["description"] in line
+    assert lines.index("NVIDIA Jetson") < next(
+        number for number, line in enumerate(lines) if line.startswith("  jetson-")
+    )
+
+
+def test_targets_mark_the_engines_that_are_not_installed(
+    install_plugin: Callable[..., None],
+) -> None:
+    source = (
+        "from pbc.target import Target\n"
+        'board = Target("acme-one", "Acme One", "aarch64", "acme", ("acme", "pytorch"))\n'
+    )
+    install_plugin("acme", "[pbc.targets]\nacme-one = acme_plugin:board\n", source)
+    lines = run("targets").stdout.splitlines()
+    (number,) = [number for number, line in enumerate(lines) if "acme-one" in line]
+    assert "(acme), pytorch" in lines[number]
+    assert lines[number - 1].strip() == "acme 1.2.3"
+    assert "preferred, but not installed here" in run("targets", "acme-one").stdout
+
+
+def test_one_target_shows_all_that_is_known_of_it() -> None:
+    shown = run("targets", "jetson-tx2").stdout
+    facts = json.loads(run("targets", "jetson-tx2", "--json").stdout)
+    for fact, value in facts["tags"].items():
+        assert re.search(rf"^{fact} +{re.escape(value)} *$", shown, re.MULTILINE), fact
+    assert "8.0 GiB" in shown
+    assert "python >=3.10; libc glibc>=2.27" in shown
+    assert re.search(r"^pytorch +no +torch>=2\.9 has wheels", shown, re.MULTILINE)
+    assert re.search(r"^onnxruntime +yes +onnxruntime <1\.29", shown, re.MULTILINE)
+    unknown = run("targets", "jetson-tx3")
+    assert unknown.exit_code == 2
+    assert "did you mean 'jetson-tx2'?" in unknown.stderr
 
 
 def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[..., None]) -> None:
