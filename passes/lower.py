@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pbc import parallel, registry
 from pbc.interface import precision_of
-from pbc.ladder import Ladder
+from pbc.ladder import LATENCY, PROFILE, Ladder
 from pbc.lowering import Candidate, Lowering
 from pbc.program import Program, body, prefix, step_forward, step_update
 from pbc.step_check import (
@@ -28,8 +28,8 @@ class Lower:
     """Measure what each level costs as it will run, write its files, and check lowered steps.
 
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
-    ladder's costs become measured latencies; a level that turns out no cheaper than the one
-    above it is noted.
+    ladder's costs become measured latencies, unless a device's profile gave them; a level that
+    turns out no cheaper than the one above it is noted.
     """
 
     stage: ClassVar[str] = "lower"
@@ -37,7 +37,7 @@ class Lower:
     def __call__(self, program: Program) -> Program:
         program = program.copy()
         lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
-        if program.target.local:
+        if program.target.local and program.ladder.cost_model != PROFILE:
             program = self._measured(program, lowering)
         program = replace(program, artifacts=lowering.lower(program))
         return self._checked(program, lowering)
@@ -88,7 +88,7 @@ class Lower:
                     f"level {below.level} measures {below.cost:.2f} of level 0's latency, "
                     f"no cheaper than level {above.level} ({above.cost:.2f})",
                 )
-        return replace(program, ladder=Ladder(levels, "latency"), notes=notes)
+        return replace(program, ladder=Ladder(levels, LATENCY), notes=notes)
 
     def _candidate(self, program: Program, level: int) -> Candidate:
         precision = program.ladder.precision(level)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,11 +16,22 @@ from torch.fx import GraphModule
 
 from pbc import parallel, registry
 from pbc.atomic import replace_bytes
+from pbc.cost_profile import CostProfile
 from pbc.dims import HEADS, Dimension, Dims
 from pbc.emit import emit
 from pbc.errors import UsageError, suggest
 from pbc.interface import precision_of
-from pbc.ladder import FLOAT32, INT8, ORIGINAL, UNALIGNED, Ladder, Level
+from pbc.ladder import (
+    FLOAT32,
+    INT8,
+    LATENCY,
+    MACS,
+    ORIGINAL,
+    PROFILE,
+    UNALIGNED,
+    Ladder,
+    Level,
+)
 from pbc.lowering import Candidate, Lowering
 from pbc.program import Program, body, op_name, prefix, shape_of
 from pbc.quantization import quantized
@@ -67,20 +79,24 @@ class PlanLevels:
     attention the head size shrinks, the number of heads stays).
 
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
-    down to `min_cost`, or to the cheapest cost in reach. Cost is the latency of one training visit
-    measured here when this machine is the target, MACs otherwise. Then int8 is planned for
+    down to `min_cost`, or to the cheapest cost in reach. Cost is what the device's own profile
+    predicts, where there is one (`cost`, see `pbc.cost_profile`); else the latency of one training
+    visit measured here when this machine is the target; else MACs. Then int8 is planned for
     convolutional networks without depthwise layers, which gain little by it, and a note says what
-    was assumed; bfloat16 is not planned, since few devices multiply it. Graphs stay as they are;
-    `program.ladder` and `program.sizes` are filled. A level that rounding makes equal to the one
-    above is dropped and noted. Where nothing can be given up, level 0 is the only one.
+    was assumed; bfloat16 is not planned, since few devices multiply it, unless it was profiled.
+    Graphs stay as they are; `program.ladder` and `program.sizes` are filled. A level that rounding
+    makes equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the
+    only one.
 
-    axes: those that may be used, of "precision", "resolution", "width".
+    axes: those that may be used, of "precision", "resolution", "width". cost: a file that
+    `pbc profile` wrote on the device, of a bundle compiled with the same options.
     """
 
     levels: int = 4
     min_cost: float = 0.3
     rounding: int = 0
     axes: tuple[str, ...] = AXES
+    cost: Path | None = None
     stage: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
@@ -90,7 +106,10 @@ class PlanLevels:
                 raise UsageError(suggest("axis", axis, AXES))
 
     def __call__(self, program: Program) -> Program:
-        planner = _Planner(program, self.rounding)
+        profile = None if self.cost is None else CostProfile.open(self.cost)
+        if profile is not None:
+            profile.check(program)
+        planner = _Planner(program, self.rounding, profile)
         notes = program.notes
         chosen: list[tuple[Form, float]] = []
         precision = FLOAT32
@@ -102,7 +121,7 @@ class PlanLevels:
                     precision = cheaper
                     chosen.append((form, cost))
                     break
-        if precision == INT8 and not program.target.local:
+        if precision == INT8 and planner.cost_model != LATENCY and not planner.profiled(INT8):
             notes += (
                 f"costs of int8 levels are assumed, not measured: {INT8_COST} of a float32 "
                 "multiply-accumulate for an int8 one",
@@ -135,7 +154,8 @@ class PlanLevels:
             plans.append(form)
             sizes.append(shrunk)
             # MACs follow from the sizes; a latency is read off between the forms measured.
-            expected.append(cost if program.target.local else planner.assumed(form))
+            expected.append(cost if planner.cost_model == LATENCY else planner.predicted(form))
+        notes += planner.extrapolations(plans)
         levels = tuple(
             Level(
                 level=number,
@@ -149,7 +169,7 @@ class PlanLevels:
             )
             for number, (cost, form) in enumerate(zip(expected, plans, strict=True))
         )
-        ladder = Ladder(levels, "latency" if program.target.local else "macs")
+        ladder = Ladder(levels, planner.cost_model)
         return replace(program.copy(), ladder=ladder, sizes=tuple(sizes), notes=notes)
 
 
@@ -168,13 +188,41 @@ def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, flo
 class _Planner:
     """What forms a program can take, and what they cost."""
 
-    def __init__(self, program: Program, rounding: int) -> None:
+    def __init__(self, program: Program, rounding: int, profile: CostProfile | None = None) -> None:
         assert program.dims is not None
         self._program = program
+        self._profile = profile
         self._dims: Dims = program.dims
         self._rounding = rounding or (16 if has_depthwise(program) else 8)
         self.whole = self._dims.macs()
         self._pixels: dict[Size | None, float] = {None: 1.0}
+
+    @property
+    def cost_model(self) -> str:
+        """What costs come from, as the manifest names it."""
+        if self._profile is not None:
+            return PROFILE
+        return LATENCY if self._program.target.local else MACS
+
+    def profiled(self, precision: str) -> bool:
+        return self._profile is not None and self._profile.measured(precision)
+
+    def extrapolations(self, forms: Sequence[Form]) -> tuple[str, ...]:
+        """A note where levels are cheaper than any that the profile has."""
+        if self._profile is None:
+            return ()
+        beyond = [
+            str(level)
+            for level, form in enumerate(forms)
+            if self.profiled(form.precision)
+            and self._profile.extrapolated(self.macs(form) / self.whole, form.precision)
+        ]
+        if not beyond:
+            return ()
+        return (
+            f"costs of level {', '.join(beyond)} are extrapolated: the profile has none so cheap; "
+            "profile this bundle and compile once more",
+        )
 
     def path(self, axes: Sequence[str], precision: str) -> list[Form]:
         """Forms from the original's down, each giving up more than the one before."""
@@ -187,7 +235,7 @@ class _Planner:
                 resolutions += smaller
         forms = [Form(1.0, resolution, precision) for resolution in resolutions]
         if wide:
-            widths = MEASURED_WIDTHS if self._program.target.local else COUNTED_WIDTHS
+            widths = MEASURED_WIDTHS if self.cost_model == LATENCY else COUNTED_WIDTHS
             forms += [replace(forms[-1], width=float(width)) for width in widths[1:]]
         return forms
 
@@ -205,9 +253,9 @@ class _Planner:
         program = self._program
         lowering: Lowering = registry.load("pbc.lowerings", program.engine)
         offered = [p for p in lowering.precisions if p != INT8 or prefix(0) in program.graphs]
-        if program.target.local:
+        if self.cost_model == LATENCY:
             return offered
-        return [p for p in offered if p == INT8 and _convolves(program)]
+        return [p for p in offered if self.profiled(p) or (p == INT8 and _convolves(program))]
 
     def sizes(self, form: Form) -> Sizes:
         return uniform_sizes(self._dims, form.width, self._rounding)
@@ -224,20 +272,28 @@ class _Planner:
 
     def costs(self, forms: Sequence[Form]) -> np.ndarray:
         """Costs relative to the original's."""
-        if self._program.target.local:
+        if self.cost_model == LATENCY:
             latency_ms = np.array(self._latencies_ms([Form(), *forms]))
             relative: np.ndarray = latency_ms[1:] / latency_ms[0]
             return relative
-        return np.array([self.assumed(form) for form in forms])
+        return np.array([self.predicted(form) for form in forms])
 
-    def assumed(self, form: Form) -> float:
-        """The cost by MACs, in which those of an int8 prefix count less."""
-        share = 0.0
-        if form.precision == INT8:
-            graphs = self._program.graphs
-            work = _layer_macs(graphs[prefix(0)])
-            share = work / (work + _layer_macs(graphs[body(0)]))
-        return self.macs(form) / self.whole * (1 - share * (1 - INT8_COST))
+    def predicted(self, form: Form) -> float:
+        """The cost by MACs, as the profile maps them to time; in proportion without one."""
+        work = self.macs(form) / self.whole
+        if self._profile is None:
+            return work * self._assumed(form.precision)
+        if self.profiled(form.precision):
+            return self._profile.cost(work, form.precision)
+        return self._profile.cost(work) * self._assumed(form.precision)
+
+    def _assumed(self, precision: str) -> float:
+        """What counts of a multiply-accumulate: less of those of an int8 prefix."""
+        if precision != INT8:
+            return 1.0
+        graphs = self._program.graphs
+        work = _layer_macs(graphs[prefix(0)])
+        return 1 - work / (work + _layer_macs(graphs[body(0)])) * (1 - INT8_COST)
 
     def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""

@@ -15,6 +15,10 @@ FLOAT32 = "float32"
 BFLOAT16 = "bfloat16"
 INT8 = "int8"
 
+MACS = "macs"
+LATENCY = "latency"
+PROFILE = "profile"
+
 
 @dataclass(frozen=True)
 class Level:
@@ -47,10 +51,14 @@ class Level:
 
 @dataclass(frozen=True)
 class Ladder:
-    """All levels, cheapest last, and the cost model their costs come from."""
+    """All levels, cheapest last, and the cost model their costs come from.
+
+    cost_model: MACS, LATENCY (measured where it was compiled) or PROFILE (predicted from what the
+    device measured of an earlier ladder).
+    """
 
     levels: tuple[Level, ...] = ()
-    cost_model: str = "macs"
+    cost_model: str = MACS
 
     def __len__(self) -> int:
         return len(self.levels)

@@ -131,6 +131,8 @@ def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert after.notes[-1] == (
         "level 2 measures 0.75 of level 0's latency, no cheaper than level 1 (0.50)"
     )
+    profiled = replace(before, ladder=replace(before.ladder, cost_model="profile"))
+    assert Lower()(profiled).ladder == profiled.ladder  # a device's profile goes before
 
 
 def test_latency_is_measured_per_candidate() -> None:

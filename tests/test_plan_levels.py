@@ -1,15 +1,23 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed
+from torch import Tensor, nn
 
 from pbc import registry
-from pbc.errors import UsageError
+from pbc.cost_profile import CostProfile, rising
+from pbc.errors import PbcError, UsageError
 from pbc.lowering import Candidate
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
@@ -209,3 +217,190 @@ def test_without_anything_to_shrink_level_0_is_the_only_one(strategy: str, level
     assert after.sizes == ({},)
     assert [level.status for level in after.ladder.levels] == ["original"]
     assert after.notes == before.notes
+
+
+# ---- a profile of the device ---------------------------------------------------------------
+
+
+class WideNet(nn.Module):
+    """Enough channels that a width is not much changed by rounding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 512, 1)
+        self.conv2 = nn.Conv2d(512, 64, 1)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def profiled(
+    program: Program, path: Path, milliseconds: Callable[[float, str], float], **facts: Any
+) -> Path:
+    """What `pbc profile` would write on a device where so much work takes so long."""
+    rows = program.ladder.to_json()
+    times = [milliseconds(row["macs"] / rows[0]["macs"], row["precision"]) for row in rows]
+    levels = [
+        {"level": n, "prefix_ms": 0.7 * ms, "chunk": 8, "forward_ms": 0.2 * ms,
+         "update_ms": 0.1 * ms}
+        for n, ms in enumerate(times)
+    ]  # fmt: skip
+    bundle = {
+        "model": program.provenance.model,
+        "strategy": program.strategy,
+        "target": program.target.name,
+        "engine": program.engine,
+        "input": list(program.input.shape),
+        "levels": rows,
+    }
+    slow = [{**row, "prefix_ms": 9.0} for row in levels]
+    costs = [
+        {"threads": 1, "batch": program.batch, "levels": slow},  # not what training uses
+        {"threads": 4, "batch": program.batch, "levels": levels},
+    ]
+    path.write_text(json.dumps({"schema": 1, "bundle": {**bundle, **facts}, "level_costs": costs}))
+    return path
+
+
+@functools.cache
+def wide() -> Program:
+    source = make_program(WideNet(), shape=(3, 8, 8))
+    return run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        lambda share, _: 3.0 + 9.0 * share**0.6,  # an overhead, and units that small work idles
+        lambda share, _: 12.0 * share**1.4,  # small work fits into the cache
+        lambda share, _: 12.0 * max(share, 0.27 + 0.5 * share),  # bound by memory below a point
+    ],
+)
+def test_two_profiles_make_the_steps_even(
+    tmp_path: Path, device: Callable[[float, str], float]
+) -> None:
+    before = wide()
+    goal = 0.45
+    planned = PlanLevels(levels=4, min_cost=goal, rounding=1)(before)
+
+    def steps(program: Program) -> list[float]:
+        rows = program.ladder.to_json()
+        taken = [device(row["macs"] / rows[0]["macs"], "float32") for row in rows]
+        return [float(step) for step in -np.diff(np.array(taken) / taken[0])]
+
+    even = (1 - goal) / 4
+    uneven = max(abs(step / even - 1) for step in steps(planned))
+    for number in range(2):
+        path = profiled(planned, tmp_path / f"{number}.json", device)
+        planned = PlanLevels(levels=4, min_cost=goal, rounding=1, cost=path)(before)
+        assert planned.ladder.cost_model == "profile"
+    assert len(planned.ladder) == 5
+    assert uneven > 0.1  # or there would have been nothing to do
+    assert steps(planned) == pytest.approx([even] * 4, rel=0.05)
+    # What the manifest promises is what the device takes.
+    predicted = [1 - sum(steps(planned)[:level]) for level in range(5)]
+    assert costs(planned) == pytest.approx(predicted, abs=0.01)
+    assert {level.latency_ms for level in planned.ladder.levels} == {None}  # nothing was measured
+
+
+def test_each_precision_has_a_curve_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def device(share: float, precision: str) -> float:
+        return {"float32": 10.0 * share, "int8": 2.0 + 4.0 * share}[precision]
+
+    before = wide()
+    monkeypatch.setattr(registry, "load", lambda group, name: OffersInt8)
+    plan = PlanLevels(levels=3, min_cost=0.3, rounding=1)
+    first = plan(before)
+    assert costs(first)[1] == pytest.approx(INT8_COST, abs=0.01)  # assumed; it is 0.6 there
+    path = profiled(first, tmp_path / "p.json", device)
+    second = replace(plan, cost=path)(before)
+    assert [level.precision for level in second.ladder.levels] == ["float32", *3 * ["int8"]]
+    assert costs(second) == pytest.approx([1, 0.6, 0.45, 0.3], abs=0.01)
+    assert not any("assumed" in note for note in second.notes)
+    unmeasured = profiled(
+        PlanLevels(levels=3, axes=("width",))(before), tmp_path / "q.json", device
+    )
+    assert any("assumed" in note for note in replace(plan, cost=unmeasured)(before).notes)
+
+
+def test_a_profile_goes_before_what_this_machine_measures(tmp_path: Path) -> None:
+    before = wide()
+    path = profiled(PlanLevels()(before), tmp_path / "p.json", lambda share, _: 1 + share)
+    local = replace(before, target=replace(before.target, local=True))
+    after = PlanLevels(cost=path, axes=("width",))(local)
+    assert after.ladder.cost_model == "profile"
+
+
+def test_costs_beyond_the_profile_are_said_to_be_extrapolated(tmp_path: Path) -> None:
+    before = wide()
+    path = profiled(
+        PlanLevels(levels=2, min_cost=0.8)(before), tmp_path / "p.json", lambda share, _: 1 + share
+    )
+    after = PlanLevels(levels=4, min_cost=0.6, cost=path)(before)
+    assert any(
+        note.startswith("costs of level 2, 3, 4 are extrapolated: the profile has none so cheap")
+        for note in after.notes
+    )
+    assert costs(after) == pytest.approx([1, 0.9, 0.8, 0.7, 0.6], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"model": "resnet50"}, "is of model resnet50, this compiles for"),
+        ({"strategy": "norm"}, "is of strategy norm, this compiles for linear-probe"),
+        ({"input": [3, 64, 64]}, "is of input 3x64x64, this compiles for 3x8x8"),
+        ({"target": "jetson-tx2"}, "is of target jetson-tx2, this compiles for"),
+        ({"engine": "tvm"}, "is of engine tvm, this compiles for"),
+        ({"levels": []}, "is no profile of a ladder"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(
+    tmp_path: Path, facts: dict[str, Any], words: str
+) -> None:
+    before = wide()
+    path = profiled(PlanLevels()(before), tmp_path / "p.json", lambda share, _: share, **facts)
+    with pytest.raises(PbcError, match=words):
+        PlanLevels(cost=path)(before)
+
+
+def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
+    for content, words in (
+        ("{", "cannot be read"),
+        ("[]", "is no profile of a ladder"),
+        ("{}", "is no profile of a ladder"),
+    ):
+        path = tmp_path / "p.json"
+        path.write_text(content)
+        with pytest.raises(PbcError, match=words):
+            CostProfile.open(path)
+    with pytest.raises(PbcError, match="cannot be read"):
+        CostProfile.open(tmp_path / "nowhere.json")
+    ladder = PlanLevels()(wide())
+    content = json.loads(profiled(ladder, tmp_path / "p.json", lambda share, _: share).read_text())
+    for run in content["level_costs"]:
+        del run["levels"][0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PbcError, match="has no level 0"):
+        CostProfile.open(path)
+
+
+@given(
+    points=st.lists(st.tuples(st.floats(0.05, 1), st.floats(0.01, 2)), min_size=1, max_size=8),
+    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=6),
+)
+def test_a_curve_never_falls_where_the_work_grows(
+    points: list[tuple[float, float]], shares: list[float]
+) -> None:
+    curve = rising(points)
+    assert sorted(curve) == curve
+    assert [time for _, time in curve] == sorted(time for _, time in curve)
+    profile = CostProfile(Path(), {}, {"float32": curve})
+    found = [profile.cost(share) for share in sorted(shares)]
+    assert all(cost > 0 for cost in found)
+    assert all(below <= above + 1e-9 for below, above in itertools.pairwise(found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,12 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     show_default=True,
     metavar="LIST",
     help="What a cheaper level may give up.",
+)
+@click.option(
+    "--cost",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `pbc profile` measured on the device, to plan even steps by.",
 )
 @click.option("--engine", help="What executes on the device; the target's own by default.")
 @click.option(
@@ -139,6 +145,7 @@ def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
         return
     click.echo(f"passes: {', '.join(plan.passes)}")
     click.echo(f"engine: {plan.engine}")
+    _show_requires(plan.requires)
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
         click.echo(f"{name}: {size / 1e6:.2f} MB expected")
@@ -149,11 +156,17 @@ def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
 def _show_result(bundle: Bundle) -> None:
     manifest = bundle.manifest
     show_levels(manifest["levels"], manifest["cost_model"])
+    _show_requires(manifest["requires"])
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
         f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
     )
+
+
+def _show_requires(requires: Mapping[str, str]) -> None:
+    listed = "; ".join(f"{name} {wanted}" for name, wanted in requires.items())
+    click.echo(f"requires on the device: {listed}")
 
 
 def _show_notes(notes: tuple[str, ...] | list[str]) -> None:

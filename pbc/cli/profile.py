@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 from pbc.atomic import replace_bytes
 from pbc.bench.profile import Options, Profile, best_prefix, visit_ms
 from pbc.bench.profile import profile as measure
+from pbc.bench.remote import profile_on
 from pbc.bench.stages import COMPILED, EAGER, STEPS, level_name
 from pbc.bench.tables import aligned
 from pbc.cli.tables import console
@@ -38,6 +40,10 @@ _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it hold
               help="Whom to compare with.  [default: torch, where it is installed]")  # fmt: skip
 @click.option("--no-compile", is_flag=True, help="PyTorch runs eagerly only.")
 @click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
+@click.option("--on", metavar="USER@HOST[:DIR]",
+              help="Measure there, where `pbc deploy` brought BUNDLE.")  # fmt: skip
+@click.option("--ssh-option", "ssh_options", multiple=True, metavar="WORDS",
+              help="For ssh, like '-p 2222' or '-i key'.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("-o", "--out", type=_PATH, help="Write everything as JSON.")
 def profile(
@@ -45,16 +51,25 @@ def profile(
     threads: str | None,
     levels: str | None,
     no_compile: bool,
+    on: str | None,
+    ssh_options: tuple[str, ...],
     as_json: bool,
     out: Path | None,
     **settings: Any,
 ) -> None:
     """Measure what each stage of each level of BUNDLE costs here, and what PyTorch needs.
 
-    Training with BUNDLE decides by measurements of its own; this one is for people.
+    Training with BUNDLE decides by measurements of its own; this one is for people, and for
+    `pbc compile --cost`, which plans the next ladder by it.
     """
     if out is not None and not out.resolve().parent.is_dir():
         raise UsageError(f"the folder of {out} does not exist")
+    if ssh_options and on is None:
+        raise UsageError("--ssh-option is for --on")
+
+    def tell(line: str) -> None:
+        click.echo(line, err=True)
+
     options = Options(
         threads=_numbers("--threads", threads),
         levels=_numbers("--levels", levels),
@@ -62,7 +77,11 @@ def profile(
         **settings,
     )
     try:
-        found = measure(bundle, options, lambda line: click.echo(line, err=True))
+        if on is None:
+            found = measure(bundle, options, tell)
+        else:
+            words = [word for option in ssh_options for word in shlex.split(option)]
+            found = profile_on(on, bundle, options, words, tell)
     except KeyboardInterrupt:
         click.echo("interrupted: nothing was kept", err=True)
         sys.exit(130)
