@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbc import manifest, models, parallel, pipeline, registry, strategy
+from pbc import manifest, models, parallel, pipeline, registry, self_test_numbers, strategy
 from pbc.bundle import Bundle, write
 from pbc.calibration import Calibration
 from pbc.capture import capture
+from pbc.cost_profile import CostProfile
 from pbc.data import class_names
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.extras import EXTRAS
 from pbc.ladder import Ladder
-from pbc.lowering import missing_packages
+from pbc.lowering import Lowering, missing_packages
 from pbc.program import MODEL, Head, Program, Provenance
 from pbc.target import Target, load_target
 
@@ -34,7 +35,8 @@ class Options:
 
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
-    axes: what a level may give up; see pbc.passes.plan_levels.
+    axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
+    plan even steps by.
     passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
     command: for the provenance.
     """
@@ -47,6 +49,7 @@ class Options:
     levels: int = 4
     min_cost: float = 0.3
     axes: tuple[str, ...] = ("precision", "resolution", "width")
+    cost: Path | None = None
     engine: str | None = None
     calibration: Path | None = None
     shape: tuple[int, int, int] | None = None
@@ -83,11 +86,13 @@ class Plan:
     file_bytes: Mapping[str, int]
     notes: tuple[str, ...]
     engine: str
+    requires: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "passes": list(self.passes),
             "engine": self.engine,
+            "requires": dict(self.requires),
             "cost_model": self.ladder.cost_model,
             "levels": self.ladder.to_json(),
             "file_bytes": dict(self.file_bytes),
@@ -151,6 +156,7 @@ def plan(model: str, options: Options = Options()) -> Plan:
         file_bytes={**expected, "trainable": theta},
         notes=(*program.notes, *_without_calibration(options, program.ladder)),
         engine=program.engine,
+        requires=_requires(program),
     )
 
 
@@ -163,6 +169,8 @@ def begin(model: str | models.Source, options: Options) -> Program:
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
     """
+    if options.cost is not None:
+        CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)
     engine, notes = choose_engine(target, options.engine)
     chosen = strategy.parse(options.strategy)
@@ -247,6 +255,10 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
     """
     available = registry.entries("pbc.lowerings")
     if asked is not None:
+        if asked in target.refused:
+            raise UsageError(
+                f"engine {asked!r} does not run on {target.name}: {target.refused[asked]}"
+            )
         if asked not in available and asked not in target.engines:
             raise UsageError(suggest("engine", asked, {*available, *target.engines}))
         if asked not in target.engines:
@@ -262,14 +274,18 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
             raise PbcError(f"compiling for engine {asked!r} {needs}")
         return asked, ()
     for engine in dict.fromkeys((target.engine, *target.engines, DEFAULT_ENGINE)):
-        if engine not in available or _needs(available[engine]) is not None:
+        if engine not in available or engine in target.refused:
+            continue
+        if _needs(available[engine]) is not None:
             continue
         if engine == target.engine:
             return engine, ()
         needs = _needs(available[target.engine]) if target.engine in available else None
         wanted = f"{target.name} prefers engine {target.engine}, which"
         return engine, (f"{wanted} {needs or 'is not installed'}: using {engine}",)
-    raise PbcError(f"no engine of {target.name} is installed ({', '.join(target.engines)})")
+    found = {name: _needs(available[name]) for name in target.engines if name in available}
+    missing = ", ".join(f"{name} {found.get(name, 'is not installed')}" for name in target.engines)
+    raise PbcError(f"no engine of {target.name} can be compiled for here: {missing}")
 
 
 def _needs(entry: registry.Entry) -> str | None:
@@ -313,5 +329,11 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
         manifest.DIMS: json.dumps(manifest.dims_table(program.dims), indent=1).encode(),
     }
     graph_files = {name: lowering.graph_file(name) for name in program.graphs}
-    requires = {**program.target.requires, **lowering.requires()}
-    return manifest.manifest(program, requires, graph_files, lowering.contents(program)), files
+    made = manifest.manifest(program, _requires(program), graph_files, lowering.contents(program))
+    return {**made, "self_test": self_test_numbers.numbers(program, made)}, files
+
+
+def _requires(program: Program) -> dict[str, str]:
+    """What the board must have: its target says so, and the lowering to its engine."""
+    lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+    return program.target.requirements(program.engine, lowering.requires())

@@ -258,26 +258,46 @@ def test_without_calibration_levels_are_unaligned_and_it_says_so(
     assert "classes" in pbc("inspect", "m.pbc").stdout
 
 
-def test_a_board_whose_engine_is_not_there_yet_gets_another(here: Path) -> None:
+def test_a_board_whose_engine_is_not_there_gets_another(
+    here: Path, install_plugin: Callable[..., None]
+) -> None:
+    board = (
+        "from dataclasses import replace\n"
+        "from pbc.target import load_target\n"
+        "board = replace(load_target('generic-arm64'), name='acme-one', engine='acme',\n"
+        "    engines=('acme', 'pytorch'), requires={'python': '>=3.10', 'libc': 'glibc>=2.28'},\n"
+        "    needs={'pytorch': {'torch': '>=2.10', 'swap': '1 GiB'}})\n"
+    )
+    install_plugin("acme", "[pbc.targets]\nacme-one = acme_plugin:board\n", board)
     result = pbc(
-        "compile", "resnet50", "--target", "jetson-tx2", "--weights", "random",
+        "compile", "resnet50", "--target", "acme-one", "--weights", "random",
         "--input", "3x64x64", "--levels", "1", "-o", "m.pbc",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "jetson-tx2 prefers engine tvm, which is not installed: using pytorch" in result.stdout
+    assert "acme-one prefers engine acme, which is not installed: using pytorch" in result.stdout
     opened = Bundle.open(here / "m.pbc")
     opened.verify()
     assert opened.manifest["engine"] == "pytorch"
-    assert "torch" in opened.manifest["requires"]
-    assert "python" in opened.manifest["requires"]
+    requires = opened.manifest["requires"]
+    assert requires["python"] == ">=3.10"
+    assert requires["torch"].endswith(",>=2.10")  # what the engine asks for, and the board
+    listed = "; ".join(f"{name} {wanted}" for name, wanted in requires.items())
+    assert "swap 1 GiB" in listed
+    for shown in (result.stdout, pbc("inspect", "m.pbc").stdout):
+        assert listed in shown
     assert opened.manifest["cost_model"] == "macs"
-    assert opened.manifest["target"]["name"] == "jetson-tx2"
+    assert opened.manifest["target"]["name"] == "acme-one"
 
 
-def test_an_engine_that_the_board_s_facts_rule_out_is_refused() -> None:
-    board = replace(load_target("jetson-tx2"), engine="tvm", engines=("tvm",))
-    with pytest.raises(UsageError, match="'pytorch' does not run on jetson-tx2, which allows tvm"):
+def test_an_engine_that_the_board_s_facts_rule_out_is_refused(here: Path) -> None:
+    board = replace(load_target("generic-arm64"), engine="tvm", engines=("tvm",))
+    with pytest.raises(UsageError, match="'pytorch' does not run on generic-arm64, which allows t"):
         compiler.choose_engine(board, "pytorch")
+    result = pbc("compile", "resnet50", "--target", "jetson-tx2", "--engine", "pytorch")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "engine 'pytorch' does not run on jetson-tx2: torch>=2.9 has wheels for glibc" in line
+    assert list(here.glob("*.pbc")) == []
 
 
 def test_nothing_to_prune_is_one_note_and_level_0(here: Path, custom: list[str | Path]) -> None:

@@ -39,6 +39,8 @@ COMMANDS: Mapping[str, Command] = {
     "forget": Command("pbc.cli.train", "forget"),
     "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),
     "profile": Command("pbc.cli.profile", "profile", DEVICE_EXTRAS),
+    "deploy": Command("pbc.cli.deploy", "deploy"),
+    "pack": Command("pbc.cli.pack", "pack"),
     "targets": Command("pbc.cli.listing", "targets"),
     "passes": Command("pbc.cli.listing", "passes"),
     "strategies": Command("pbc.cli.listing", "strategies"),

@@ -60,7 +60,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         else f"{count}"
         + (f" ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""),
         "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
-        "requires": ", ".join(f"{k} {v}" for k, v in manifest["requires"].items()),
+        "requires": "; ".join(f"{k} {v}" for k, v in manifest["requires"].items()),
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
         "digest": manifest["digest"],
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,24 +14,33 @@ from pbc.errors import PbcError
 
 
 def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.ndarray]:
-    """Return every trainable parameter in f32, in the manifest's order.
+    """Return every trainable parameter in f32, in the manifest's order."""
+    manifest = bundle.manifest
+    stored = bundle.tensors(manifest["trainable"])
+    head = {manifest["head"]["weight"], manifest["head"]["bias"]}
+    missing = [name for name in manifest["parameters"] if name not in stored and name not in head]
+    if missing:
+        raise PbcError(f"{bundle.path} has no initial value for {missing[0]!r}; compile it again")
+    return with_head(manifest, stored, classes, seed)
+
+
+def with_head(
+    manifest: Mapping[str, Any], stored: Mapping[str, np.ndarray], classes: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Add a head to the stored parameters; all in f32, in the manifest's order.
 
     The head is always drawn here, uniformly from ±1/sqrt(in_features), so that a seed means the
     same for a bundle whose classes were known at compile time and for one left open.
     """
-    manifest = bundle.manifest
     head = manifest["head"]
-    stored = bundle.tensors(manifest["trainable"])
     random = np.random.Generator(np.random.PCG64(seed))
     bound = 1 / math.sqrt(head["in_features"])
-    drawn = [name for name in (head["weight"], head["bias"]) if name is not None]
-    for name in drawn:
-        shape = [classes if size is None else size for size in manifest["parameters"][name]]
-        stored[name] = random.uniform(-bound, bound, shape)
-    missing = [name for name in manifest["parameters"] if name not in stored]
-    if missing:
-        raise PbcError(f"{bundle.path} has no initial value for {missing[0]!r}; compile it again")
-    return {name: stored[name].astype(np.float32) for name in manifest["parameters"]}
+    theta = dict(stored)
+    for name in (head["weight"], head["bias"]):
+        if name is not None:
+            shape = [classes if size is None else size for size in manifest["parameters"][name]]
+            theta[name] = random.uniform(-bound, bound, shape)
+    return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
 
 
 def labelled_for(bundle: Bundle, samples: Samples) -> Samples:

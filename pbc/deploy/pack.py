@@ -1,0 +1,109 @@
+"""Put a deploy into an archive, for boards that another updater brings files to."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+import sys
+import tarfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pbc.atomic import replacing
+from pbc.bundle import Bundle
+from pbc.deploy.deployment import prepared
+from pbc.deploy.payload import PROBE, SCRIPT
+from pbc.deploy.wheels import BoardPython
+from pbc.errors import PbcError, UsageError
+
+ACTIVATE = "activate.sh"
+_OLDEST = (3, 10)
+_FLOOR = "2.28"
+_PYTHON = re.compile(r"3\.(\d+)")
+_LIBC = re.compile(r"2\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of the board is not known: nobody can ask it.
+
+    python, libc: versions, like 3.11 and 2.36; None is what the bundle's target says, else this
+    machine's Python and the oldest C library that its wheels run on. wheels, offline: see
+    pbc.deploy.wheels.collect.
+    """
+
+    python: str | None = None
+    libc: str | None = None
+    wheels: Path | None = None
+    offline: bool = False
+
+
+def pack(path: Path | str, output: Path, options: Options = Options()) -> dict[str, Any]:
+    """Write an archive whose activate.sh does on a board what a deploy does; say what for.
+
+    The bytes depend on the bundle, pbc and the wheels alone.
+    """
+    bundle = Bundle.open(path)
+    python = _board_python(bundle.manifest, options)
+    ready = prepared(bundle, python, wheels=options.wheels, offline=options.offline)
+    needs = dict(ready.plan["needs"])
+    # The wheels were chosen for this C library; an older one could not load them.
+    libc = ".".join(str(number) for number in python.glibc)
+    needs["requires"] = {**needs["requires"], "libc": f"glibc>={libc}"}
+    plan = json.dumps({**ready.plan, "needs": needs}, sort_keys=True, indent=1)
+    files: dict[str, Callable[[], bytes]] = {
+        ACTIVATE: resources.files("pbc.deploy").joinpath(ACTIVATE).read_bytes,
+        "board.py": lambda: SCRIPT,
+        "probe.sh": lambda: PROBE,
+        "plan.json": plan.encode,
+        "python-version": f"{python.version}\n".encode,
+        **{f"files/{sha256}": read for sha256, read in sorted(ready.sources.items())},
+    }
+    with replacing(output, mode=0o644) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for name, read in files.items():
+            data = read()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            entry.mode = 0o755 if name == ACTIVATE else 0o644
+            archive.addfile(entry, io.BytesIO(data))
+    return {
+        "archive": str(output),
+        "bytes": output.stat().st_size,
+        "python": python.version,
+        "arch": python.arch,
+        "libc": f"glibc {libc}",
+    }
+
+
+def _board_python(manifest: Mapping[str, Any], options: Options) -> BoardPython:
+    target = manifest.get("target", {})
+    tags: Mapping[str, str] = target.get("tags", {})
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
+    version = options.python or _at_least_oldest(tags.get("python")) or own
+    if not _PYTHON.fullmatch(version) or _numbers(version) < _OLDEST:
+        raise UsageError(f"--python-version is {version!r}; expected 3.10 or newer, like 3.11")
+    floor = re.search(r"glibc\s*>=\s*(2\.\d+)", manifest["requires"].get("libc", ""))
+    told = tags.get("libc", "").removeprefix("glibc ")
+    libc = options.libc or (told if _LIBC.fullmatch(told) else None) or (floor and floor[1])
+    if not _LIBC.fullmatch(libc or _FLOOR):
+        raise UsageError(f"--libc is {libc!r}; expected glibc's version, like 2.36")
+    arch = target.get("arch", "any")
+    if arch not in ("aarch64", "x86_64", "any"):
+        raise PbcError(f"the bundle is for {arch}; its engines have no wheels for that")
+    major, minor = _numbers(libc or _FLOOR)
+    abi = f"cp{version.replace('.', '')}"
+    return BoardPython(version, abi, platform.machine() if arch == "any" else arch, (major, minor))
+
+
+def _at_least_oldest(version: str | None) -> str | None:
+    """A target's Python, unless it is older than any that runs pbc: then another is installed."""
+    return version if version and _numbers(version) >= _OLDEST else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])

@@ -1,0 +1,63 @@
+"""What a bundle needs installed on its board, read from the distributions that bring it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from pbc import registry
+from pbc.errors import PbcError
+
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?P<rest>[^;]*)(?:;(?P<marker>.*))?")
+_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
+_DEVICE = "device"
+
+
+def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what pip is to collect beside pbc: the core's dependencies, and the engine's.
+
+    The engine's are those of the extra for devices that names a package of the manifest's
+    `requires`; the versions that the manifest asks for count too. An engine that another
+    distribution brings needs that one, which says itself what it needs.
+    """
+    entry = registry.find("pbc.engines", manifest["engine"])
+    core, extras = _own_requirements()
+    if entry.distribution != "pbc":
+        return [*core, f"{entry.distribution}=={entry.version}"]
+    wanted = {_normal(name): spec for name, spec in manifest["requires"].items()}
+    for extra, requirements in sorted(extras.items()):
+        names = {_normal(_parsed(requirement)["name"]) for requirement in requirements}
+        if extra.startswith(_DEVICE) and names & wanted.keys():
+            exact = [f"{name}{wanted[name]}" for name in sorted(names & wanted.keys())]
+            return [*core, *requirements, *exact]
+    raise PbcError(
+        f"no extra of pbc brings engine {manifest['engine']!r} to a device; "
+        f"the bundle requires {', '.join(manifest['requires'])}"
+    )
+
+
+def _own_requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """The requirements of pbc itself, and those of each extra."""
+    core: list[str] = []
+    extras: dict[str, list[str]] = {}
+    for line in metadata.requires("pbc") or []:
+        found = _parsed(line)
+        bare = f"{found['name']}{found['rest'].strip()}"
+        extra = _EXTRA.search(found["marker"] or "")
+        if extra is None:
+            core.append(line)
+        else:
+            extras.setdefault(extra[1], []).append(bare)
+    return core, extras
+
+
+def _parsed(requirement: str) -> re.Match[str]:
+    found = _REQUIREMENT.match(requirement)
+    assert found is not None
+    return found
+
+
+def _normal(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()

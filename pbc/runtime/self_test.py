@@ -1,0 +1,156 @@
+"""Ask a bundle on its device whether it computes what the compiler says it must.
+
+`python -m pbc.runtime.self_test BUNDLE` prints one line of JSON, and ends with 0 where every number
+of the manifest's `self_test` is met. Before a new bundle replaces one that works, `pbc deploy` runs
+this on the board, with the board's own engine.
+
+Images and labels are made by integers alone, θ is drawn as for a run, and every level is asked for
+its samples' losses before and after one step of SGD: what a wrong file, library or kernel spoils in
+the prefix, in the body, in its gradient or in the update shows there. The step is scaled by the
+compiler so that it takes a fifth of the loss away.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pbc import registry
+from pbc.bundle import Bundle
+from pbc.data import InputSpec
+from pbc.errors import PbcError
+from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.objective import Objective
+from pbc.runtime.parameters import initial_parameters
+
+IMAGES = 4
+OPEN_CLASSES = 5
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far each part is from what was expected, as a share of what one step changes.
+
+    errors and tolerances: by "level 0", "level 2", "policy".
+    """
+
+    errors: Mapping[str, float]
+    tolerances: Mapping[str, float]
+    seconds: float
+
+    @property
+    def failed(self) -> list[str]:
+        """The parts beyond their tolerance; what is not a number is."""
+        return [n for n, error in self.errors.items() if not error <= self.tolerances[n]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "passed": not self.failed,
+            "errors": {name: float(f"{error:.3g}") for name, error in self.errors.items()},
+            "tolerances": dict(self.tolerances),
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def images(spec: InputSpec, count: int = IMAGES) -> np.ndarray:
+    """f32[count, C, H, W]: ramps and stripes of every sample's own, normalised like photos."""
+    _, height, width = spec.shape
+    sample, row, column, channel = np.ogrid[:count, :height, :width, :3]
+    ramp = row * (3 + 2 * sample) + column * (5 - sample) + 61 * channel * (sample + 1)
+    stripes = ((row // 4 + column // (3 + sample) + channel) % 2) * 96
+    return spec.normalise(((ramp + stripes) % 256).astype(np.uint8))
+
+
+def labels(classes: int, count: int = IMAGES) -> np.ndarray:
+    """i64[count]."""
+    return np.arange(count, dtype=np.int64) % classes
+
+
+def views(shape: list[int], count: int = IMAGES) -> np.ndarray:
+    """f32[count, *shape] between -1 and 1, as the policy reads them."""
+    numbers = np.arange(count * int(np.prod(shape)), dtype=np.int64)
+    rows: np.ndarray = (numbers * 37 % 101 / 50 - 1).astype(np.float32)
+    return rows.reshape(count, *shape)
+
+
+def classes_of(manifest: Mapping[str, Any]) -> int:
+    """How many classes the test has: the bundle's, or a few where the head is open."""
+    return int(manifest.get("class_count") or OPEN_CLASSES)
+
+
+def losses(
+    executable: Executable, bundle: Bundle, level: int, learning_rate: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the samples' losses f32[count] at a level, before and after one step."""
+    classes = classes_of(bundle.manifest)
+    pixels = images(InputSpec.from_json(bundle.manifest["input"]))
+    objective = Objective("sgd", learning_rate, momentum=0.0)
+    executable.start(initial_parameters(bundle, classes, SEED), objective)
+    features = executable.prefix(level, pixels)
+    before, _ = executable.forward(level, features, labels(classes))
+    executable.update()
+    after, _ = executable.forward(level, features, labels(classes))
+    return before, after
+
+
+def run(bundle: Bundle, engine: Engine | None = None) -> Outcome:
+    """Verify every file, and compare what the bundle's engine finds here with the manifest."""
+    expected = bundle.manifest.get("self_test")
+    if not isinstance(expected, dict):
+        raise PbcError(f"{bundle.path} has no self-test: compile it again with this pbc")
+    start = time.perf_counter()
+    bundle.verify()
+    engine = engine or registry.load("pbc.engines", bundle.manifest["engine"])()
+    executable = engine.load(bundle)
+    errors: dict[str, float] = {}
+    tolerances: dict[str, float] = {}
+    for level, numbers in expected["levels"].items():
+        found = losses(executable, bundle, int(level), numbers["learning_rate"])
+        wanted = np.array([numbers["before"], numbers["after"]])
+        change = float(np.abs(wanted[1] - wanted[0]).mean())
+        # A maximum would lose a NaN.
+        errors[f"level {level}"] = float(np.max(np.abs(np.array(found) - wanted)) / change)
+        tolerances[f"level {level}"] = numbers["tolerance"]
+    if (policy := expected["policy"]) is not None:
+        fidelity = executable.policy(views(bundle.manifest["policy"]["view"]))
+        errors["policy"] = float(np.max(np.abs(fidelity - np.array(policy["fidelity"]))))
+        tolerances["policy"] = policy["tolerance"]
+    return Outcome(errors, tolerances, time.perf_counter() - start)
+
+
+def main(path: str) -> int:
+    """Print the outcome of a bundle as JSON, a failure also in words; return the exit status."""
+    try:
+        outcome = run(Bundle.open(Path(path)))
+    except PbcError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(f"{error.name} is not installed")
+    sys.stdout.write(json.dumps(outcome.to_json()) + "\n")
+    failed = outcome.failed
+    if failed:
+        worst = ", ".join(
+            f"{name} by {outcome.errors[name]:.2g} (at most {outcome.tolerances[name]:g})"
+            for name in failed
+        )
+        return _refuse(f"the bundle computes other numbers here than it must: {worst}")
+    return 0
+
+
+def _refuse(line: str) -> int:
+    sys.stderr.write(f"error: {line}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m pbc.runtime.self_test BUNDLE")
+    sys.exit(main(sys.argv[1]))
