@@ -1,7 +1,8 @@
 # make demo   compile, train, evaluate and predict on the photos under examples/
 # make test   lint, types and tests (make check is the same)
+# make test-device  bundles on an emulated arm64 board: docs/devices.md
 # make clean  remove what they made
-# Both install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
+# All install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -10,7 +11,7 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check test-device clean
 
 demo: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
@@ -21,12 +22,16 @@ test check: $(installed)
 	$(bin)/mypy
 	$(bin)/pytest -n $(JOBS)
 
+test-device: $(installed)
+	$(bin)/python tests/emulated/arm64.py
+	$(bin)/pytest -m emulated tests/emulated
+
 $(installed): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: pbc needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	         "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,models,dev]'
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,models,dev]'
 	touch $@
 
 clean:

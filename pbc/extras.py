@@ -13,6 +13,9 @@ EXTRAS: Mapping[str, str] = {
     "torchvision": "models",
     "timm": "models",
     "tensorboard": "tensorboard",
+    "tvm": "tvm",
+    "tvm_ffi": "tvm",
+    "ziglang": "tvm",
 }
 """Where bundles are made and rivals rebuilt."""
 
@@ -20,6 +23,7 @@ DEVICE_EXTRAS: Mapping[str, str] = {
     **EXTRAS,
     "torch": "device-torch",
     "onnxruntime": "device",
+    "tvm_ffi": "device-tvm",
 }
 """Where bundles run: an engine is all that is needed there."""
 

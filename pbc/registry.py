@@ -21,6 +21,8 @@ GROUPS = {
     "pbc.lowerings": "lowering",
     "pbc.schedulers": "scheduler",
     "pbc.rivals": "rival",
+    "pbc.tvm_passes": "TVM pass",
+    "pbc.device_libraries": "library for devices",
 }
 """Each entry point group, with the word that messages use for one of its members."""
 

@@ -102,6 +102,8 @@ def test_every_runtime_module_but_the_engines_is_light(root: Path) -> None:
         ["bench", "--help"],
         ["forget", "--help"],
         ["export", "--help"],
+        ["deploy", "--help"],
+        ["pack", "--help"],
     ],
 )
 def test_commands_that_need_no_engine_load_none(args: list[str]) -> None:

@@ -1,0 +1,336 @@
+"""The TVM engine: inference, and training by the step graphs that the compiler derived.
+
+All it needs on the device is tvm_ffi, the TVM runtime, one shared library of 3 MB, and numpy. A
+step is two graphs: `forward/k` returns the losses and what its backward needs,
+`update/k/<optimizer>` takes that and returns new parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors.numpy
+
+from pbc.bundle import Bundle
+from pbc.errors import PbcError
+from pbc.runtime.artifacts import Artifacts, default_folder
+from pbc.runtime.engines import Arrays
+from pbc.runtime.objective import Objective
+from pbc.runtime.processor import cores, cpu_identity, missing_flags
+from pbc.runtime.tvm_library import (
+    Graph,
+    Library,
+    Tensor,
+    aligned,
+    runtime,
+    runtime_identity,
+    tensor,
+    use_threads,
+)
+
+# What a row of zeros is called for each parameter, by the optimizer.
+_MOMENTS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("momentum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_NEW = "new/"
+_FORMAT = 1
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("pbc")
+
+
+class TvmEngine:
+    """Run bundles with the TVM runtime."""
+
+    name = "tvm"
+
+    def version(self) -> str:
+        """Name the code that the libraries call: their own is part of the bundle."""
+        libc = " ".join(platform.libc_ver())
+        return f"{runtime_identity()} with {libc} on {cpu_identity()}"
+
+    def load(self, bundle: Bundle, *, threads: int | None = None) -> TvmExecutable:
+        return TvmExecutable(bundle, threads)
+
+
+class TvmExecutable:
+    """A bundle's graphs, each loaded when it is first run; parameters and state by their names."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        runtime()
+        self._bundle = bundle
+        self._threads = threads or cores()
+        self._loader = _Loader(bundle)
+        self._objective = Objective()
+        self._theta: dict[str, Any] = {}
+        self._moments: dict[str, Any] = {}
+        self._steps = 0
+        # The level of the last forward, and all that its update may read.
+        self._pending: tuple[int, dict[str, Any]] | None = None
+
+    def policy(self, views: np.ndarray) -> np.ndarray:
+        return _copied(self._run("policy", {"view": views})["fidelity"])
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        graph = f"prefix/{level}"
+        if graph not in self._bundle.manifest["graphs"]:
+            return {"x": images}
+        outputs = self._run(graph, {"x": images})
+        return {name: _copied(value) for name, value in outputs.items()}
+
+    def logits(self, level: int, features: Arrays) -> np.ndarray:
+        return _copied(self._run(f"body/{level}", {**features, **self._theta})["logits"])
+
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        self._objective = objective
+        self._theta = {name: _kept(value) for name, value in parameters.items()}
+        self._moments = {
+            f"{moment}/{name}": _kept(np.zeros_like(value, np.float32))
+            for moment in _MOMENTS[objective.optimizer]
+            for name, value in parameters.items()
+        }
+        self._steps = 0
+        self._pending = None
+
+    def forward(
+        self, level: int, features: Arrays, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # What the last forward kept goes first: it is as large as what this one makes.
+        self._pending = None
+        self._loader.require(f"update/{level}/{self._objective.optimizer}")
+        inputs: dict[str, Any] = {
+            **{name: Tensor(tensor(value)) for name, value in features.items()},
+            "labels": labels.astype(np.int64, copy=False),
+            "label_smoothing": _scalar(self._objective.label_smoothing),
+        }
+        outputs = self._run(f"forward/{level}", {**inputs, **self._theta})
+        losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
+        self._pending = level, {**inputs, **outputs}
+        return losses, logits
+
+    def update(self) -> None:
+        assert self._pending is not None, "update() follows forward()"
+        (level, values), self._pending = self._pending, None
+        self._steps += 1
+        outputs = self._run(
+            f"update/{level}/{self._objective.optimizer}",
+            {**values, **self._scalars(), **self._theta, **self._moments},
+        )
+        # New tensors replace the old ones, which the graph still reads while it writes.
+        for name, value in outputs.items():
+            own = name.removeprefix(_NEW)
+            (self._moments if own in self._moments else self._theta)[own] = value
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {name: _copied(value) for name, value in self._theta.items()}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        state = {name: _copied(value) for name, value in self._moments.items()}
+        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
+
+    def load_optimizer_state(self, state: Arrays) -> None:
+        own = self.optimizer_state()
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in state.items()}:
+            raise PbcError("the optimizer state is not of this optimizer and these parameters")
+        self._steps = int(state.get("step", self._step()))
+        self._moments = {name: _kept(state[name]) for name in self._moments}
+
+    def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        graph = self._loader.graph(name)
+        for given in graph.inputs:
+            if given not in values:
+                raise PbcError(
+                    f"graph {name} of {self._bundle.path} reads {given!r}, which this pbc does not "
+                    "know: upgrade pbc"
+                )
+        use_threads(self._threads)
+        return graph.run(values)
+
+    def _step(self) -> np.ndarray:
+        return np.array(self._steps, np.int64)
+
+    def _scalars(self) -> dict[str, np.ndarray]:
+        """Return what an update graph may ask for beside tensors.
+
+        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
+        """
+        mean, square = (1 - beta**self._steps for beta in _BETAS)
+        return {
+            "learning_rate": _scalar(self._objective.learning_rate),
+            "weight_decay": _scalar(self._objective.weight_decay),
+            "momentum": _scalar(self._objective.momentum),
+            "epsilon": _scalar(_EPSILON),
+            "mean_correction": _scalar(mean),
+            "square_correction": _scalar(square),
+        }
+
+
+def _kept(value: np.ndarray) -> Tensor:
+    """Copy a tensor of reals in."""
+    return Tensor(tensor(aligned(np.array(value, np.float32))))
+
+
+def _copied(value: Tensor) -> np.ndarray:
+    """Copy a tensor out."""
+    return np.array(value.numpy())
+
+
+def _scalar(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
+
+
+# ---- loading a graph -----------------------------------------------------------------------
+
+
+class _Loader:
+    """Loads a bundle's libraries and weights when they are first read; what is the same is shared.
+
+    Both are unpacked into the folder of artifacts. From there weights are mapped: what several
+    processes read is in memory once, and may leave it when memory is short.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        file = bundle.manifest.get("calls")
+        if not isinstance(file, str):
+            raise PbcError(
+                f"{bundle.path} does not say how its graphs are called; compile it again"
+            )
+        facts = json.loads(bundle.read(file))
+        if facts.get("format") != _FORMAT:
+            raise PbcError(
+                f"{bundle.path} calls its graphs by format {facts.get('format')}; this pbc knows "
+                f"{_FORMAT}: upgrade pbc"
+            )
+        self._calls: dict[str, dict[str, Any]] = facts["graphs"]
+        self._refuse_other_machines(facts)
+        self._libraries: dict[str, Library] = {}
+        self._weights: dict[str, dict[str, Any]] = {}
+        self._graphs: dict[str, Graph] = {}
+        self._contents: dict[str, Graph] = {}
+
+    def _refuse_other_machines(self, facts: Mapping[str, Any]) -> None:
+        """Code for another CPU would end the process, and say nothing."""
+        built, own = str(facts["machine"]), platform.machine()
+        # A 32-bit system may run on a 64-bit kernel, and name that.
+        if built != own and not (built == "arm" and own.startswith(("arm", "aarch64"))):
+            raise PbcError(
+                f"{self._bundle.path} is built for {built}, this machine is {own}: compile for it "
+                "(pbc targets)"
+            )
+        missing = missing_flags(facts["flags"])
+        if missing:
+            raise PbcError(
+                f"{self._bundle.path} is built for a CPU with {', '.join(missing)}, which this one "
+                "lacks: compile for it (pbc targets)"
+            )
+
+    def require(self, name: str) -> None:
+        """Refuse a graph that the bundle does not have."""
+        if name in self._bundle.manifest["graphs"] and name in self._calls:
+            return
+        reason = ""
+        if name.startswith(("forward/", "update/")):
+            reason = ": it cannot train with these options; compile the model again"
+        raise PbcError(f"{self._bundle.path} has no graph {name}{reason}")
+
+    def graph(self, name: str) -> Graph:
+        graph = self._graphs.get(name)
+        if graph is None:
+            self.require(name)
+            call, file = self._calls[name], self._bundle.manifest["graphs"][name]
+            key = json.dumps([self._bundle.sha256(file), call])
+            if key not in self._contents:
+                self._contents[key] = self._loaded(file, call)
+            graph = self._graphs[name] = self._contents[key]
+        return graph
+
+    def _loaded(self, file: str, call: Mapping[str, Any]) -> Graph:
+        library = self._library(file)
+        try:
+            return library.graph(
+                call["function"],
+                call["inputs"],
+                call["outputs"],
+                [self._tensor(place) for place in call["tensors"]],
+                [self._tensor(place) for place in call["setup"]],
+            )
+        except AttributeError as error:
+            raise PbcError(
+                f"{file} of {self._bundle.path} has no function {call['function']}; compile the "
+                "model again"
+            ) from error
+
+    def _library(self, file: str) -> Library:
+        sha256 = self._bundle.sha256(file)
+        if sha256 not in self._libraries:
+            try:
+                self._libraries[sha256] = self._unpacked(file, Library)
+            except (RuntimeError, OSError, AttributeError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise PbcError(
+                    f"{self._bundle.path}: the TVM runtime cannot load {file}: {reason}"
+                ) from error
+        return self._libraries[sha256]
+
+    def _tensor(self, place: str) -> Any:
+        file, _, key = place.partition("#")
+        if file not in self._weights:
+            found = self._unpacked(file, _mapped)
+            self._weights[file] = {name: tensor(value) for name, value in found.items()}
+        return self._weights[file][key]
+
+    def _unpacked(self, file: str, load: Callable[[Path], _T]) -> _T:
+        """What `load` makes of a file of the bundle."""
+        name = PurePosixPath(file).name
+
+        def write(folder: Path) -> None:
+            (folder / name).write_bytes(self._bundle.read(file))
+
+        key = hashlib.sha256(f"{name} {self._bundle.sha256(file)}".encode()).hexdigest()
+        try:
+            return load(Artifacts(default_folder()).get(key, write) / name)
+        except OSError as error:
+            _tell_once(f"unpacked files are not kept: {error.strerror or error}")
+        try:
+            with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
+                write(Path(folder))
+                return load(Path(folder) / name)
+        except OSError as error:
+            raise PbcError(
+                f"no folder has room for {file} of {self._bundle.path}: {error.strerror or error}; "
+                "PBC_CACHE or TMPDIR can name one"
+            ) from error
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, each a view of the mapped file."""
+    content = np.memmap(path, np.uint8, mode="c")
+    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:begin].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, row in header.items():
+        start, end = (begin + offset for offset in row["data_offsets"])
+        dtype = np.dtype(safetensors.numpy._TYPES[row["dtype"]])
+        tensors[name] = np.asarray(content[start:end]).view(dtype).reshape(row["shape"])
+    return tensors
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _log.warning(message)
