@@ -32,6 +32,7 @@ from pbc.runtime.engines.pytorch import PyTorchEngine
 from pbc.runtime.events import Event, StepReport
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.processor import cpu_identity
 from pbc.runtime.runtime import Runtime
 
 LABELS = np.array([0, 1, 2, 1, 0])
@@ -569,7 +570,7 @@ def test_waiting_threads_sleep() -> None:
 def test_the_version_names_what_decides_the_last_bit() -> None:
     version = OnnxRuntimeEngine().version()
     assert onnxruntime.__version__ in version
-    assert engine_module.cpu_identity() in version
+    assert cpu_identity() in version
     assert "\n" not in version
 
 

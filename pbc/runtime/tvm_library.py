@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from pbc.errors import PbcError
+from pbc.runtime.engines.derived import aligned
 
 RUNTIME_VARIABLE = "PBC_TVM_RUNTIME"
-ALIGNMENT = 64
 _CPU_DEVICE, _POOLED_ALLOCATOR = 1, 2
 _ANY_CORE = 1
 _RUNTIME = "libtvm_runtime.so"
@@ -170,15 +170,3 @@ def tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return runtime().from_dlpack(aligned(value))
     return value
-
-
-def aligned(value: np.ndarray) -> np.ndarray:
-    """Return the array in C order, writable, at an address that any vector load takes."""
-    flags = value.flags
-    if flags.c_contiguous and flags.writeable and value.ctypes.data % ALIGNMENT == 0:
-        return value
-    memory = np.empty(value.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    copy: np.ndarray = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy

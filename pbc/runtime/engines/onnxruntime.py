@@ -1,15 +1,12 @@
 """The ONNX Runtime engine: inference, and training by the step graphs that the compiler derived.
 
-All it needs on the device is onnxruntime and numpy. A step is two graphs: `forward/k` returns the
-losses and what its backward needs, `update/k/<optimizer>` takes that and returns new parameters.
+All it needs on the device is onnxruntime and numpy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import platform
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -24,8 +21,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.artifacts import Artifacts, default_folder
-from pbc.runtime.engines import Arrays
-from pbc.runtime.objective import Objective
+from pbc.runtime.engines.derived import DerivedExecutable, aligned
+from pbc.runtime.processor import cores, cpu_identity
 
 _CPU = "CPUExecutionProvider"
 _ERRORS = (
@@ -42,16 +39,6 @@ _ERRORS = (
 )
 """What onnxruntime raises; the classes have no base of their own."""
 
-# What a row of zeros is called for each parameter, by the optimizer.
-_MOMENTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-_NEW = "new/"
-_ALIGNMENT = 64
 _GRAPH_FILE = "graph.onnx"
 # Smaller tensors stay in the graph's file: onnxruntime refuses to load one without any.
 _EXTERNAL_BYTES = 1024
@@ -73,102 +60,25 @@ class OnnxRuntimeEngine:
         return OnnxRuntimeExecutable(bundle, threads)
 
 
-class OnnxRuntimeExecutable:
-    """A bundle's graphs, each loaded when it is first run; parameters and state by their names."""
+class OnnxRuntimeExecutable(DerivedExecutable):
+    """A bundle's graphs, each loaded when it is first run."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
-        self._bundle = bundle
+        super().__init__(bundle)
         self._loader = _Loader(bundle, threads)
-        self._objective = Objective()
-        self._theta: dict[str, Any] = {}
-        self._moments: dict[str, Any] = {}
-        self._steps = 0
-        # The level of the last forward, and all that its update may read.
-        self._pending: tuple[int, dict[str, Any]] | None = None
 
-    def policy(self, views: np.ndarray) -> np.ndarray:
-        return _copied(self._loader.graph("policy").run({"view": views})["fidelity"])
+    def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return self._loader.graph(name).run(values)
 
-    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        graph = f"prefix/{level}"
-        if graph not in self._bundle.manifest["graphs"]:
-            return {"x": images}
-        outputs = self._loader.graph(graph).run({"x": images})
-        return {name: _copied(value) for name, value in outputs.items()}
+    def _require(self, name: str) -> None:
+        self._loader.require(name)
 
-    def logits(self, level: int, features: Arrays) -> np.ndarray:
-        outputs = self._loader.graph(f"body/{level}").run({**features, **self._theta})
-        return _copied(outputs["logits"])
+    def _feature(self, value: np.ndarray) -> Any:
+        return aligned(value)
 
-    def start(self, parameters: Arrays, objective: Objective) -> None:
-        self._objective = objective
-        self._theta = {name: _kept(value) for name, value in parameters.items()}
-        self._moments = {
-            f"{moment}/{name}": _kept(np.zeros_like(value, np.float32))
-            for moment in _MOMENTS[objective.optimizer]
-            for name, value in parameters.items()
-        }
-        self._steps = 0
-        self._pending = None
-
-    def forward(
-        self, level: int, features: Arrays, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        # What the last forward kept goes first: it is as large as what this one makes.
-        self._pending = None
-        self._loader.require(f"update/{level}/{self._objective.optimizer}")
-        inputs = {
-            **{name: _aligned(value) for name, value in features.items()},
-            "labels": labels.astype(np.int64, copy=False),
-            "label_smoothing": _scalar(self._objective.label_smoothing),
-        }
-        outputs = self._loader.graph(f"forward/{level}").run({**inputs, **self._theta})
-        losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
-        self._pending = level, {**inputs, **outputs}
-        return losses, logits
-
-    def update(self) -> None:
-        assert self._pending is not None, "update() follows forward()"
-        (level, values), self._pending = self._pending, None
-        self._steps += 1
-        graph = self._loader.graph(f"update/{level}/{self._objective.optimizer}")
-        outputs = graph.run({**values, **self._scalars(), **self._theta, **self._moments})
-        # New tensors replace the old: one buffer as input and output gives wrong results.
-        for name, value in outputs.items():
-            own = name.removeprefix(_NEW)
-            (self._moments if own in self._moments else self._theta)[own] = value
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        return {name: _copied(value) for name, value in self._theta.items()}
-
-    def optimizer_state(self) -> dict[str, np.ndarray]:
-        state = {name: _copied(value) for name, value in self._moments.items()}
-        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
-
-    def load_optimizer_state(self, state: Arrays) -> None:
-        own = self.optimizer_state()
-        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in state.items()}:
-            raise PbcError("the optimizer state is not of this optimizer and these parameters")
-        self._steps = int(state.get("step", self._step()))
-        self._moments = {name: _kept(state[name]) for name in self._moments}
-
-    def _step(self) -> np.ndarray:
-        return np.array(self._steps, np.int64)
-
-    def _scalars(self) -> dict[str, np.ndarray]:
-        """Return what an update graph may ask for beside tensors.
-
-        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
-        """
-        mean, square = (1 - beta**self._steps for beta in _BETAS)
-        return {
-            "learning_rate": _scalar(self._objective.learning_rate),
-            "weight_decay": _scalar(self._objective.weight_decay),
-            "momentum": _scalar(self._objective.momentum),
-            "epsilon": _scalar(_EPSILON),
-            "mean_correction": _scalar(mean),
-            "square_correction": _scalar(square),
-        }
+    def _kept(self, value: np.ndarray) -> Any:
+        # The OrtValue holds on to its memory.
+        return OrtValue.ortvalue_from_numpy(aligned(np.array(value, np.float32)))
 
 
 # ---- running a graph -----------------------------------------------------------------------
@@ -197,7 +107,7 @@ class _Graph:
                 )
             value = values[name]
             if isinstance(value, np.ndarray):
-                held.append(_aligned(value))
+                held.append(aligned(value))
                 binding.bind_cpu_input(name, held[-1])
             else:
                 binding.bind_ortvalue_input(name, value)
@@ -212,35 +122,6 @@ class _Graph:
                 f"not enough memory for {self._title}: a smaller --batch needs less"
             ) from error
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
-
-
-def _aligned(value: np.ndarray) -> np.ndarray:
-    """Return the array in C order, at an address that sums do not depend on.
-
-    A vectorised sum begins at the first aligned value: from another address it may add in another
-    order, and training would not go on to the same bits after a restart.
-    """
-    if value.flags.c_contiguous and value.ctypes.data % _ALIGNMENT == 0:
-        return value
-    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    copy: np.ndarray = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy
-
-
-def _kept(value: np.ndarray) -> Any:
-    """Copy a tensor of reals in; the OrtValue holds on to its memory."""
-    return OrtValue.ortvalue_from_numpy(_aligned(np.array(value, np.float32)))
-
-
-def _copied(value: Any) -> np.ndarray:
-    """Copy a tensor out."""
-    return np.array(value.numpy())
-
-
-def _scalar(value: float) -> np.ndarray:
-    return np.array(value, np.float32)
 
 
 # ---- loading a graph -----------------------------------------------------------------------
@@ -374,7 +255,7 @@ def session_options(threads: int | None) -> Any:
     """Return the options of every session: so many threads, or one for each core."""
     options = SessionOptions()
     options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     # A session that waits would keep its cores busy, and slow whatever runs beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -405,16 +286,6 @@ def _shared_arena() -> bool:
     return True
 
 
-def _cores() -> int:
-    """Return how many cores this process may run on; the second thread of one counts nothing."""
-    try:
-        threads = os.sched_getaffinity(0)
-        siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        return len({Path(siblings.format(thread)).read_text() for thread in threads})
-    except (AttributeError, OSError):
-        return os.cpu_count() or 1
-
-
 def _providers(bundle: Bundle) -> tuple[str, ...]:
     """Return the target's execution providers that this onnxruntime has, in its order."""
     tags = (bundle.manifest.get("target") or {}).get("tags") or {}
@@ -422,27 +293,6 @@ def _providers(bundle: Bundle) -> tuple[str, ...]:
     available = onnxruntime.get_available_providers()
     found = [name for name in wanted if name in available and name != _CPU]
     return (*found, _CPU)
-
-
-@cache
-def cpu_identity() -> str:
-    """Return the CPU's name, and a hash of all that lets kernels differ between CPUs."""
-    deciding = {
-        "model name", "vendor_id", "cpu family", "model", "stepping", "flags", "Features",
-        "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision",
-    }  # fmt: skip
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    pairs = [
-        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)
-    ]
-    facts = sorted({f"{key}: {value}" for key, value in pairs if key in deciding})
-    names = [value for key, value in pairs if key == "model name"]
-    name = names[0] if names else platform.processor() or platform.machine()
-    digest = hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()
-    return f"{name} ({digest[:8]})"
 
 
 @cache

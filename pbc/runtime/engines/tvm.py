@@ -1,8 +1,6 @@
 """The TVM engine: inference, and training by the step graphs that the compiler derived.
 
-All it needs on the device is tvm_ffi, the TVM runtime, one shared library of 3 MB, and numpy. A
-step is two graphs: `forward/k` returns the losses and what its backward needs,
-`update/k/<optimizer>` takes that and returns new parameters.
+All it needs on the device is tvm_ffi, the TVM runtime, one shared library of 3 MB, and numpy.
 """
 
 from __future__ import annotations
@@ -23,29 +21,18 @@ import safetensors.numpy
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.artifacts import Artifacts, default_folder
-from pbc.runtime.engines import Arrays
-from pbc.runtime.objective import Objective
+from pbc.runtime.engines.derived import DerivedExecutable, aligned
 from pbc.runtime.processor import cores, cpu_identity, missing_flags
 from pbc.runtime.tvm_library import (
     Graph,
     Library,
     Tensor,
-    aligned,
     runtime,
     runtime_identity,
     tensor,
     use_threads,
 )
 
-# What a row of zeros is called for each parameter, by the optimizer.
-_MOMENTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-_NEW = "new/"
 _FORMAT = 1
 
 _T = TypeVar("_T")
@@ -67,89 +54,16 @@ class TvmEngine:
         return TvmExecutable(bundle, threads)
 
 
-class TvmExecutable:
-    """A bundle's graphs, each loaded when it is first run; parameters and state by their names."""
+class TvmExecutable(DerivedExecutable):
+    """A bundle's graphs, each loaded when it is first run."""
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         runtime()
-        self._bundle = bundle
+        super().__init__(bundle)
         self._threads = threads or cores()
         self._loader = _Loader(bundle)
-        self._objective = Objective()
-        self._theta: dict[str, Any] = {}
-        self._moments: dict[str, Any] = {}
-        self._steps = 0
-        # The level of the last forward, and all that its update may read.
-        self._pending: tuple[int, dict[str, Any]] | None = None
 
-    def policy(self, views: np.ndarray) -> np.ndarray:
-        return _copied(self._run("policy", {"view": views})["fidelity"])
-
-    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        graph = f"prefix/{level}"
-        if graph not in self._bundle.manifest["graphs"]:
-            return {"x": images}
-        outputs = self._run(graph, {"x": images})
-        return {name: _copied(value) for name, value in outputs.items()}
-
-    def logits(self, level: int, features: Arrays) -> np.ndarray:
-        return _copied(self._run(f"body/{level}", {**features, **self._theta})["logits"])
-
-    def start(self, parameters: Arrays, objective: Objective) -> None:
-        self._objective = objective
-        self._theta = {name: _kept(value) for name, value in parameters.items()}
-        self._moments = {
-            f"{moment}/{name}": _kept(np.zeros_like(value, np.float32))
-            for moment in _MOMENTS[objective.optimizer]
-            for name, value in parameters.items()
-        }
-        self._steps = 0
-        self._pending = None
-
-    def forward(
-        self, level: int, features: Arrays, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        # What the last forward kept goes first: it is as large as what this one makes.
-        self._pending = None
-        self._loader.require(f"update/{level}/{self._objective.optimizer}")
-        inputs: dict[str, Any] = {
-            **{name: Tensor(tensor(value)) for name, value in features.items()},
-            "labels": labels.astype(np.int64, copy=False),
-            "label_smoothing": _scalar(self._objective.label_smoothing),
-        }
-        outputs = self._run(f"forward/{level}", {**inputs, **self._theta})
-        losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
-        self._pending = level, {**inputs, **outputs}
-        return losses, logits
-
-    def update(self) -> None:
-        assert self._pending is not None, "update() follows forward()"
-        (level, values), self._pending = self._pending, None
-        self._steps += 1
-        outputs = self._run(
-            f"update/{level}/{self._objective.optimizer}",
-            {**values, **self._scalars(), **self._theta, **self._moments},
-        )
-        # New tensors replace the old ones, which the graph still reads while it writes.
-        for name, value in outputs.items():
-            own = name.removeprefix(_NEW)
-            (self._moments if own in self._moments else self._theta)[own] = value
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        return {name: _copied(value) for name, value in self._theta.items()}
-
-    def optimizer_state(self) -> dict[str, np.ndarray]:
-        state = {name: _copied(value) for name, value in self._moments.items()}
-        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
-
-    def load_optimizer_state(self, state: Arrays) -> None:
-        own = self.optimizer_state()
-        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in state.items()}:
-            raise PbcError("the optimizer state is not of this optimizer and these parameters")
-        self._steps = int(state.get("step", self._step()))
-        self._moments = {name: _kept(state[name]) for name in self._moments}
-
-    def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         graph = self._loader.graph(name)
         for given in graph.inputs:
             if given not in values:
@@ -158,39 +72,17 @@ class TvmExecutable:
                     "know: upgrade pbc"
                 )
         use_threads(self._threads)
-        return graph.run(values)
+        outputs: dict[str, Any] = graph.run(values)
+        return outputs
 
-    def _step(self) -> np.ndarray:
-        return np.array(self._steps, np.int64)
+    def _require(self, name: str) -> None:
+        self._loader.require(name)
 
-    def _scalars(self) -> dict[str, np.ndarray]:
-        """Return what an update graph may ask for beside tensors.
+    def _feature(self, value: np.ndarray) -> Any:
+        return Tensor(tensor(value))
 
-        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
-        """
-        mean, square = (1 - beta**self._steps for beta in _BETAS)
-        return {
-            "learning_rate": _scalar(self._objective.learning_rate),
-            "weight_decay": _scalar(self._objective.weight_decay),
-            "momentum": _scalar(self._objective.momentum),
-            "epsilon": _scalar(_EPSILON),
-            "mean_correction": _scalar(mean),
-            "square_correction": _scalar(square),
-        }
-
-
-def _kept(value: np.ndarray) -> Tensor:
-    """Copy a tensor of reals in."""
-    return Tensor(tensor(aligned(np.array(value, np.float32))))
-
-
-def _copied(value: Tensor) -> np.ndarray:
-    """Copy a tensor out."""
-    return np.array(value.numpy())
-
-
-def _scalar(value: float) -> np.ndarray:
-    return np.array(value, np.float32)
+    def _kept(self, value: np.ndarray) -> Any:
+        return Tensor(tensor(aligned(np.array(value, np.float32))))
 
 
 # ---- loading a graph -----------------------------------------------------------------------

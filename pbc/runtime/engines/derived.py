@@ -1,0 +1,172 @@
+"""Training by derived steps: what an engine's executable does, whatever runs its graphs.
+
+A step is two graphs: `forward/k` returns the losses and what its backward needs,
+`update/k/<optimizer>` takes that and returns new parameters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pbc.bundle import Bundle
+from pbc.errors import PbcError
+from pbc.runtime.engines import Arrays
+from pbc.runtime.objective import Objective
+
+ALIGNMENT = 64
+
+# What a row of zeros is called for each parameter, by the optimizer.
+_MOMENTS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("momentum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+}
+_BETAS = (0.9, 0.999)
+_EPSILON = 1e-8
+_NEW = "new/"
+
+
+class DerivedExecutable(ABC):
+    """A bundle's graphs, run by names; parameters and state by theirs, in the engine's tensors.
+
+    A tensor of the engine is whatever has `numpy()`.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._objective = Objective()
+        self._theta: dict[str, Any] = {}
+        self._moments: dict[str, Any] = {}
+        self._steps = 0
+        # The level of the last forward, and all that its update may read.
+        self._pending: tuple[int, dict[str, Any]] | None = None
+
+    @abstractmethod
+    def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Feed a graph what it reads of these values, arrays or the engine's tensors."""
+
+    @abstractmethod
+    def _require(self, name: str) -> None:
+        """Refuse a graph that the bundle does not have."""
+
+    @abstractmethod
+    def _feature(self, value: np.ndarray) -> Any:
+        """Return features as `_run` takes them twice, for the forward and for the update."""
+
+    @abstractmethod
+    def _kept(self, value: np.ndarray) -> Any:
+        """Copy a tensor of reals in."""
+
+    def policy(self, views: np.ndarray) -> np.ndarray:
+        return _copied(self._run("policy", {"view": views})["fidelity"])
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        graph = f"prefix/{level}"
+        if graph not in self._bundle.manifest["graphs"]:
+            return {"x": images}
+        outputs = self._run(graph, {"x": images})
+        return {name: _copied(value) for name, value in outputs.items()}
+
+    def logits(self, level: int, features: Arrays) -> np.ndarray:
+        return _copied(self._run(f"body/{level}", {**features, **self._theta})["logits"])
+
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        self._objective = objective
+        self._theta = {name: self._kept(value) for name, value in parameters.items()}
+        self._moments = {
+            f"{moment}/{name}": self._kept(np.zeros_like(value, np.float32))
+            for moment in _MOMENTS[objective.optimizer]
+            for name, value in parameters.items()
+        }
+        self._steps = 0
+        self._pending = None
+
+    def forward(
+        self, level: int, features: Arrays, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        # What the last forward kept goes first: it is as large as what this one makes.
+        self._pending = None
+        self._require(f"update/{level}/{self._objective.optimizer}")
+        inputs: dict[str, Any] = {
+            **{name: self._feature(value) for name, value in features.items()},
+            "labels": labels.astype(np.int64, copy=False),
+            "label_smoothing": _scalar(self._objective.label_smoothing),
+        }
+        outputs = self._run(f"forward/{level}", {**inputs, **self._theta})
+        losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
+        self._pending = level, {**inputs, **outputs}
+        return losses, logits
+
+    def update(self) -> None:
+        assert self._pending is not None, "update() follows forward()"
+        (level, values), self._pending = self._pending, None
+        self._steps += 1
+        outputs = self._run(
+            f"update/{level}/{self._objective.optimizer}",
+            {**values, **self._scalars(), **self._theta, **self._moments},
+        )
+        # New tensors replace the old: one buffer as input and output gives wrong results.
+        for name, value in outputs.items():
+            own = name.removeprefix(_NEW)
+            (self._moments if own in self._moments else self._theta)[own] = value
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return {name: _copied(value) for name, value in self._theta.items()}
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        state = {name: _copied(value) for name, value in self._moments.items()}
+        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
+
+    def load_optimizer_state(self, state: Arrays) -> None:
+        own = self.optimizer_state()
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in state.items()}:
+            raise PbcError("the optimizer state is not of this optimizer and these parameters")
+        self._steps = int(state.get("step", self._step()))
+        self._moments = {name: self._kept(state[name]) for name in self._moments}
+
+    def _step(self) -> np.ndarray:
+        return np.array(self._steps, np.int64)
+
+    def _scalars(self) -> dict[str, np.ndarray]:
+        """Return what an update graph may ask for beside tensors.
+
+        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
+        """
+        mean, square = (1 - beta**self._steps for beta in _BETAS)
+        return {
+            "learning_rate": _scalar(self._objective.learning_rate),
+            "weight_decay": _scalar(self._objective.weight_decay),
+            "momentum": _scalar(self._objective.momentum),
+            "epsilon": _scalar(_EPSILON),
+            "mean_correction": _scalar(mean),
+            "square_correction": _scalar(square),
+        }
+
+
+def aligned(value: np.ndarray) -> np.ndarray:
+    """Return the array in C order, writable, at an address that sums do not depend on.
+
+    A vectorised sum begins at the first aligned value: from another address it may add in another
+    order, and training would not go on to the same bits after a restart.
+    """
+    flags = value.flags
+    if flags.c_contiguous and flags.writeable and value.ctypes.data % ALIGNMENT == 0:
+        return value
+    memory = np.empty(value.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy: np.ndarray = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
+
+
+def _copied(value: Any) -> np.ndarray:
+    """Copy a tensor out."""
+    return np.array(value.numpy())
+
+
+def _scalar(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
