@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -21,7 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.artifacts import Artifacts, default_folder
-from pbc.runtime.engines.derived import DerivedExecutable, aligned
+from pbc.runtime.engines.derived import ALIGNMENT, DerivedExecutable, aligned
 from pbc.runtime.processor import cores, cpu_identity
 
 _CPU = "CPUExecutionProvider"
@@ -40,10 +41,13 @@ _ERRORS = (
 """What onnxruntime raises; the classes have no base of their own."""
 
 _GRAPH_FILE = "graph.onnx"
+_WEIGHTS_FILE = "weights.bin"
 # Smaller tensors stay in the graph's file: onnxruntime refuses to load one without any.
 _EXTERNAL_BYTES = 1024
 # Counts up where entries of an older pbc would not do.
-_ENTRY_FORMAT = 1
+_ENTRY_FORMAT = 2
+# How a graph says where a kernel's own layout of a weight lies: MatMul+HASH|OFFSET;LENGTH;CHECKSUM
+_PREPACKED = re.compile(rb"\+\d+((?:\|\d+;\d+;\d+)+)")
 
 _log = logging.getLogger("pbc")
 
@@ -196,16 +200,25 @@ class _Loader:
     def _make(self, name: str, folder: Path) -> None:
         """Write the graph and its weights as onnxruntime's optimiser leaves them for this CPU."""
         with tempfile.TemporaryDirectory(dir=folder) as source:
-            options = self._options(GraphOptimizationLevel.ORT_ENABLE_ALL)
-            options.optimized_model_filepath = str(folder / _GRAPH_FILE)
-            for entry, value in {
-                "optimized_model_external_initializers_file_name": "weights.bin",
-                "optimized_model_external_initializers_min_size_in_bytes": str(_EXTERNAL_BYTES),
-                # As the kernels repack them: they need no copy then (ignored before 1.21).
-                "save_external_prepacked_constant_initializers": "1",
-            }.items():
-                options.add_session_config_entry(f"session.{entry}", value)
-            self._open(self._unpack(name, Path(source)), options)
+            model = self._unpack(name, Path(source))
+            # As the kernels repack them, weights need no copy (ignored before 1.21). But kernels
+            # read them by aligned loads, and a tensor of any length may lie in front of them.
+            for prepacked in (True, False):
+                self._open(model, self._saving(folder, prepacked))
+                if not _misaligned((folder / _GRAPH_FILE).read_bytes()):
+                    return
+                (folder / _WEIGHTS_FILE).unlink()
+
+    def _saving(self, folder: Path, prepacked: bool) -> Any:
+        options = self._options(GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options.optimized_model_filepath = str(folder / _GRAPH_FILE)
+        for entry, value in {
+            "optimized_model_external_initializers_file_name": _WEIGHTS_FILE,
+            "optimized_model_external_initializers_min_size_in_bytes": str(_EXTERNAL_BYTES),
+            "save_external_prepacked_constant_initializers": str(int(prepacked)),
+        }.items():
+            options.add_session_config_entry(f"session.{entry}", value)
+        return options
 
     def _optimised(self, folder: Path) -> Any:
         return self._open(
@@ -249,6 +262,12 @@ class _Loader:
     def _open(self, model: Path | bytes, options: Any) -> Any:
         source = model if isinstance(model, bytes) else str(model)
         return onnxruntime.InferenceSession(source, options, providers=list(self._providers))
+
+
+def _misaligned(graph: bytes) -> bool:
+    """Whether a saved graph has repacked weights at an address that kernels cannot read."""
+    places = b"".join(_PREPACKED.findall(graph)).split(b"|")[1:]
+    return any(int(place.partition(b";")[0]) % ALIGNMENT for place in places)
 
 
 def session_options(threads: int | None) -> Any:
