@@ -31,7 +31,7 @@ $(installed): setup.cfg pyproject.toml
 	    echo "error: pbc needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	         "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,models,dev]'
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,cuda,models,dev]'
 	touch $@
 
 clean:
