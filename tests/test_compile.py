@@ -310,7 +310,7 @@ def test_nothing_to_prune_is_one_note_and_level_0(here: Path, custom: list[str |
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
-        (["--engine", "tensorrt"], 2, "engine 'tensorrt' is not installed (available: "),
+        (["--engine", "tensorrt"], 2, "no engine named 'tensorrt' (available: "),
         (["--engine", "pytorhc"], 2, "no engine named 'pytorhc'; did you mean 'pytorch'?"),
         (["--target", "jetson-tx3"], 2, "no target named 'jetson-tx3'; did you mean 'jetson-tx2'?"),
         (["--strategy", "last-k"], 2, "strategy 'last-k' needs a positive whole number"),
