@@ -695,8 +695,8 @@ def test_a_level_that_is_not_there(run: Run) -> None:
 
 def test_an_engine_that_is_not_installed(run: Run, tmp_path: Path) -> None:
     manifest, files = tiny.contents()
-    bundle.write(tmp_path / "m.pbc", {**manifest, "engine": "tvm"}, files)
-    assert "no engine named 'tvm'" in run("train", "m.pbc", "@photos", "-o", "a", fails=2).stderr
+    bundle.write(tmp_path / "m.pbc", {**manifest, "engine": "tensorrt"}, files)
+    assert "no engine named 'tensorrt'" in run("train", "m.pbc", "@photos", "-o", "a", fails=2).stderr
 
 
 def test_tensorboard_is_optional(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
