@@ -696,7 +696,8 @@ def test_a_level_that_is_not_there(run: Run) -> None:
 def test_an_engine_that_is_not_installed(run: Run, tmp_path: Path) -> None:
     manifest, files = tiny.contents()
     bundle.write(tmp_path / "m.pbc", {**manifest, "engine": "tensorrt"}, files)
-    assert "no engine named 'tensorrt'" in run("train", "m.pbc", "@photos", "-o", "a", fails=2).stderr
+    result = run("train", "m.pbc", "@photos", "-o", "a", fails=2)
+    assert "no engine named 'tensorrt'" in result.stderr
 
 
 def test_tensorboard_is_optional(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
