@@ -76,8 +76,11 @@ def status(destination: str, options: Options) -> dict[str, Any]:
     """What is active on a board, what was before, and what was left half-made."""
     connection = _connection(destination, options)
     facts = probe(connection, options)
-    quiet: Report = lambda line: None  # noqa: E731
-    return _Conversation(connection, _interpreter(connection, facts), quiet).ask("status")
+    return _Conversation(connection, _interpreter(connection, facts), _quiet).ask("status")
+
+
+def _quiet(line: str) -> None:
+    """Report nothing: a question takes no steps that anybody waits for."""
 
 
 def prepared(
