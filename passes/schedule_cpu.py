@@ -12,18 +12,18 @@ from tvm.ir.prim import IntImm
 from tvm.relax.analysis import has_reshape_pattern
 from tvm_ffi import structural_equal
 
-from pbc.tir_dots import dots
-from pbc.tir_loops import (
+from pbc.tir.dots import dots
+from pbc.tir.loops import (
     Processor,
     Sink,
     allocate,
     sequence,
 )
-from pbc.tir_math import in_vectors
-from pbc.tir_moves import fold_moves
-from pbc.tir_panels import panels
-from pbc.tir_simple import elementwise, reduction
-from pbc.tir_stages import NotRegularError, Stage, inline, loads, read_stages, reads
+from pbc.tir.math import in_vectors
+from pbc.tir.moves import fold_moves
+from pbc.tir.panels import panels
+from pbc.tir.simple import elementwise, reduction
+from pbc.tir.stages import NotRegularError, Stage, inline, loads, read_stages, reads
 
 Rule = Callable[[Stage, Sink, Processor], Any]
 # Tried in order: a rule returns None for what it does not fit.

@@ -17,12 +17,12 @@ from tvm.tirx.stmt import ForKind  # noqa: E402
 from tvm_ffi import structural_equal, structural_walk  # noqa: E402
 
 from pbc.passes.schedule_cpu import RULES, schedule, schedule_cpu  # noqa: E402
-from pbc.tir_dots import dots  # noqa: E402
-from pbc.tir_loops import Processor, Sink  # noqa: E402
-from pbc.tir_moves import fold_moves  # noqa: E402
-from pbc.tir_panels import panels, read_matrices, turn  # noqa: E402
-from pbc.tir_simple import elementwise, reduction  # noqa: E402
-from pbc.tir_stages import inline, read_stages  # noqa: E402
+from pbc.tir.dots import dots  # noqa: E402
+from pbc.tir.loops import Processor, Sink  # noqa: E402
+from pbc.tir.moves import fold_moves  # noqa: E402
+from pbc.tir.panels import panels, read_matrices, turn  # noqa: E402
+from pbc.tir.simple import elementwise, reduction  # noqa: E402
+from pbc.tir.stages import inline, read_stages  # noqa: E402
 
 Size = int | str
 Write = Callable[..., Any]

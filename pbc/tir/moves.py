@@ -13,7 +13,7 @@ from tvm import relax, tirx
 from tvm.ir import GlobalVar, TensorLoad, Var
 from tvm_ffi import structural_map
 
-from pbc.tir_stages import (
+from pbc.tir.stages import (
     NotRegularError,
     Stage,
     inline,

@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import tirx
 
-from pbc.tir_loops import (
+from pbc.tir.loops import (
     Processor,
     Sink,
     allocate,
@@ -31,8 +31,8 @@ from pbc.tir_loops import (
     unrolled,
     vector,
 )
-from pbc.tir_panels import Matrices, read_matrices
-from pbc.tir_stages import Stage, substitute
+from pbc.tir.panels import Matrices, read_matrices
+from pbc.tir.stages import Stage, substitute
 
 TILE = 4
 

@@ -14,7 +14,7 @@ from tvm.ir.prim import IntImm
 from tvm.sym import Analyzer
 from tvm.tirx.stmt import ForKind
 
-from pbc.tir_stages import Axis, Stage, replace_loads, substitute, variables
+from pbc.tir.stages import Axis, Stage, replace_loads, substitute, variables
 
 # Below this many values, starting threads costs more than it saves.
 WORTH_THREADS = 4096

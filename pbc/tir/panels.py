@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm import tirx
 
-from pbc.tir_loops import (
+from pbc.tir.loops import (
     TASKS,
     Processor,
     Sink,
@@ -35,7 +35,7 @@ from pbc.tir_loops import (
     unrolled,
     vector,
 )
-from pbc.tir_stages import Axis, Stage, is_product, loads, substitute, variables
+from pbc.tir.stages import Axis, Stage, is_product, loads, substitute, variables
 
 # Rows of a tile by the vectors in one of its rows. No more than eight: rows of a power-of-two
 # length fall on the same lines of an eight-way cache.

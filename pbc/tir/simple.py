@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm import tirx
 
-from pbc.tir_loops import (
+from pbc.tir.loops import (
     Processor,
     Sink,
     allocate,
@@ -20,7 +20,7 @@ from pbc.tir_loops import (
     unfold,
     vector,
 )
-from pbc.tir_stages import Stage, loads, substitute, variables
+from pbc.tir.stages import Stage, loads, substitute, variables
 
 
 def elementwise(stage: Stage, sink: Sink, processor: Processor) -> Any:
