@@ -18,7 +18,7 @@ from pbc.runtime.runtime import Runtime
 
 
 def test_few_are_audited_and_very_few_are_not_worth_it() -> None:
-    levels = np.repeat([0, 1, 2], [100, 49, 2000])
+    levels = np.repeat([0, 1, 2], [100, 49, 4000])
     assert len(chosen(levels, 1, 8, 0)) == 0
     some = chosen(levels, 2, 8, 0)
     assert len(some) == 40

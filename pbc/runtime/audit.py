@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-_SHARE = 0.02
+_SHARE = 0.01
 _LEAST = 16
 # Fewer samples at a level are not worth the doubt: their audit would cost more than they save.
 _FEW = 50

@@ -175,7 +175,7 @@ class Bench:
             if perf_counter() + (decode_ms + calls_ms) * 1e-3 * chunk > end:
                 break
             images = images if chunk <= len(images) else self.images(chunk)
-            for level, prefix_ms in zip(both, self._prefix_ms(both, images[:chunk]), strict=True):
+            for level, prefix_ms in self._prefix(both, images[:chunk])[1].items():
                 if prefix_ms < known[level].prefix_ms:
                     known[level] = replace(known[level], prefix_ms=prefix_ms, chunk=chunk)
         return Costs(
@@ -189,27 +189,39 @@ class Bench:
         self, levels: list[int], images: np.ndarray, chunk: int, shared: LevelCost | None
     ) -> dict[int, LevelCost]:
         """Time levels; `shared` has the body's times where all levels share one."""
-        calls = self._prefix_ms(levels, images[:chunk]) if self.prefix else [0.0] * len(levels)
+        features, calls_ms = self._prefix(levels, images[:chunk])
         timed = {}
-        for level, prefix_ms in zip(levels, calls, strict=True):
+        for level in levels:
             if shared is None or self.bodies:
-                features = self.executable.prefix(level, images)  # a shape that is warm
-                forward_ms, backward_ms = self._body_ms(level, features)
-                timed[level] = LevelCost(prefix_ms, chunk, forward_ms, backward_ms, True)
+                made = features[level]
+                if chunk < self.batch:
+                    made = self.executable.prefix(level, images)
+                forward_ms, backward_ms = self._body_ms(level, made)
+                timed[level] = LevelCost(calls_ms[level], chunk, forward_ms, backward_ms, True)
                 shared = timed[level]
             else:
-                timed[level] = replace(shared, prefix_ms=prefix_ms)
+                timed[level] = replace(shared, prefix_ms=calls_ms[level])
         return timed
 
-    def _prefix_ms(self, levels: list[int], images: np.ndarray) -> list[float]:
-        """Time several levels in turn, so that what else the device does strikes them alike."""
-        for level in levels:
-            self.executable.prefix(level, images)  # loads, and warms up for this shape
+    def _prefix(
+        self, levels: list[int], images: np.ndarray
+    ) -> tuple[dict[int, Arrays], dict[int, float]]:
+        """Return every level's features, and its milliseconds per image.
+
+        The levels run in turn, so that what else the device does strikes them alike.
+        """
+        # The first call loads, and warms up for this shape.
+        features: dict[int, Arrays] = {
+            level: self.executable.prefix(level, images) for level in levels
+        }
+        if not self.prefix:
+            return features, dict.fromkeys(levels, 0.0)
         rounds = [
             [_seconds(partial(self.executable.prefix, level, images)) for level in levels]
             for _ in range(_REPEATS)
         ]
-        return [min(times) * 1e3 / len(images) for times in zip(*rounds, strict=True)]
+        least = [min(times) * 1e3 / len(images) for times in zip(*rounds, strict=True)]
+        return features, dict(zip(levels, least, strict=True))
 
     def _body_ms(self, level: int, features: Arrays) -> tuple[float, float]:
         labels = self.labels[: self.batch]
