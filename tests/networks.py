@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,14 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
 from pbc.calibration import Calibration
 from pbc.data import InputSpec
+from pbc.passes.derive_train_step import DeriveTrainStep
+from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.independent_dims import IndependentDims
+from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
@@ -145,6 +151,16 @@ def pruned(kind: Kind, strategy: str = "linear-probe", levels: int = 2) -> Progr
     """With proxies that no calibration data aligned; sizes are multiples of 4."""
     plan = PlanLevels(levels=levels, min_cost=0.2, rounding=4)
     return run_passes(analysed(kind, strategy), plan, PruneDims())
+
+
+def compiled(folder: Path, kind: Kind, strategy: str, engine: str) -> Bundle:
+    """A bundle in this folder, of two levels, with its training step where the engine wants one."""
+    path = folder / f"{kind.__name__}-{strategy}-{engine}.pbc".replace(":", "-")
+    if path.exists():
+        return Bundle.open(path)
+    program = replace(pruned(kind, strategy, levels=1), engine=engine)
+    program = run_passes(program, FoldBatchNorm(), DeriveTrainStep(), Lower())
+    return bundle.write(path, *compiler.package(program))
 
 
 def trained(program: Program, names: Iterable[str]) -> Program:

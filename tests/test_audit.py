@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from killing import Killed
 
 from pbc.data import ImageFolder
 from pbc.runtime.audit import Finding, audit, chosen, cosines
@@ -145,10 +146,6 @@ def test_a_resumed_run_remembers_the_audit(tmp_path: Path) -> None:
         (tmp_path / out / "trainable.safetensors").read_bytes() for out in ("whole", "killed")
     )
     assert whole == killed
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is written after it."""
 
 
 @pytest.mark.parametrize("cache", ["off", "ram", "disk"])

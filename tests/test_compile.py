@@ -20,6 +20,7 @@ import pytest
 import safetensors.numpy
 import torch
 from click.testing import CliRunner, Result
+from killing import Killed
 
 from pbc import cli, compiler, distillation, pipeline
 from pbc.bundle import Bundle
@@ -405,10 +406,6 @@ def test_a_script_does_what_the_command_does(here: Path, examples: Path) -> None
 
 
 # ---- interruption ----------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """Stands for whatever ends a compilation at once."""
 
 
 def stop_after(steps: int) -> Callable[[str, float, str], None]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from killing import killed_until_done
 
 from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.data import ImageFolder
-from pbc.runtime.events import Event, StepReport
+from pbc.runtime.events import Report
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 
@@ -88,30 +88,15 @@ def test_a_whole_training_is_that_of_pytorch(
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.003)
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is written after it."""
-
-
 def test_a_killed_training_resumes_to_the_same_bits(
     bundles: dict[str, Bundle], examples: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"checkpoint_seconds": 0.0, "optimizer": "adamw", "epochs": 2}
     fit(bundles["onnxruntime"], examples, tmp_path / "whole", **settings)
-    lives, deaths = random.Random(7), 0
-    while deaths < 20:
-        steps_left = lives.randint(10, 40)
 
-        def kill(event: Event) -> None:
-            nonlocal steps_left
-            steps_left -= isinstance(event, StepReport)
-            if steps_left == 0:
-                raise Killed
+    def train(report: Report) -> None:
+        fit(bundles["onnxruntime"], examples, tmp_path / "killed", report=report, **settings)
 
-        try:
-            fit(bundles["onnxruntime"], examples, tmp_path / "killed", report=kill, **settings)
-            break
-        except Killed:
-            deaths += 1
-    assert 1 < deaths < 20
+    killed_until_done(train, 7, (10, 40))
     name = "trainable.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import onnxruntime
 import pytest
 import tiny
 import tiny_onnx
+from killing import killed_until_done
 from onnx import helper
 
 from pbc import bundle
@@ -29,7 +29,7 @@ from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.engines import onnxruntime as engine_module
 from pbc.runtime.engines.onnxruntime import OnnxRuntimeEngine, session_options
 from pbc.runtime.engines.pytorch import PyTorchEngine
-from pbc.runtime.events import Event, StepReport
+from pbc.runtime.events import Report
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.processor import cpu_identity
@@ -244,10 +244,6 @@ def test_where_an_array_lies_changes_no_bit(tmp_path: Path) -> None:
 # ---- a whole training ----------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is written after it."""
-
-
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("assets")
@@ -307,22 +303,11 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
     settings = {**settings, "checkpoint_seconds": 0.0}
     name, out = f"{kind}.onnx", tmp_path / "killed"
     whole = fit(assets, name, tmp_path / "whole", **settings)
-    lives, deaths = random.Random(3), 0
-    while deaths < 100:
-        steps_left = lives.randint(1, 14)
 
-        def kill(event: Event) -> None:
-            nonlocal steps_left
-            steps_left -= isinstance(event, StepReport)
-            if steps_left == 0:
-                raise Killed
+    def train(report: Report) -> list[dict[str, Any]]:
+        return fit(assets, name, out, report=report, **settings)
 
-        try:
-            resumed = fit(assets, name, out, report=kill, **settings)
-            break
-        except Killed:
-            deaths += 1
-    assert 1 < deaths < 100
+    resumed = killed_until_done(train, 3, (1, 14))
     model = "trainable.safetensors"
     assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
     for key in ("epoch", "loss", "levels", "steps", "skipped"):

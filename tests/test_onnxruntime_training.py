@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import networks
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import tiny
-from networks import ConvNet, Kind, pruned
+from killing import killed_until_done
+from networks import ConvNet, Kind
 from tiny_onnx import resident_bytes
 
-from pbc import bundle, compiler
 from pbc.bundle import Bundle
 from pbc.data import ImageFolder, InputSpec, read_image
-from pbc.passes.derive_train_step import DeriveTrainStep
-from pbc.passes.fold_batch_norm import FoldBatchNorm
-from pbc.passes.lower import Lower
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from pbc.runtime.engines.pytorch import PyTorchEngine
-from pbc.runtime.events import Event, StepReport
+from pbc.runtime.events import Report
 from pbc.runtime.export import export
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.parameters import initial_parameters
 from pbc.runtime.personal import Personal
 from pbc.runtime.runtime import Runtime
-from pbc.testing import run_passes
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "onnxruntime": OnnxRuntimeEngine,
@@ -52,17 +47,7 @@ Compile = Callable[[Kind, str, str], Bundle]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compile a tiny network for an engine, once."""
-    root = tmp_path_factory.mktemp("compiled")
-
-    @cache
-    def compile_for(kind: Kind, strategy: str, engine: str) -> Bundle:
-        program = replace(pruned(kind, strategy, levels=1), engine=engine)
-        program = run_passes(program, FoldBatchNorm(), DeriveTrainStep(), Lower())
-        name = f"{kind.__name__}-{strategy}-{engine}.pbc".replace(":", "-")
-        return bundle.write(root / name, *compiler.package(program))
-
-    return compile_for
+    return partial(networks.compiled, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +139,6 @@ def test_a_training_has_the_losses_of_pytorch(
     assert [line["skipped"] for line in ours] == [line["skipped"] for line in expected]
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is written after it."""
-
-
 @case
 def test_a_killed_run_resumes_to_the_same_bits(
     compiled: Compile, photos: Path, tmp_path: Path, kind: Kind, strategy: str
@@ -165,22 +146,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
     source = compiled(kind, strategy, "onnxruntime")
     settings = {"optimizer": "adamw", "weight_decay": 0.01, "checkpoint_seconds": 0.0}
     whole = fit(source, photos, tmp_path / "whole", **settings)
-    lives, deaths = random.Random(3), 0
-    while deaths < 100:
-        steps_left = lives.randint(2, 12)
 
-        def kill(event: Event) -> None:
-            nonlocal steps_left
-            steps_left -= isinstance(event, StepReport)
-            if steps_left == 0:
-                raise Killed
+    def train(report: Report) -> list[dict[str, Any]]:
+        return fit(source, photos, tmp_path / "killed", report=report, **settings)
 
-        try:
-            resumed = fit(source, photos, tmp_path / "killed", report=kill, **settings)
-            break
-        except Killed:
-            deaths += 1
-    assert 1 < deaths < 100
+    resumed = killed_until_done(train, 3, (2, 12))
     name = "trainable.safetensors"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert [line.get("loss") for line in whole] == [line.get("loss") for line in resumed]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from killing import Killed, killed_until_done
 
 from pbc import bundle
 from pbc.cli import main
@@ -28,7 +29,7 @@ from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError
 from pbc.runtime import features
 from pbc.runtime.checkpoint import Checkpoint
-from pbc.runtime.events import EpochReport, Event, StepReport
+from pbc.runtime.events import EpochReport, Event, Report, StepReport
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.personal import Personal
@@ -294,10 +295,6 @@ def test_a_script_does_what_the_commands_do(run: Run, assets: Path, tmp_path: Pa
 # ---- interruptions -------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing handles it, nothing is written after it."""
-
-
 @pytest.mark.parametrize(("kind", "options"), [
     ("probe", {}),
     ("probe", {"cache": "ram"}),
@@ -319,24 +316,12 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
         **options,
     )
     runtime.fit(samples, settings, tmp_path / "whole")
-    lives = random.Random(3)
     out = tmp_path / "killed"
-    deaths = 0
-    while deaths < 100:
-        steps_left = lives.randint(1, 14)
 
-        def kill(event: Event) -> None:
-            nonlocal steps_left
-            steps_left -= isinstance(event, StepReport)
-            if steps_left == 0:
-                raise Killed
+    def train(report: Report) -> None:
+        runtime.fit(samples, settings, out, resume=True, report=report)
 
-        try:
-            runtime.fit(samples, settings, out, resume=True, report=kill)
-            break
-        except Killed:
-            deaths += 1
-    assert 1 < deaths < 100
+    killed_until_done(train, 3, (1, 14))
     assert theta(out) == theta(tmp_path / "whole")
     whole, resumed = metrics(tmp_path / "whole"), metrics(out)
     for key in ("epoch", "loss", "levels", "steps", "skipped"):
