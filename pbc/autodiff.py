@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from pbc.program import (
     NAME,
     PARAMETER,
     get_tensor,
+    made_of,
     op_name,
     origin,
     output_node,
@@ -292,10 +293,10 @@ def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str])
     """Split where the loss is known: what it needs, and what only the gradients need."""
     results: list[Node] = list(output_node(joint).args[0])  # type: ignore[arg-type]
     answers, gradients = results[:3], results[3:]
-    first = _needed_for(answers)
+    first = made_of(answers)
     # Whoever computes several results computes those, too, that the backward alone reads.
     first |= {n for n in joint.graph.nodes if n.target is operator.getitem and n.args[0] in first}
-    second = _needed_for(gradients) - first
+    second = made_of(gradients) - first
     saved = _saved(second, first)
     titles = titles | {node: node.name for node in saved}
     forward = _part(joint, first, [], answers + saved, titles)
@@ -303,17 +304,6 @@ def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str])
     backward = _part(joint, second | _remade(second, first), saved, gradients, titles)
     output_node(backward).meta[NAME] = list(parameters)
     return Gradient(forward, backward, tuple(parameters))
-
-
-def _needed_for(results: Iterable[Node]) -> set[Node]:
-    needed: set[Node] = set()
-    waiting = list(results)
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting += node.all_input_nodes
-    return needed
 
 
 def _remade(second: set[Node], first: set[Node]) -> set[Node]:
@@ -333,7 +323,7 @@ def _is_remade(node: Node) -> bool:
         return False
     if isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
-    return node.target in _REMADE or all(n.op != "placeholder" for n in _needed_for([node]))
+    return node.target in _REMADE or all(n.op != "placeholder" for n in made_of([node]))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

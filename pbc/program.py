@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,6 +265,18 @@ def graph_outputs(name: str, graph: GraphModule) -> list[str]:
     if name.startswith("body/"):
         return ["logits"]
     return ["fidelity"] if name == POLICY else output_names(graph)
+
+
+def made_of(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

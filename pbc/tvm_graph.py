@@ -9,7 +9,7 @@ when it loads the graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import tvm
@@ -20,6 +20,7 @@ from tvm import relax
 from pbc.program import (
     get_tensor,
     graph_inputs,
+    made_of,
     output_nodes,
     placeholders,
     tensor_names,
@@ -80,7 +81,7 @@ def _convert(
     }
     tensors = [name for name, nodes in frozen.items() if any(n in read_late for n in nodes)]
     made = [node for node in read_late if node.op != "get_attr"]
-    needed = _ancestors(made)
+    needed = made_of(made)
     setup = [name for name, nodes in frozen.items() if any(n in needed for n in nodes)]
     if made:
         scope = Scope(builder, "frozen", TABLE)
@@ -118,15 +119,3 @@ def _early(graph: GraphModule) -> dict[Node, None]:
         ):
             early[node] = None
     return early
-
-
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes and all that they are made of."""
-    found: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
