@@ -59,13 +59,13 @@ class SplitPrefix:
             in_body = {node for node in model.graph.nodes if node.op == "call_function"}
         x = next(n for n in model.graph.nodes if n.op == "placeholder" and PARAMETER not in n.meta)
         in_prefix = _reached_from(x) - in_body
-        cut = [
-            node
-            for node in model.graph.nodes
-            if node in in_prefix
-            and isinstance(node.meta.get("val"), torch.Tensor)
-            and any(user in in_body for user in node.users)
-        ]
+        cut = _border(model, in_prefix, in_body)
+        # A feature has one row per sample, and what stacks the patches of all samples has not.
+        batch = str(x.meta["val"].shape[0])
+        while stacked := [n for n in cut if str(n.meta["val"].shape[0]) != batch]:
+            in_body |= set(stacked)
+            in_prefix -= set(stacked)
+            cut = _border(model, in_prefix, in_body)
         graphs = dict(program.graphs)
         if any(node.op == "call_function" for node in cut):
             graphs[prefix(0)] = _subgraph(model, [x], in_prefix | {x}, cut)
@@ -75,6 +75,17 @@ class SplitPrefix:
     def _share_before(self, model: GraphModule, in_body: set[Node]) -> float:
         layers = [n for n in model.graph.nodes if str(n.target) in PARAMETRIC]
         return sum(node not in in_body for node in layers) / max(len(layers), 1)
+
+
+def _border(model: GraphModule, in_prefix: set[Node], in_body: set[Node]) -> list[Node]:
+    """The tensors of the prefix that the body reads."""
+    return [
+        node
+        for node in model.graph.nodes
+        if node in in_prefix
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and any(user in in_body for user in node.users)
+    ]
 
 
 def _reached_by_parameters(model: GraphModule) -> set[Node]:

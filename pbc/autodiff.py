@@ -8,9 +8,10 @@ taken apart by `pbc.decompositions`.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 from pbc import decompositions
 from pbc.capture import EXAMPLE_BATCH
 from pbc.errors import PbcError
 from pbc.program import (
+    GRADIENT,
     NAME,
     PARAMETER,
+    copy_graph,
     get_tensor,
     made_of,
     op_name,
@@ -88,24 +92,113 @@ def differentiate(body: GraphModule, open_axes: Mapping[str, int] = {}) -> Gradi
     joint, names = _joint(body, open_axes)
     titles = _name_inputs(joint, body)
     _tidy(joint)
+    _take_sizes_from_inputs(joint)
+    _leave_broadcasts_to_operators(joint)
     return _cut(joint, names, titles)
 
 
 # ---- tracing -------------------------------------------------------------------------------
 
 
+# Images per mini-batch where a choice depends on it.
+_BATCH = 8
+
+
+def _norms_joined(body: GraphModule) -> GraphModule:
+    """A copy in which norms scale the trained kernels before them instead of what those put out.
+
+    Only where that is less: beside large kernels over small pictures it is not.
+    """
+    graph = copy_graph(body)
+    for norm in list(graph.graph.nodes):
+        if norm.target != aten.batch_norm.default or norm.args[5]:
+            continue
+        layer = norm.args[0]
+        if layer.target != aten.conv2d.default or len(layer.users) > 1:
+            continue
+        weight = layer.args[1]
+        if PARAMETER not in weight.meta:
+            continue
+        if _BATCH * math.prod(shape_of(layer)[1:]) > math.prod(shape_of(weight)):
+            with graph.graph.inserting_before(norm):
+                joined = graph.graph.call_function(
+                    decompositions.normed_convolution, (layer.args, norm.args[1:])
+                )
+            joined.meta = dict(layer.meta)
+            norm.replace_all_uses_with(joined)
+            graph.graph.erase_node(norm)
+            graph.graph.erase_node(layer)
+    graph.recompile()
+    return graph
+
+
 class _Forward(Interpreter):
-    """Runs a body on stand-ins, its frozen tensors given, some operators taken apart."""
+    """Runs a body on stand-ins, its frozen tensors given, some operators taken apart.
+
+    What autograd then does for an operator is written down as coming from where that came from.
+    """
 
     def __init__(self, graph: GraphModule, frozen: Mapping[str, Tensor]) -> None:
         super().__init__(graph)
         self._frozen = frozen
+        self._parts: dict[tuple[Node, int], tuple[Tensor, ...]] = {}
+        self._known: set[Any] = set()
+
+    def run_node(self, node: Node) -> Any:
+        result = self._value(node)
+        parts = result if isinstance(result, (list, tuple)) else [result]
+        waiting = [part.grad_fn for part in parts if isinstance(part, Tensor)]
+        while waiting:
+            function = waiting.pop()
+            if function is not None and function not in self._known:
+                self._known.add(function)
+                _attribute(function, node)
+                waiting += [source for source, _ in function.next_functions]
+        return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._frozen[target]
 
+    def _value(self, node: Node) -> Any:
+        place = _part_of_all(node)
+        if place is None:
+            return super().run_node(node)
+        source, axis, index = place
+        if (source, axis) not in self._parts:
+            self._parts[source, axis] = decompositions.unbind(self.env[source], axis)
+        return self._parts[source, axis][index]
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return decompositions.DIFFERENTIABLE.get(target, target)(*args, **kwargs)
+
+
+def _attribute(function: Any, node: Node) -> None:
+    """Let what a step of autograd writes down carry the origin of `node`."""
+    running = contextlib.ExitStack()
+
+    def enter(gradients: Any) -> None:
+        running.enter_context(set_current_meta(node))
+
+    def leave(given: Any, made: Any) -> None:
+        running.close()
+
+    function.register_prehook(enter)
+    function.register_hook(leave)
+
+
+def _part_of_all(node: Node) -> tuple[Node, int, int] | None:
+    """Tensor, axis and index if this selects, and others select all else along that axis."""
+    if node.target != aten.select.int:
+        return None
+    source, axis, index = node.args
+    assert isinstance(source, Node)
+    assert isinstance(axis, int)
+    assert isinstance(index, int)
+    size = source.meta["val"].shape[axis]
+    taken = {
+        user.args[2] for user in source.users if user.target == node.target and user.args[1] == axis
+    }
+    return (source, axis, index) if taken == set(range(size)) else None
 
 
 def _joint(body: GraphModule, open_axes: Mapping[str, int]) -> tuple[GraphModule, list[str]]:
@@ -116,6 +209,7 @@ def _joint(body: GraphModule, open_axes: Mapping[str, int]) -> tuple[GraphModule
     batch = _symbol(mode, EXAMPLE_BATCH)
     values = _stand_ins(mode, nodes, batch, open_axes)
     reached: list[str] = []
+    joined = _norms_joined(body)
 
     def step(inputs: list[Tensor], frozen: list[Tensor], labels: Tensor, smoothing: Tensor) -> Any:
         leaves = [
@@ -123,10 +217,12 @@ def _joint(body: GraphModule, open_axes: Mapping[str, int]) -> tuple[GraphModule
             for node, value in zip(nodes, inputs, strict=True)
         ]
         theta = [leaf for leaf in leaves if leaf.requires_grad]
-        (logits,) = _Forward(body, dict(zip(tensors, frozen, strict=True))).run(*leaves)
+        (logits,) = _Forward(joined, dict(zip(tensors, frozen, strict=True))).run(*leaves)
         losses = cross_entropy(logits, labels, smoothing)
         loss = losses.mean()
-        gradients = torch.autograd.grad(loss, theta, allow_unused=True)
+        # Of the mean, without the mean: its own gradient would read it, and it would be saved.
+        share = aten.div.Scalar(aten.full.default([batch], 1.0, dtype=losses.dtype), batch)
+        gradients = torch.autograd.grad(losses, theta, share, allow_unused=True)
         found = [
             (name, gradient)
             for name, gradient in zip(parameters, gradients, strict=True)
@@ -144,12 +240,26 @@ def _joint(body: GraphModule, open_axes: Mapping[str, int]) -> tuple[GraphModule
         labels = torch.empty(batch, dtype=torch.int64)
         try:
             with decompositions.frozen(frozen):
-                joint = make_fx(step, decomposition_table=decompositions.table())(
-                    values, frozen, labels, torch.empty(())
-                )
+                joint = _traced(step, values, frozen, labels, torch.empty(()))
         except (NotImplementedError, RuntimeError) as error:
             raise _without_gradient(body, nodes, values, frozen, error) from error
     return joint, reached
+
+
+def _traced(function: Callable[..., Any], *arguments: Any) -> GraphModule:
+    """Every operator that the function calls; NotImplementedError for one that is not a function.
+
+    Results that are written to, or read by strides, mean something in torch's memory alone.
+    """
+    with preserve_node_meta():
+        trace = make_fx(function, decomposition_table=decompositions.table())(*arguments)
+    for node in trace.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or node.target in _ONLY_FOR_AUTOGRAD:
+            continue
+        if schema.is_mutable or "strided" in schema.name:
+            raise NotImplementedError(f"torch takes it apart into {op_name(node)}")
+    return trace
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
@@ -217,8 +327,11 @@ def _without_gradient(
             known[node] = tensors[str(node.target)]
         if node.op != "call_function":
             continue
+        known[node] = node.meta.get("val")
+        if isinstance(known[node], (int, torch.SymInt)):
+            continue
         try:
-            known[node] = _alone(node, known)
+            _alone(node, known)
         except (NotImplementedError, RuntimeError) as failure:
             reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
             return PbcError(
@@ -229,12 +342,12 @@ def _without_gradient(
     return error
 
 
-def _alone(node: Node, known: Mapping[Node, Any]) -> Any:
+def _alone(node: Node, known: Mapping[Node, Any]) -> None:
     """Run one operator on stand-ins, and its gradient with respect to every real input."""
     leaves = []
 
     def leaf(source: Node) -> Any:
-        value = known[source]
+        value = _sized(known[source])
         if isinstance(value, Tensor) and value.is_floating_point():
             leaves.append(value.detach().requires_grad_())
             return leaves[-1]
@@ -252,8 +365,17 @@ def _alone(node: Node, known: Mapping[Node, Any]) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        make_fx(lambda inputs: (run(inputs), 0)[1], decomposition_table=decompositions.table())([])
-    return node.meta["val"]
+        _traced(lambda inputs: (run(inputs), 0)[1], [])
+
+
+def _sized(value: Any) -> Any:
+    """The stand-in at the example's sizes: those that the program has are no symbols of a trace."""
+    if isinstance(value, torch.SymInt):
+        return value.node.hint
+    if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+        sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape]
+        return torch.empty(sizes, dtype=value.dtype)
+    return value
 
 
 # ---- from the trace to two graphs ----------------------------------------------------------
@@ -277,16 +399,99 @@ def _name_inputs(joint: GraphModule, body: GraphModule) -> dict[Node, str]:
     return titles
 
 
+# Their result is their argument.
+_ONLY_FOR_AUTOGRAD = frozenset(
+    (aten.alias.default, aten.detach.default, aten.detach_.default, aten.clone.default)
+)
+
+
 def _tidy(joint: GraphModule) -> None:
     """Drop what only means something to autograd, and let every view be a reshape."""
     for node in list(joint.graph.nodes):
-        if node.target in (aten.alias.default, aten.detach.default, aten.clone.default):
+        if node.target in _ONLY_FOR_AUTOGRAD:
             node.replace_all_uses_with(node.args[0])
             joint.graph.erase_node(node)
         elif node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     joint.graph.eliminate_dead_code()
     joint.recompile()
+
+
+def _take_sizes_from_inputs(joint: GraphModule) -> None:
+    """Let no tensor be kept for its size, and no size be computed that a reshape can do without."""
+    sizes: dict[Any, Node] = {}
+    inputs = placeholders(joint)
+    with joint.graph.inserting_after(inputs[-1]):
+        for node in inputs:
+            for axis, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt) and size.node.expr not in sizes:
+                    read = joint.graph.call_function(aten.sym_size.int, (node, axis))
+                    read.meta["val"] = size
+                    sizes[size.node.expr] = read
+    for node in list(joint.graph.nodes):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and node not in sizes.values():
+            count, symbol = value.node.expr.as_coeff_Mul()
+            if symbol not in sizes:
+                continue
+            if count == 1:
+                node.replace_all_uses_with(sizes[symbol])
+            else:
+                node.target, node.args, node.kwargs = operator.mul, (sizes[symbol], int(count)), {}
+        elif node.target == aten.reshape.default:
+            shape = list(node.args[1])
+            if sum(isinstance(size, Node) for size in shape) == 1 and -1 not in shape:
+                shape = [-1 if isinstance(size, Node) else size for size in shape]
+                node.args = (node.args[0], shape)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+
+
+# Operators that repeat what is smaller by themselves.
+_BROADCASTING = frozenset(
+    (aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Scalar)
+)
+
+
+def _leave_broadcasts_to_operators(joint: GraphModule) -> None:
+    """Let no copies be made for an operator that would read one value several times as well."""
+    waiting = [node for node in joint.graph.nodes if node.target == aten.expand.default]
+    while waiting:
+        wide = waiting.pop()
+        small, size = wide.args[0], wide.meta["val"].shape
+        for user in list(wide.users):
+            if user.target not in _BROADCASTING or user.meta["val"].shape != size:
+                continue
+            others = [a for a in user.args if a is not wide and isinstance(a, Node)]
+            if any(_shape(other) == size for other in others):
+                user.replace_input_with(wide, small)
+            elif not any(_shape(other) for other in others):
+                # By a number: it can be done before.
+                with joint.graph.inserting_before(user):
+                    swapped = [small if argument is wide else argument for argument in user.args]
+                    early = joint.graph.call_function(user.target, tuple(swapped), user.kwargs)
+                    early.meta["val"] = _value(early)
+                    late = joint.graph.call_function(aten.expand.default, (early, wide.args[1]))
+                late.meta = dict(user.meta)
+                user.replace_all_uses_with(late)
+                joint.graph.erase_node(user)
+                waiting.append(late)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+
+
+def _shape(node: Node) -> Any:
+    """The shape of a tensor; empty for a number."""
+    value = node.meta["val"]
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _value(node: Node) -> Any:
+    """What a node computes, on stand-ins."""
+    args = torch.fx.map_arg(node.args, lambda source: source.meta["val"])
+    kwargs = torch.fx.map_arg(node.kwargs, lambda source: source.meta["val"])
+    with next(a.fake_mode for a in args if isinstance(a, Tensor)):  # type: ignore[attr-defined]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str]) -> Gradient:
@@ -301,7 +506,10 @@ def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str])
     titles = titles | {node: node.name for node in saved}
     forward = _part(joint, first, [], answers + saved, titles)
     output_node(forward).meta[NAME] = [LOSS, LOSSES, LOGITS] + [SAVED + n.name for n in saved]
-    backward = _part(joint, second | _remade(second, first), saved, gradients, titles)
+    for node in second:
+        node.meta[GRADIENT] = True
+    again = _remade(second, first)
+    backward = _part(joint, second | again, saved, gradients, titles, late=again)
     output_node(backward).meta[NAME] = list(parameters)
     return Gradient(forward, backward, tuple(parameters))
 
@@ -343,8 +551,12 @@ def _part(
     saved: Sequence[Node],
     results: Sequence[Node],
     titles: Mapping[Node, str],
+    late: Collection[Node] = (),
 ) -> GraphModule:
-    """The nodes `inside` as a graph of their own, with the inputs they read and what was saved."""
+    """The nodes `inside` as a graph of their own, with the inputs they read and what was saved.
+
+    Those in `late` come right before whoever reads them first: nothing lies around until then.
+    """
     graph, root = Graph(), torch.nn.Module()
     values: dict[Node, Node] = {}
     read = {source for node in inside for source in node.all_input_nodes} | set(results)
@@ -356,13 +568,20 @@ def _part(
             values[node].target = values[node].name
             values[node].meta = {k: node.meta[k] for k in ("val", PARAMETER) if k in node.meta}
             values[node].meta[NAME] = (SAVED if node in saved else "") + titles[node]
+
+    def place(node: Node) -> None:
+        for source in node.all_input_nodes:
+            if source in late and source not in values:
+                place(source)
+        values[node] = graph.node_copy(node, lambda old: values[old])
+        kept = ("val", "stack_trace", "nn_module_stack", GRADIENT)
+        values[node].meta = {key: node.meta[key] for key in kept if key in node.meta}
+
     for node in joint.graph.nodes:
         frozen = node.op == "get_attr" and node in read
         if frozen:
             put_tensor(root, str(node.target), get_tensor(joint, str(node.target)))
-        if frozen or (node.op == "call_function" and node in inside):
-            values[node] = graph.node_copy(node, lambda old: values[old])
-            kept = ("val", "stack_trace", "nn_module_stack")
-            values[node].meta = {key: node.meta[key] for key in kept if key in node.meta}
+        if frozen or (node.op == "call_function" and node in inside and node not in late):
+            place(node)
     graph.output(tuple(values[node] for node in results))
     return GraphModule(root, graph)

@@ -65,6 +65,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         known.pop(op, None)
     known[aten.convolution_backward.default] = convolution_backward
     known[aten.threshold_backward.default] = threshold_backward
+    known[aten.gelu_backward.default] = gelu_backward
     known[aten.hardswish_backward.default] = hardswish_backward
     known[aten.hardsigmoid_backward.default] = hardsigmoid_backward
     known[aten.max_pool2d_with_indices_backward.default] = max_pool2d_with_indices_backward
@@ -171,6 +172,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def _weight_gradient(grad: Tensor, x: Tensor, layer: _Convolution, small: bool) -> Tensor:
     outputs, taps, groups = grad.shape[2:], layer.taps, layer.groups
+    depthwise = groups > 1 and tuple(layer.weight[:2]) == (groups, 1)
+    if depthwise and layer.x[-1] <= _SMALL_ROW:
+        return _depthwise_weight_gradient(grad, x, layer)
     x = layer.padded(x)
     if groups == 1 and (small or len(taps) == 1):
         columns = [_rows(layer.seen(x, tap, outputs)) for tap in taps]
@@ -183,8 +187,8 @@ def _weight_gradient(grad: Tensor, x: Tensor, layer: _Convolution, small: bool) 
         products = [rows @ _rows(layer.seen(x, tap, outputs)).t() for tap in taps]
         return torch.stack(products, -1).reshape(layer.weight)
     batch, per_group, per_output = layer.x[0], layer.weight[1], layer.weight[0] // groups
-    if per_group == 1 and per_output == 1:
-        # Depthwise: one multiplication and one sum per tap of the kernel.
+    if depthwise:
+        # One multiplication and one sum per tap of the kernel.
         axes = [0, *range(2, grad.dim())]
         sums = [(layer.seen(x, tap, outputs) * grad).sum(axes) for tap in taps]
         return torch.stack(sums, -1).reshape(layer.weight)
@@ -197,6 +201,45 @@ def _weight_gradient(grad: Tensor, x: Tensor, layer: _Convolution, small: bool) 
         for tap in taps
     ]
     return torch.stack(products, -1).reshape(layer.weight)
+
+
+# Positions of a row up to which products of rows beat a multiplication and a sum per tap.
+_SMALL_ROW = 64
+
+
+def _depthwise_weight_gradient(grad: Tensor, x: Tensor, layer: _Convolution) -> Tensor:
+    """Per channel and row of the kernel, what every input column times every output column gives.
+
+    Those are matrix products over all images and rows; of each, a tap takes its diagonal.
+    """
+    channels, columns, out_columns = layer.x[1], layer.x[-1], grad.shape[-1]
+    # [channels, rows…, batch, columns]
+    order = [*range(1, x.dim() - 1), 0, x.dim() - 1]
+    images, slopes = x.permute(order), grad.permute(order)
+    margins = [0, 0, 0, 0, *(p for p in reversed(layer.padding[:-1]) for _ in range(2))]
+    if any(margins):
+        images = aten.constant_pad_nd.default(images, margins, 0.0)
+    slopes = slopes.reshape(channels, -1, out_columns)
+    products = []
+    for tap in itertools.product(*(range(size) for size in layer.kernel[:-1])):
+        seen = images
+        for axis, index in enumerate(tap):
+            start, step = index * layer.dilation[axis], layer.stride[axis]
+            stop = start + (grad.shape[2 + axis] - 1) * step + 1
+            seen = aten.slice.Tensor(seen, 1 + axis, start, stop, step)
+        seen = seen.reshape(channels, -1, columns)
+        products.append(seen.transpose(1, 2) @ slopes)
+    row = _Convolution(
+        (1, 1, columns),
+        (1, 1, layer.kernel[-1]),
+        layer.stride[-1:],
+        layer.padding[-1:],
+        layer.dilation[-1:],
+        1,
+    )
+    _, where = _connections(row)
+    stacked = torch.stack(products, 1).reshape(-1, columns * out_columns)
+    return (stacked @ where.to(grad.dtype).t()).reshape(layer.weight)
 
 
 def _input_gradient_by_columns(grad: Tensor, weight: Tensor, layer: _Convolution) -> Tensor:
@@ -299,18 +342,32 @@ def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
 
 def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     """One sixth between -3 and 3."""
-    return grad * (_between(aten.hardsigmoid.default(x)) * (1 / 6))
+    return grad * (_between(x) * (1 / 6))
 
 
 def hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
     """Differentiate x · hardsigmoid(x) as a product."""
     share: Tensor = aten.hardsigmoid.default(x)
-    return grad * (share + x * (_between(share) * (1 / 6)))
+    return grad * (share + x * (_between(x) * (1 / 6)))
 
 
-def _between(share: Tensor) -> Tensor:
-    """1 where 0 < share < 1, else 0."""
-    return (share - share * share > 0).to(share.dtype)
+def _between(x: Tensor) -> Tensor:
+    """1 where -3 < x < 3, else 0."""
+    return (x.abs() < 3).to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    """Differentiate x · Φ(x): with u = x/√2, that is (1 + erf u)/2 + u · exp(-u²)/√π."""
+    if approximate != "none":
+        by_tanh: Tensor = core_aten_decompositions()[aten.gelu_backward.default](
+            grad, x, approximate=approximate
+        )
+        return by_tanh
+    u = x * math.sqrt(0.5)
+    # The factor 1/√π as a term of the exponent, that one subtraction serves the sign as well.
+    factor: Tensor = aten.scalar_tensor.default(-0.5 * math.log(math.pi), dtype=x.dtype)
+    slope = u.erf() * 0.5 + u * (factor - u * u).exp() + 0.5
+    return grad * slope
 
 
 # ---- pooling -------------------------------------------------------------------------------
@@ -527,8 +584,44 @@ def _connections(layer: _Convolution) -> tuple[list[int], Tensor]:
                 )
             ]
             if all(0 <= a < s for a, s in zip(at, size, strict=True)):
-                row[(at[0] * size[1] + at[1]) * math.prod(outputs) + number] = 1.0
+                place = 0
+                for a, s in zip(at, size, strict=True):
+                    place = place * s + a
+                row[place * math.prod(outputs) + number] = 1.0
     return outputs, torch.tensor(table, device="cpu")
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """aten.adaptive_avg_pool2d; a mean where one value per channel is left.
+
+    torch's own writes its strides into the mean of a picture that lies channels last. That write is
+    no operator of a graph, and its gradient is zero there.
+    """
+    if all(size == 1 for size in output_size):
+        return x.mean((-2, -1), keepdim=True)
+    pooled: Tensor = aten._adaptive_avg_pool2d.default(x, output_size)
+    return pooled
+
+
+def vector_norm(
+    x: Tensor,
+    order: float = 2,
+    axes: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """aten.linalg_vector_norm; the Euclidean one from a sum, whose gradient at zero is zero.
+
+    torch's own writes that zero into the gradient.
+    """
+    if order != 2 or dtype is not None:
+        norm: Tensor = aten.linalg_vector_norm.default(x, order, axes, keepdim, dtype=dtype)
+        return norm
+    squares = x.square().sum(list(range(x.dim()) if axes is None else axes), keepdim)
+    # Below the rounding of any norm but zero.
+    euclidean: Tensor = (squares + 1e-30).sqrt()
+    return euclidean
 
 
 def scaled_dot_product_attention(
@@ -546,12 +639,90 @@ def scaled_dot_product_attention(
     if is_causal or enable_gqa or dropout:
         raise NotImplementedError("the gradient of causal or grouped attention, or with dropout")
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query * factor) @ key.transpose(-1, -2)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -math.inf)
-        scores = scores + mask
-    return torch.softmax(scores, -1) @ value
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf)
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    if not alike or (mask is not None and mask.requires_grad):
+        return _attention_weights(query * factor, key, mask) @ value
+    attended: Tensor = _Attention.apply(query * factor, key, value, mask)  # type: ignore[no-untyped-call]
+    return attended
+
+
+def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    scores = query @ key.transpose(-1, -2)
+    return torch.softmax(scores if mask is None else scores + mask, -1)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose backward makes the weights again instead of keeping [tokens, tokens].
+
+    Dao et al., FlashAttention (NeurIPS 2022): what a query's scores share of the softmax's
+    gradient is the product of its result and that result's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        attended = _attention_weights(query, key, mask) @ value
+        ctx.save_for_backward(query, key, value, mask, attended)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        query, key, value, mask, attended = ctx.saved_tensors
+        weights = _attention_weights(query, key, mask)
+        shared = (grad * attended).sum(-1, keepdim=True)
+        grad_scores = weights * (grad @ value.transpose(-1, -2) - shared)
+        return (
+            grad_scores @ key,
+            grad_scores.transpose(-1, -2) @ query,
+            weights.transpose(-1, -2) @ grad,
+            None,
+        )
+
+
+def unbind(x: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """Take a tensor apart along an axis; the gradients are put together again, in one copy.
+
+    torch's own spreads the gradient of each part over zeros of the whole, and adds those up.
+    """
+    parts: tuple[Tensor, ...] = _Unbind.apply(x, axis)  # type: ignore[no-untyped-call]
+    return parts
+
+
+class _Unbind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        return tuple(aten.select.int(x, axis, index) for index in range(x.shape[axis]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.stack(grads, ctx.axis), None
+
+
+def _affine(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """What a batch norm with these statistics multiplies by and then adds."""
+    inverse = (variance + epsilon).rsqrt()
+    scale = inverse if weight is None else weight * inverse
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def normed_convolution(convolution: Sequence[Any], norm: Sequence[Any]) -> Tensor:
+    """aten.conv2d of these arguments, and a batch norm of frozen statistics of what comes out.
+
+    As one convolution with a scaled kernel: no other operator then touches what comes out, neither
+    here nor in the gradient, and none of it is kept.
+    """
+    x, weight, bias, *window = convolution if len(convolution) > 2 else (*convolution, None)
+    norm_weight, norm_bias, mean, variance, _, _, epsilon, _ = norm
+    scale, shift = _affine(norm_weight, norm_bias, mean, variance, epsilon)
+    shift = shift if bias is None else shift + bias * scale
+    # As a matrix: engines are slow at sums over an axis in the middle, which is the gradient's.
+    kernel = weight.reshape(weight.shape[0], -1) * scale.unsqueeze(1)
+    return conv2d(x, kernel.reshape(weight.shape), shift, *window)
 
 
 def batch_norm(
@@ -568,15 +739,15 @@ def batch_norm(
     """aten.batch_norm with frozen statistics: one multiplication and one addition per value."""
     if training:
         raise NotImplementedError("a batch norm that computes the statistics of its batch")
-    inverse = (variance + epsilon).rsqrt()
-    scale = inverse if weight is None else weight * inverse
-    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift = _affine(weight, bias, mean, variance, epsilon)
     shape = (1, -1, *[1] * (x.dim() - 2))
     return x * scale.reshape(shape) + shift.reshape(shape)
 
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     aten.conv2d.default: conv2d,
+    aten.linalg_vector_norm.default: vector_norm,
     aten.linear.default: linear,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
     aten.batch_norm.default: batch_norm,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
-from pbc.program import Program, op_name, origin
+from pbc.program import GRADIENT, Program, op_name, origin
 from pbc.step_check import Step
+from pbc.target import Target
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,14 @@ class Lowering(Protocol):
     derives_steps: ClassVar[bool]
     packages: ClassVar[tuple[str, ...]]
 
+    def check(self, target: Target) -> None:
+        """Raise PbcError for a target that it cannot lower to here; before anything takes long."""
+
     def lower(self, program: Program) -> dict[str, bytes]:
         """The bundle's graph and weight files; raises PbcError for an operator it cannot run."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What whoever compiles must know of the files that this made, beside what they hold."""
 
     def contents(self, program: Program) -> dict[str, Any]:
         """What the manifest says about the artifacts of a lowered program.
@@ -64,6 +71,21 @@ class Lowering(Protocol):
         """
 
 
+@runtime_checkable
+class Tunes(Protocol):
+    """What a lowering offers besides, where measuring finds faster code than rules do."""
+
+    def untunable(self, target: Target) -> str | None:
+        """Why its code for a target cannot be measured here, with what to do; None if it can."""
+
+    def tune(self, program: Program, seconds: float) -> dict[str, Any]:
+        """Search for so long; what is lowered from now on has what is faster.
+
+        Measurements are kept in the program's folder for work: with no seconds it uses those.
+        Returns what the manifest says about it, and `notes` for whoever compiles.
+        """
+
+
 def missing_packages(lowering: type[Lowering]) -> list[str]:
     """Those of the lowering's packages that are not installed here."""
     return [name for name in lowering.packages if importlib.util.find_spec(name) is None]
@@ -71,6 +93,8 @@ def missing_packages(lowering: type[Lowering]) -> list[str]:
 
 def unsupported(node: Node, engine: str, remedy: str) -> PbcError:
     """The error for an operator that an engine lacks, with the line of the model it comes from."""
+    if GRADIENT in node.meta:
+        remedy = f"freeze everything before it, {remedy}"
     return PbcError(
         f"operator {op_name(node)}{origin(node)} is not supported by the {engine} engine; {remedy}"
     )

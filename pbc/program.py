@@ -29,6 +29,8 @@ PARAMETER = "pbc_parameter"
 # A placeholder whose outside name is no identifier carries it under this key; an output node does
 # so for all that it returns.
 NAME = "pbc_name"
+# An operator of a gradient has this key; where it says it comes from is what it is the gradient of.
+GRADIENT = "pbc_gradient"
 
 
 def prefix(level: int) -> str:
@@ -305,6 +307,8 @@ def origin(node: Node) -> str:
     """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+    if GRADIENT in node.meta:
+        module = f" in the gradient of{module.removeprefix(' in') or ' the model'}"
     trace = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line
     ]
@@ -312,13 +316,26 @@ def origin(node: Node) -> str:
 
 
 def graph_text(name: str, graph: GraphModule) -> str:
-    """One line per node: `%name: shape = op(arguments)`; the batch axis prints as `b`."""
+    """One line per node: `%name: shape = op(arguments)`.
+
+    The batch axis prints as `b`, the open axis of a head as `classes`.
+    """
+    classes = {
+        str(size)
+        for node in placeholders(graph)
+        if PARAMETER in node.meta
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt)
+    }
 
     def shape(node: Node) -> str:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return ""
-        sizes = [re.sub(r"\bs\d+\b", "b", str(size)) for size in value.shape]
+        sizes = [
+            re.sub(r"\bs\d+\b", lambda found: "classes" if found[0] in classes else "b", str(size))
+            for size in value.shape
+        ]
         return f": [{', '.join(sizes)}]"
 
     def value(argument: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from math import prod
@@ -17,9 +18,11 @@ from torch.nn import functional
 from pbc import strategy
 from pbc.autodiff import LABELS, LOGITS, LOSS, LOSSES, SAVED, SMOOTHING, Gradient, differentiate
 from pbc.errors import PbcError
+from pbc.onnx_graph import Converter
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import (
+    NAME,
     PARAMETER,
     Program,
     copy_graph,
@@ -27,6 +30,7 @@ from pbc.program import (
     get_tensor,
     graph_inputs,
     graph_outputs,
+    origin,
     output_names,
     parameter_names,
     placeholders,
@@ -146,6 +150,29 @@ class EncoderNet(nn.Module):
         return logits
 
 
+class ChannelsLastNet(nn.Module):
+    """Norms over channels that lie last, as ConvNeXt has them, and lengths of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, 8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        y = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.scale * self.down(functional.gelu(self.up(self.norm(y))))
+        x = self.pool(functional.normalize(x, dim=-1).permute(0, 3, 1, 2))
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits
+
+
 # Every strategy and every operator on some network: deriving is what takes long here.
 STRATEGIES: dict[Kind, tuple[str, ...]] = {
     ConvNet: ("linear-probe", "norm", "full"),
@@ -154,6 +181,7 @@ STRATEGIES: dict[Kind, tuple[str, ...]] = {
     MobileNet: ("bias", "full"),
     PyramidNet: ("full",),
     EncoderNet: ("full",),
+    ChannelsLastNet: ("full",),
 }
 CASES = [(kind, text) for kind, texts in STRATEGIES.items() for text in texts]
 every_case = pytest.mark.parametrize(
@@ -330,6 +358,23 @@ def test_nothing_is_saved_that_is_given_or_made_again(kind: Kind, text: str) -> 
     assert len(set(saved)) == len(saved)
 
 
+def test_attention_keeps_no_weights_of_tokens_by_tokens() -> None:
+    """And the gradients of query, key and value are put together, not added up."""
+    gradient = derived(EncoderNet, "full")
+    (tokens,) = {
+        node.meta["val"].shape[-1]
+        for node in gradient.forward.graph.nodes
+        if node.target == aten._softmax.default
+    }
+    for name, node in saved_nodes(gradient).items():
+        assert tuple(node.meta["val"].shape[-2:]) != (tokens, tokens), name
+    targets = [node.target for node in gradient.backward.graph.nodes]
+    assert aten._softmax.default in targets
+    assert not {aten.select_scatter.default, aten.where.self} & set(
+        targets[targets.index(aten._softmax.default) :]
+    )
+
+
 def sources(node: Node) -> Iterator[Node]:
     """What a node is made of, itself included."""
     waiting, seen = [node], {node}
@@ -354,6 +399,46 @@ def test_the_forward_alone_holds_no_backward(kind: Kind, text: str) -> None:
     work = [n for n in extra if n.op != "placeholder" and n.target is not operator.getitem]
     assert not work
     assert "backward" not in forward.code
+
+
+@every_case
+def test_no_tensor_is_saved_for_its_size_alone(kind: Kind, text: str) -> None:
+    gradient = derived(kind, text)
+    for node in placeholders(gradient.backward):
+        if node.meta.get(NAME, "").startswith(SAVED):
+            readers = {user.target for user in node.users}
+            assert not readers <= {aten.sym_size.int, aten.sym_numel.default}, node.name
+    # Neither are the results, which are there anyway.
+    nodes = gradient.forward.graph.output_node().args[0]
+    assert isinstance(nodes, tuple)
+    assert len(set(nodes)) == len(nodes)
+
+
+def test_a_norm_scales_the_trained_kernel_before_it() -> None:
+    """What a convolution puts out is then read by what follows the norm alone."""
+    forward = derived(MobileNet, "full").forward
+    activations = [n for n in forward.graph.nodes if n.target == aten.hardswish.default]
+    of_pictures = [n.args[0] for n in activations if n.meta["val"].dim() == 4]
+    assert len(of_pictures) == 5
+    # The depthwise ones are matrix products here, whose shift is an addition.
+    shifts = [n for n in of_pictures if n.target != aten.convolution.default]
+    assert [n.target for n in shifts] == [aten.add.Tensor] * 2
+    assert not [n for shift in shifts for n in shift.all_input_nodes if n.target == aten.mul.Tensor]
+
+
+def test_a_norm_behind_a_frozen_kernel_leaves_it_a_constant() -> None:
+    forward = derived(ConvNet, "norm").forward
+    kernels = [n.args[1] for n in forward.graph.nodes if n.target == aten.convolution.default]
+    assert kernels
+    assert all(kernel.op == "get_attr" for kernel in kernels)
+
+
+def test_operators_repeat_a_mean_s_gradient_by_themselves() -> None:
+    """No picture is made of what is the same at all of its positions."""
+    for node in derived(ConvNet, "full").backward.graph.nodes:
+        if node.target == aten.expand.default and node.meta["val"].dim() == 4:
+            readers = {user.target for user in node.users}
+            assert not readers & {aten.add.Tensor, aten.mul.Tensor, aten.div.Scalar}, node.name
 
 
 VIEWS = {
@@ -483,6 +568,41 @@ class Grown(nn.Module):
         return logits
 
 
+class Longest(nn.Module):
+    """Lengths by the largest of all values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        logits: Tensor = self.fc(x / torch.linalg.vector_norm(x, 3, 1, keepdim=True))
+        return logits
+
+
+class Warp(nn.Module):
+    """Pictures turned upside down, by interpolation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]]).expand(x.shape[0], 2, 3)
+        grid = functional.affine_grid(turned, [x.shape[0], 3, 6, 6], align_corners=False)
+        return functional.grid_sample(x, grid, align_corners=False)
+
+
+class Warped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.warp = Warp()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.warp(self.conv(x)).mean((2, 3)))
+        return logits
+
+
 HERE = 'test_autodiff.py", line '
 REFUSED = [
     (Zeta, rf"aten.special_zeta.other_scalar in wave \(.*{HERE}\d+\)", "the derivative for 'zeta'"),
@@ -509,6 +629,35 @@ def test_an_operator_without_a_gradient_is_named(kind: Kind, operator: str, reas
     ) as caught:
         differentiate(program.graphs["body/0"], head_axes(program))
     assert "\n" not in str(caught.value)
+
+
+def test_what_torch_computes_by_writing_into_memory_is_refused() -> None:
+    """A graph of functions would lose what was written."""
+    program = split(Longest, "full")
+    with pytest.raises(PbcError, match=r"aten.linalg_vector_norm.* apart into aten\.\w+_\b"):
+        differentiate(program.graphs["body/0"], head_axes(program))
+
+
+def test_an_operator_of_a_gradient_says_what_it_is_the_gradient_of() -> None:
+    gradient = derived(MobileNet, "full")
+    nodes = [n for n in gradient.backward.graph.nodes if n.target == aten.hardsigmoid.default]
+    assert nodes
+    for node in nodes:
+        assert re.fullmatch(
+            rf" in the gradient of (the model|blocks\.\d) \(.*{HERE}\d+\)", origin(node)
+        )
+
+
+def test_an_engine_that_lacks_an_operator_of_a_gradient_names_the_module() -> None:
+    program = split(Warped, "full")
+    gradient = differentiate(program.graphs["body/0"], head_axes(program))
+    with pytest.raises(
+        PbcError,
+        match=r"^operator aten.grid_sampler_2d_backward.default in the gradient of warp "
+        rf"\(.*{HERE}\d+\) is not supported by the onnxruntime engine; freeze everything before "
+        r"it, replace it in the model, or compile with another --engine$",
+    ):
+        Converter()("update/0/sgd", gradient.backward)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _, _ in REFUSED])

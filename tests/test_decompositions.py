@@ -10,6 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from pbc import decompositions
@@ -79,6 +82,7 @@ def test_convolution_backward(
     expected = aten.convolution_backward.default(*arguments)
     with (
         mock.patch.object(decompositions, "_SMALL_PICTURE", 256 if small else 0),
+        mock.patch.object(decompositions, "_SMALL_ROW", 64 if small else 0),
         decompositions.frozen([weight] if is_frozen else []),
     ):
         found = decompositions.convolution_backward(*arguments)
@@ -100,6 +104,33 @@ def test_hard_activations_backward(name: str) -> None:
     x, grad = 3 * random(7, 9), random(9, 7).t()
     found = getattr(decompositions, f"{name}_backward")(grad, x)
     assert_close(found, getattr(aten, f"{name}_backward").default(grad, x))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_backward(approximate: str) -> None:
+    x, grad = 3 * random(7, 9), random(9, 7).t()
+    assert_close(
+        decompositions.gelu_backward(grad, x, approximate),
+        aten.gelu_backward.default(grad, x, approximate=approximate),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(9,), (3, 5, 4)])
+def test_convolution_backward_over_other_numbers_of_axes(
+    size: tuple[int, ...], groups: int
+) -> None:
+    axes = len(size)
+    x, weight = random(2, 4, *size), random(4, 4 // groups, *[3] * axes)
+    stride, padding, one = (2,) * axes, (1,) * axes, (1,) * axes
+    result = aten.convolution.default(x, weight, None, stride, padding, one, False, [0], groups)
+    arguments = (
+        random(*result.shape), x, weight, None, stride, padding, one, False, (0,) * axes, groups,
+        (True, True, False),
+    )  # fmt: skip
+    expected = aten.convolution_backward.default(*arguments)
+    for value, goal in zip(decompositions.convolution_backward(*arguments), expected, strict=True):
+        assert_close(value, goal)
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False)])
@@ -197,6 +228,34 @@ def test_adaptive_avg_pool_backward(size: tuple[int, int], bins: tuple[int, int]
     assert_close(decompositions.adaptive_avg_pool2d_backward(grad, x), expected)
 
 
+@settings(max_examples=15)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.sampled_from([(1, 1), (2, 3)]),
+    channels_last=st.booleans(),
+)
+def test_an_adaptive_pooling_is_one_function_wherever_its_channels_lie(
+    size: tuple[int, int], bins: tuple[int, int], channels_last: bool
+) -> None:
+    """torch's own becomes writes by strides, which a graph of functions loses."""
+    x = random(2, *size, 3).permute(0, 3, 1, 2) if channels_last else random(2, 3, *size)
+
+    def slope(pool: Any, x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(pool(leaf, bins).square().sum(), leaf)
+        return found
+
+    pool = decompositions.DIFFERENTIABLE[aten.adaptive_avg_pool2d.default]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        trace = make_fx(lambda x: slope(pool, x), decomposition_table=decompositions.table())(
+            mode.from_tensor(x)
+        )
+    called = {node.target for node in trace.graph.nodes if node.op == "call_function"}
+    assert not [op for op in called if op._schema.is_mutable and op != aten.detach_.default]
+    assert_close(slope(pool, x), slope(functional.adaptive_avg_pool2d, x))
+
+
 @given(
     size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     outputs=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -223,6 +282,20 @@ def test_linear(leading: list[int], bias: bool) -> None:
     assert_close(decompositions.linear(x, weight, shift), functional.linear(x, weight, shift))
 
 
+@pytest.mark.parametrize("keepdim", [True, False])
+@pytest.mark.parametrize("axes", [None, [1], [0, -1]])
+def test_vector_norm(axes: list[int] | None, keepdim: bool) -> None:
+    x = random(3, 4, 5)
+    x[:, :, 2] = 0.0  # a length of zero among them: its gradient is zero, and not 0/0
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = decompositions.vector_norm(leaf, 2, axes, keepdim)
+    expected = torch.linalg.vector_norm(other, 2, axes, keepdim)
+    assert_close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    assert_close(leaf.grad, other.grad)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_attention(mask: str | None, scale: float | None) -> None:
@@ -234,6 +307,41 @@ def test_attention(mask: str | None, scale: float | None) -> None:
         decompositions.scaled_dot_product_attention(query, key, value, given, scale=scale),
         functional.scaled_dot_product_attention(query, key, value, given, scale=scale),
     )
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1)], ids=["of its own", "shared"])
+@pytest.mark.parametrize("mask", [None, "given", "trained"])
+def test_attention_backward(mask: str | None, heads: tuple[int, int]) -> None:
+    inputs = [random(2, heads[0], 5, 4), random(2, heads[1], 6, 4), random(2, heads[1], 6, 7)]
+    inputs += [] if mask is None else [random(5, 6)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    given = None if mask is None else inputs[3] if mask == "trained" else inputs.pop().detach()
+    query, key, value = inputs[:3]
+    grad = random(2, 3, 5, 7)
+    found, expected = (
+        torch.autograd.grad(attention(query, key, value, given, scale=0.3), inputs, grad)
+        for attention in (
+            decompositions.scaled_dot_product_attention,
+            functional.scaled_dot_product_attention,
+        )
+    )
+    for gradient, reference in zip(found, expected, strict=True):
+        assert_close(gradient, reference)
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), data=st.data())
+def test_unbind(shape: list[int], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = random(*shape).requires_grad_()
+    parts, expected = decompositions.unbind(x, axis), torch.unbind(x, axis)
+    for part, reference in zip(parts, expected, strict=True):
+        assert_close(part, reference)
+    # The first part is used by nobody.
+    losses = [
+        sum((part.sin().sum() for part in some[1:]), x.sum() * 0) for some in (parts, expected)
+    ]
+    assert_close(*(torch.autograd.grad(loss, x)[0] for loss in losses))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -53,22 +53,22 @@ def test_a_linear_probe_becomes_two_graphs() -> None:
         """
         graph forward/0 takes
           %mean: [b, 24]
-          %theta_fc_weight: [b, 24] = θ[fc.weight]
-          %theta_fc_bias: [b] = θ[fc.bias]
+          %theta_fc_weight: [classes, 24] = θ[fc.weight]
+          %theta_fc_bias: [classes] = θ[fc.bias]
           %labels: [b]
           %label_smoothing: []
         does
-          %permute: [24, b] = permute(%theta_fc_weight, [1, 0])
-          %addmm: [b, b] = addmm(%theta_fc_bias, %mean, %permute)
-          %_log_softmax: [b, b] = _log_softmax(%addmm, 1, False)
+          %sym_size_int_4 = sym_size.int(%theta_fc_weight, 0)
+          %permute: [24, classes] = permute(%theta_fc_weight, [1, 0])
+          %addmm: [b, classes] = addmm(%theta_fc_bias, %mean, %permute)
+          %_log_softmax: [b, classes] = _log_softmax(%addmm, 1, False)
           %unsqueeze: [b, 1] = unsqueeze(%labels, 1)
-          %sym_size_int = sym_size.int(%theta_fc_weight, 0)
-          %arange: [b] = arange.start_step(0, %sym_size_int, layout=torch.strided, device=cpu, \
-pin_memory=False)
-          %eq: [b, b] = eq.Tensor(%unsqueeze, %arange)
+          %arange: [classes] = arange.start_step(0, %sym_size_int_4, layout=torch.strided, \
+device=cpu, pin_memory=False)
+          %eq: [b, classes] = eq.Tensor(%unsqueeze, %arange)
           %scalar_tensor: [] = scalar_tensor(0.0, dtype=torch.float32, layout=torch.strided, \
 device=cpu)
-          %where: [b, b] = where.self(%eq, %_log_softmax, %scalar_tensor)
+          %where: [b, classes] = where.self(%eq, %_log_softmax, %scalar_tensor)
           %sum_1: [b] = sum.dim_IntList(%where, [1])
           %sub: [] = sub.Tensor(%label_smoothing, 1)
           %mul: [b] = mul.Tensor(%sub, %sum_1)
@@ -76,7 +76,7 @@ device=cpu)
           %mul_1: [b] = mul.Tensor(%label_smoothing, %mean_1)
           %sub_1: [b] = sub.Tensor(%mul, %mul_1)
           %mean_2: [] = mean(%sub_1)
-        returns %mean_2, %sub_1, %addmm, %_log_softmax, %arange, %eq, %sub, %sub_1, %mean_2
+        returns %mean_2, %sub_1, %addmm, %_log_softmax, %eq, %sub
         """,
         "forward/0",
     )
@@ -85,69 +85,61 @@ device=cpu)
         """
         graph update/0/sgd takes
           %mean: [b, 24]
-          %theta_fc_weight: [b, 24] = θ[fc.weight]
+          %theta_fc_weight: [classes, 24] = θ[fc.weight]
           %label_smoothing: []
-          %_log_softmax: [b, b]
-          %arange: [b]
-          %eq: [b, b]
+          %_log_softmax: [b, classes]
+          %eq: [b, classes]
           %sub: []
-          %sub_1: [b]
-          %mean_1: []
-          %theta_fc_bias: [b] = θ[fc.bias]
-          %momentum_fc_weight: [b, 24]
-          %momentum_fc_bias: [b]
+          %theta_fc_bias: [classes] = θ[fc.bias]
+          %momentum_fc_weight: [classes, 24]
+          %momentum_fc_bias: [classes]
           %learning_rate: []
           %momentum: []
           %weight_decay: []
         does
-          %sym_size_int = sym_size.int(%theta_fc_weight, 0)
-          %full_like: [] = full_like(%mean_1, 1, pin_memory=False, \
-memory_format=torch.preserve_format)
-          %sym_size_int_1 = sym_size.int(%mean, 0)
-          %expand: [b] = expand(%full_like, [%sym_size_int_1])
-          %sym_numel_default = sym_numel(%sub_1)
-          %div: [b] = div.Scalar(%expand, %sym_numel_default)
+          %sym_size_int_3 = sym_size.int(%mean, 0)
+          %full: [b] = full([%sym_size_int_3], 1.0, dtype=torch.float32)
+          %div: [b] = div.Scalar(%full, %sym_size_int_3)
           %neg: [b] = neg(%div)
           %mul_2: [b] = mul.Tensor(%neg, %label_smoothing)
           %unsqueeze_1: [b, 1] = unsqueeze(%mul_2, 1)
-          %expand_1: [b, b] = expand(%unsqueeze_1, [%sym_size_int_1, %sym_size_int])
-          %div_1: [b, b] = div.Scalar(%expand_1, %sym_size_int)
+          %sym_size_int_4 = sym_size.int(%theta_fc_weight, 0)
+          %div_scalar: [b, 1] = div.Scalar(%unsqueeze_1, %sym_size_int_4)
           %mul_3: [b] = mul.Tensor(%div, %sub)
           %unsqueeze_2: [b, 1] = unsqueeze(%mul_3, 1)
-          %sym_size_int_2 = sym_size.int(%arange, 0)
-          %expand_2: [b, b] = expand(%unsqueeze_2, [%sym_size_int_1, %sym_size_int_2])
+          %expand_1: [b, classes] = expand(%unsqueeze_2, [%sym_size_int_3, %sym_size_int_4])
           %scalar_tensor_1: [] = scalar_tensor(0, dtype=torch.float32, layout=torch.strided, \
 device=cpu)
-          %where_1: [b, b] = where.self(%eq, %expand_2, %scalar_tensor_1)
-          %add: [b, b] = add.Tensor(%div_1, %where_1)
-          %exp: [b, b] = exp(%_log_softmax)
+          %where_1: [b, classes] = where.self(%eq, %expand_1, %scalar_tensor_1)
+          %add: [b, classes] = add.Tensor(%div_scalar, %where_1)
+          %exp: [b, classes] = exp(%_log_softmax)
           %sum_2: [b, 1] = sum.dim_IntList(%add, [1], True)
-          %mul_4: [b, b] = mul.Tensor(%exp, %sum_2)
-          %sub_2: [b, b] = sub.Tensor(%add, %mul_4)
-          %permute_1: [b, b] = permute(%sub_2, [1, 0])
-          %mm: [b, 24] = mm(%permute_1, %mean)
-          %permute_2: [24, b] = permute(%mm, [1, 0])
-          %sum_3: [1, b] = sum.dim_IntList(%sub_2, [0], True)
-          %view: [b] = reshape(%sum_3, [%sym_size_int])
-          %permute_3: [b, 24] = permute(%permute_2, [1, 0])
+          %mul_4: [b, classes] = mul.Tensor(%exp, %sum_2)
+          %sub_2: [b, classes] = sub.Tensor(%add, %mul_4)
+          %permute_1: [classes, b] = permute(%sub_2, [1, 0])
+          %mm: [classes, 24] = mm(%permute_1, %mean)
+          %permute_2: [24, classes] = permute(%mm, [1, 0])
+          %sum_3: [1, classes] = sum.dim_IntList(%sub_2, [0], True)
+          %view: [classes] = reshape(%sum_3, [-1])
+          %permute_3: [classes, 24] = permute(%permute_2, [1, 0])
           %reshape_default: [1, 1] = reshape(%learning_rate, [1, 1])
           %reshape_default_1: [1, 1] = reshape(%momentum, [1, 1])
           %reshape_default_2: [1, 1] = reshape(%weight_decay, [1, 1])
-          %mul_tensor: [b, 24] = mul.Tensor(%theta_fc_weight, %reshape_default_2)
-          %add_tensor: [b, 24] = add.Tensor(%permute_3, %mul_tensor)
-          %mul_tensor_1: [b, 24] = mul.Tensor(%momentum_fc_weight, %reshape_default_1)
-          %add_tensor_1: [b, 24] = add.Tensor(%mul_tensor_1, %add_tensor)
-          %mul_tensor_2: [b, 24] = mul.Tensor(%add_tensor_1, %reshape_default)
-          %sub_tensor: [b, 24] = sub.Tensor(%theta_fc_weight, %mul_tensor_2)
+          %mul_tensor: [classes, 24] = mul.Tensor(%theta_fc_weight, %reshape_default_2)
+          %add_tensor: [classes, 24] = add.Tensor(%permute_3, %mul_tensor)
+          %mul_tensor_1: [classes, 24] = mul.Tensor(%momentum_fc_weight, %reshape_default_1)
+          %add_tensor_1: [classes, 24] = add.Tensor(%mul_tensor_1, %add_tensor)
+          %mul_tensor_2: [classes, 24] = mul.Tensor(%add_tensor_1, %reshape_default)
+          %sub_tensor: [classes, 24] = sub.Tensor(%theta_fc_weight, %mul_tensor_2)
           %reshape_default_3: [1] = reshape(%learning_rate, [1])
           %reshape_default_4: [1] = reshape(%momentum, [1])
           %reshape_default_5: [1] = reshape(%weight_decay, [1])
-          %mul_tensor_3: [b] = mul.Tensor(%theta_fc_bias, %reshape_default_5)
-          %add_tensor_2: [b] = add.Tensor(%view, %mul_tensor_3)
-          %mul_tensor_4: [b] = mul.Tensor(%momentum_fc_bias, %reshape_default_4)
-          %add_tensor_3: [b] = add.Tensor(%mul_tensor_4, %add_tensor_2)
-          %mul_tensor_5: [b] = mul.Tensor(%add_tensor_3, %reshape_default_3)
-          %sub_tensor_1: [b] = sub.Tensor(%theta_fc_bias, %mul_tensor_5)
+          %mul_tensor_3: [classes] = mul.Tensor(%theta_fc_bias, %reshape_default_5)
+          %add_tensor_2: [classes] = add.Tensor(%view, %mul_tensor_3)
+          %mul_tensor_4: [classes] = mul.Tensor(%momentum_fc_bias, %reshape_default_4)
+          %add_tensor_3: [classes] = add.Tensor(%mul_tensor_4, %add_tensor_2)
+          %mul_tensor_5: [classes] = mul.Tensor(%add_tensor_3, %reshape_default_3)
+          %sub_tensor_1: [classes] = sub.Tensor(%theta_fc_bias, %mul_tensor_5)
         returns %sub_tensor, %add_tensor_1, %sub_tensor_1, %add_tensor_3
         """,
         "update/0/sgd",

@@ -148,6 +148,32 @@ False)
             assert torch.allclose(split.logits(0, images), expected, atol=1e-5)
 
 
+class Stacked(nn.Module):
+    """A norm over the rows of all pictures, stacked as if each were a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        batch, rows, columns, width = x.shape
+        x = self.norm(x.reshape(batch * rows, columns, width))
+        logits: Tensor = self.fc(x.reshape(batch, rows * columns, width).mean(1))
+        return logits
+
+
+def test_a_feature_has_a_row_for_each_sample() -> None:
+    """The cut moves to where it does: features are kept and regrouped by sample."""
+    before = run_passes(make_program(Stacked().eval(), "norm"), MarkTrainable())
+    split = assert_unchanged(SplitPrefix(), before)
+    features = split.features(0, torch.randn(3, 3, 16, 16))
+    assert [tuple(feature.shape) for feature in features] == [(3, 4, 4, 8)]
+    assert_equivalent(before, split)
+
+
 def test_without_enough_before_what_trains_there_is_no_prefix() -> None:
     before = marked(ConvNet, "bias")  # the first convolution has no bias: one layer of three
     assert "prefix/0" in SplitPrefix()(before).graphs
