@@ -139,6 +139,7 @@ def _exported(graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
     if len(model.graph.input) != len(inputs):
         raise RuntimeError(f"{len(inputs)} inputs became {len(model.graph.input)}")
     _strip(model)
+    turn_in_products(model.graph)
     returned: set[str] = set()
     for value in model.graph.output:
         if value.name in returned:
@@ -285,6 +286,33 @@ def _matrix(graph: Graph, node: Node) -> Node | None:
     turned = graph.call_function(aten.permute.default, (matrix, [1, 0]))
     turned.meta = {"val": matrix.meta["val"].t()}
     return turned
+
+
+def turn_in_products(graph: GraphProto) -> None:
+    """Have each Gemm turn its second matrix itself, in place.
+
+    Else an engine turns frozen ones once and for good, into copies that no other graph shares.
+    """
+    turned = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "Transpose"
+        and any(list(entry.ints) == [1, 0] for entry in node.attribute if entry.name == "perm")
+    }
+    for node in graph.node:
+        if node.op_type != "Gemm" or node.input[1] not in turned:
+            continue
+        node.input[1] = turned[node.input[1]].input[0]
+        flags = [entry for entry in node.attribute if entry.name == "transB"]
+        if flags:
+            flags[0].i = 1 - flags[0].i
+        else:
+            node.attribute.append(helper.make_attribute("transB", 1))
+    read = {name for inner in _graphs(graph) for node in inner.node for name in node.input}
+    read |= {value.name for value in graph.output}
+    for name, node in turned.items():
+        if name not in read:
+            graph.node.remove(node)
 
 
 def _sizes(node: Node) -> list[str]:

@@ -371,6 +371,39 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert steps(200) - before < 8 * 2**20
 
 
+PEAKS = """
+import sys
+import numpy as np
+from pbc.bench.stages import peak_bytes
+from pbc.bundle import Bundle
+from pbc.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from pbc.runtime.objective import Objective
+from pbc.runtime.parameters import initial_parameters
+
+bundle, count = Bundle.open(sys.argv[1]), 20_000
+executable = OnnxRuntimeEngine().load(bundle, threads=1)
+executable.start(initial_parameters(bundle, 3, 0), Objective("sgd", 0.01))
+images = np.random.default_rng(0).normal(size=(count, 3, 16, 16)).astype(np.float32)
+for _ in range(4):
+    executable.forward(0, {"x": images}, np.zeros(count, np.int64))
+    saved = executable._pending[1]
+    print(sum(value.numpy().nbytes for name, value in saved.items() if name.startswith("saved/")))
+    del saved
+    executable.update()
+    print(peak_bytes())
+"""
+
+
+def test_a_step_reuses_the_memory_of_the_last(tmp_path: Path) -> None:
+    path = tiny_onnx.write(tmp_path / "m.pbc", "whole").path
+    run = subprocess.run(
+        [sys.executable, "-c", PEAKS, str(path)], capture_output=True, check=True, text=True
+    )
+    saved, first, *_, last = (int(line) for line in run.stdout.split())
+    assert saved > 40 * 10**6
+    assert last - first < saved / 4
+
+
 # ---- loading -------------------------------------------------------------------------------
 
 
@@ -592,13 +625,13 @@ def test_repacked_weights_lie_where_kernels_can_read_them(tmp_path: Path) -> Non
     loader._unpack = lambda name, folder: tmp_path / "m"  # type: ignore[method-assign]
     made = tmp_path / "made"
     made.mkdir()
-    loader._open(tmp_path / "m", loader._saving(made, prepacked=True))
+    loader._open(tmp_path / "m", loader._saving("products", made, prepacked=True))
     if not engine_module._misaligned((made / "graph.onnx").read_bytes()):
         pytest.skip("this onnxruntime aligns what it saves")
     loader._make("products", made)
     assert not engine_module._misaligned((made / "graph.onnx").read_bytes())
     batch = random.normal(size=(8, 25)).astype(np.float32)
     for found, weight in zip(
-        loader._optimised(made).run(None, {"x": batch}), weights.values(), strict=True
+        loader._optimised("products", made).run(None, {"x": batch}), weights.values(), strict=True
     ):
         np.testing.assert_allclose(found, batch @ weight, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Append tensors and notes to an ONNX file without the onnx package.
+"""Read ONNX files, and append tensors and notes to them, without the onnx package.
 
 An ONNX file is one protobuf message, and protobuf messages merge when their bytes are joined:
 lists grow, a message inside is merged with its like. So a second, partial model after the first
@@ -7,7 +7,7 @@ adds initializers to its graph and properties to its metadata.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -21,6 +21,8 @@ _TENSOR_DIMS = 1
 _TENSOR_DATA_TYPE = 2
 _TENSOR_NAME = 8
 _TENSOR_RAW_DATA = 9
+_KIND_NUMBER = 0
+_KIND_BYTES = 2
 
 _DATA_TYPES: Mapping[str, int] = {
     "float32": 1,
@@ -56,12 +58,62 @@ def metadata(properties: Mapping[str, str]) -> bytes:
     return b"".join(_bytes(_MODEL_METADATA, entry) for entry in entries)
 
 
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Read the fields of a message in order: numbers, or bytes for all that has a length.
+
+    Raises ValueError for the kinds that ONNX's models, graphs and tensors do not have.
+    """
+    at = 0
+    while at < len(message):
+        tag, at = _read_varint(message, at)
+        kind = tag & 7
+        if kind not in (_KIND_NUMBER, _KIND_BYTES):
+            raise ValueError(f"field {tag >> 3} is of kind {kind}")
+        value, at = _read_varint(message, at)
+        if kind == _KIND_BYTES:
+            yield tag >> 3, message[at : at + value]
+            at += value
+        else:
+            yield tag >> 3, value
+
+
+def element_type_and_shape(tensor: bytes) -> tuple[str, tuple[int, ...]]:
+    """Return what the message of a tensor holds, the type by numpy's name."""
+    dtype, shape = "", []
+    for number, value in fields(tensor):
+        if number == _TENSOR_DATA_TYPE:
+            dtype = next((name for name, code in _DATA_TYPES.items() if code == value), "")
+        elif number == _TENSOR_DIMS and isinstance(value, int):
+            shape.append(value)
+        elif number == _TENSOR_DIMS and isinstance(value, bytes):  # packed
+            at = 0
+            while at < len(value):
+                size, at = _read_varint(value, at)
+                shape.append(size)
+    return dtype, tuple(shape)
+
+
+def field_bytes(field: int, value: int | bytes) -> bytes:
+    """Write a field as it was read."""
+    return _bytes(field, value) if isinstance(value, bytes) else _number(field, value)
+
+
 def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
+    return _varint(field << 3 | _KIND_NUMBER) + _varint(value)
 
 
 def _bytes(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
+    return _varint(field << 3 | _KIND_BYTES) + _varint(len(content)) + content
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return a number and where the next one begins."""
+    value = shift = 0
+    while message[at] > 0x7F:
+        value |= (message[at] & 0x7F) << shift
+        shift += 7
+        at += 1
+    return value | message[at] << shift, at + 1
 
 
 def _varint(value: int) -> bytes:

@@ -10,17 +10,18 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime import GraphOptimizationLevel, OrtValue, SessionOptions
+from onnxruntime import ExecutionOrder, GraphOptimizationLevel, OrtValue, SessionOptions
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
+from pbc.runtime import onnx_weights
 from pbc.runtime.artifacts import Artifacts, default_folder
 from pbc.runtime.engines.derived import ALIGNMENT, DerivedExecutable, aligned
 from pbc.runtime.processor import cores, cpu_identity
@@ -42,10 +43,13 @@ _ERRORS = (
 
 _GRAPH_FILE = "graph.onnx"
 _WEIGHTS_FILE = "weights.bin"
+_SHARED_SUFFIX = ".safetensors"
+# What runs in turn at each step, and reads the same frozen weights.
+_TRAINING = ("forward/", "update/")
 # Smaller tensors stay in the graph's file: onnxruntime refuses to load one without any.
 _EXTERNAL_BYTES = 1024
 # Counts up where entries of an older pbc would not do.
-_ENTRY_FORMAT = 2
+_ENTRY_FORMAT = 3
 # How a graph says where a kernel's own layout of a weight lies: MatMul+HASH|OFFSET;LENGTH;CHECKSUM
 _PREPACKED = re.compile(rb"\+\d+((?:\|\d+;\d+;\d+)+)")
 
@@ -125,6 +129,9 @@ class _Graph:
             raise PbcError(
                 f"not enough memory for {self._title}: a smaller --batch needs less"
             ) from error
+        # Each output keeps the binding alive: new parameters would hold on to all that their step
+        # had saved, until the next step is over.
+        binding.clear_binding_inputs()
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
@@ -137,7 +144,8 @@ class _Loader:
     A graph with weights is optimised for this CPU once, and kept: from there its weights are
     mapped, laid out as the kernels want them. ResNet-50 is ready in a sixth of the time, most of
     which goes into verifying the file, and eight graphs that read its weights hold 181 MB (PSS)
-    where they held 936. A graph without weights is loaded as it is.
+    where they held 936. A step's two graphs read frozen weights from the bundle's own file, mapped
+    once: half of what ViT-B's would take. A graph without weights is loaded as it is.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
@@ -146,6 +154,8 @@ class _Loader:
         self._providers = _providers(bundle)
         self._graphs: dict[str, _Graph] = {}
         self._contents: dict[str, _Graph] = {}
+        self._files: dict[tuple[int, int], np.ndarray] = {}
+        self._shared: list[OrtValue] = []  # sessions read them, and do not hold on to them
 
     def require(self, name: str) -> None:
         """Refuse a graph that the bundle does not have."""
@@ -188,10 +198,10 @@ class _Loader:
         try:
             artifacts = Artifacts(default_folder())
             try:
-                return self._optimised(artifacts.get(key, lambda folder: self._make(name, folder)))
+                return self._optimised(name, artifacts.get(key, partial(self._make, name)))
             except _ERRORS:
                 artifacts.discard(key)
-                return self._optimised(artifacts.get(key, lambda folder: self._make(name, folder)))
+                return self._optimised(name, artifacts.get(key, partial(self._make, name)))
         except (OSError, *_ERRORS) as error:
             session = self._from_temporary_folder(name)
             _tell_once(f"optimised graphs are not kept: {_first_line(error)}")
@@ -201,16 +211,20 @@ class _Loader:
         """Write the graph and its weights as onnxruntime's optimiser leaves them for this CPU."""
         with tempfile.TemporaryDirectory(dir=folder) as source:
             model = self._unpack(name, Path(source))
+            if name.startswith(_TRAINING):
+                self._open(model, self._saving(name, folder, prepacked=False))
+                onnx_weights.share(folder / _GRAPH_FILE, folder / _WEIGHTS_FILE, model)
+                return
             # As the kernels repack them, weights need no copy (ignored before 1.21). But kernels
             # read them by aligned loads, and a tensor of any length may lie in front of them.
             for prepacked in (True, False):
-                self._open(model, self._saving(folder, prepacked))
+                self._open(model, self._saving(name, folder, prepacked))
                 if not _misaligned((folder / _GRAPH_FILE).read_bytes()):
                     return
                 (folder / _WEIGHTS_FILE).unlink()
 
-    def _saving(self, folder: Path, prepacked: bool) -> Any:
-        options = self._options(GraphOptimizationLevel.ORT_ENABLE_ALL)
+    def _saving(self, name: str, folder: Path, prepacked: bool) -> Any:
+        options = self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL)
         options.optimized_model_filepath = str(folder / _GRAPH_FILE)
         for entry, value in {
             "optimized_model_external_initializers_file_name": _WEIGHTS_FILE,
@@ -220,10 +234,28 @@ class _Loader:
             options.add_session_config_entry(f"session.{entry}", value)
         return options
 
-    def _optimised(self, folder: Path) -> Any:
-        return self._open(
-            folder / _GRAPH_FILE, self._options(GraphOptimizationLevel.ORT_DISABLE_ALL)
-        )
+    def _optimised(self, name: str, folder: Path) -> Any:
+        options = self._options(name, GraphOptimizationLevel.ORT_DISABLE_ALL)
+        shared = {file.name for file in folder.iterdir() if file.suffix == _SHARED_SUFFIX}
+        if shared:
+            weights = onnx_weights.outside((folder / _GRAPH_FILE).read_bytes())
+            for tensor, weight in weights.items():
+                if weight.place.file in shared:
+                    options.add_initializer(tensor, self._mapped(folder, weight))
+        return self._open(folder / _GRAPH_FILE, options)
+
+    def _mapped(self, folder: Path, weight: onnx_weights.Weight) -> Any:
+        """Return a frozen tensor in the one mapping of its file: graphs would each map it again."""
+        file = folder / weight.place.file
+        status = file.stat()
+        key = status.st_dev, status.st_ino  # entries that share a file link to it
+        if key not in self._files:
+            self._files[key] = np.memmap(file, np.uint8, "c")
+        start = weight.place.offset
+        content = self._files[key][start : start + weight.place.length]
+        array = np.asarray(content.view(weight.dtype).reshape(weight.shape))
+        self._shared.append(OrtValue.ortvalue_from_numpy(array))
+        return self._shared[-1]
 
     def _from_temporary_folder(self, name: str) -> Any:
         """Load as it is, from files that are needed until it is loaded."""
@@ -240,7 +272,7 @@ class _Loader:
         file = self._bundle.manifest["graphs"][name]
         model = self._bundle.read(file) if folder is None else self._unpack(name, folder)
         try:
-            return self._open(model, self._options(GraphOptimizationLevel.ORT_ENABLE_ALL))
+            return self._open(model, self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL))
         except _ERRORS as error:
             raise PbcError(
                 f"{self._bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file}: "
@@ -254,9 +286,13 @@ class _Loader:
             (folder / PurePosixPath(file).name).write_bytes(self._bundle.read(file))
         return folder / PurePosixPath(graph).name
 
-    def _options(self, level: Any) -> Any:
+    def _options(self, name: str, level: Any) -> Any:
         options = session_options(self._threads)
         options.graph_optimization_level = level
+        if name.startswith(_TRAINING):
+            # A layout of its own would be a copy for each graph. A step multiplies by a weight for
+            # many rows at once, and laying it out each time is little beside that.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         return options
 
     def _open(self, model: Path | bytes, options: Any) -> Any:
@@ -276,6 +312,10 @@ def session_options(threads: int | None) -> Any:
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
+    # In the order of the graph, in which a gradient is used up before the next one is made.
+    options.execution_order = ExecutionOrder.PRIORITY_BASED
+    # A plan takes one block per graph and size of batch, which serves nothing else.
+    options.enable_mem_pattern = False
     # A session that waits would keep its cores busy, and slow whatever runs beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
