@@ -196,6 +196,46 @@ def test_the_sides_take_turns_and_warm_ups_do_not_count() -> None:
     assert list(found["a"]) == ["prefix", "forward", "update", "step", "logits"]
 
 
+@pytest.mark.parametrize(
+    ("step_ms", "turns", "steps_a_turn"), [(1.0, 3 + 2, 1 + 3), (2000.0, 1 + 2, 1)]
+)
+def test_long_steps_are_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, step_ms: float, turns: int, steps_a_turn: int
+) -> None:
+    calls: list[str] = []
+
+    def timed(call: Any) -> float:
+        call()
+        return step_ms / 2
+
+    def side(name: str) -> Side:
+        def call(stage: str) -> Any:
+            return lambda: calls.append(f"{name} {stage}")
+
+        return Side(name, {2: call("prefix")}, call("forward"), call("update"), call("logits"))
+
+    monkeypatch.setattr(stages, "_milliseconds", timed)
+    found = in_turn([side("a"), side("b")], rounds=2)
+    assert found["a"]["step"] == {"min": step_ms, "median": step_ms}
+    assert calls.count("a prefix") == calls.count("b prefix") == turns
+    # Whether a step is long is known after the first turn.
+    assert calls.count("a forward") == 4 + (turns - 1) * steps_a_turn
+    assert calls.count("b logits") == calls.count("b forward") == calls.count("b update")
+
+
+@pytest.mark.parametrize(
+    ("grows_by", "steps"),
+    [([100, 50], 5), ([100] * 6, 9), ([100] * 50, stages.MOST_STEPS)],
+)
+def test_memory_is_measured_until_it_has_settled(
+    monkeypatch: pytest.MonkeyPatch, grows_by: list[int], steps: int
+) -> None:
+    done: list[None] = []
+    monkeypatch.setattr(stages, "peak_bytes", lambda: 10 + sum(grows_by[: len(done)]))
+    assert stages.until_settled(lambda: done.append(None)) == steps
+    assert len(done) == steps
+
+
 def test_pbc_is_measured_without_the_compiler_or_torch(tmp_path: Path) -> None:
     names = imported("import pbc.bench.stages, pbc.bench.profile, pbc.cli.profile")
     assert third_party(names) <= ALLOWED | {"pbc"}

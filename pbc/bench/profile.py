@@ -26,7 +26,6 @@ from pbc.bench.stages import (
     LOADING,
     PBC,
     STAGES,
-    STEPS,
     TRAINING,
     Task,
     level_name,
@@ -260,7 +259,7 @@ def _trained(
     task: Task, environment: Mapping[str, str], tell: Tell
 ) -> tuple[dict[str, Json], list[str]]:
     """Return the memory of a process of each kind that trains at level 0."""
-    tell(f"memory of {STEPS} steps in processes of their own")
+    tell("memory of some steps in processes of their own")
     contestants = [PBC]
     if task.torch:
         contestants += [EAGER, *([COMPILED] if task.compile else [])]

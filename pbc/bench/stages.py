@@ -34,8 +34,8 @@ from pbc.runtime.parameters import initial_parameters
 
 SIZES = (1, 2, 4, 8)
 """Mini-batches per call of the prefix that are tried."""
-STEPS = 30
-"""Steps of a process whose memory is measured."""
+MOST_STEPS = 30
+"""Steps of a process whose memory is measured, where its peak keeps growing."""
 
 STAGES, LOADING, TRAINING = "stages", "loading", "training"
 EAGER, COMPILED = "eager", "torch.compile"
@@ -43,6 +43,11 @@ PBC = "pbc"
 _WARM_UPS = 3
 # Steps that count in each round, after one that does not.
 _REPEATS = 3
+# A step this long feels nothing of what ran before it, and is not measured more than once a turn.
+_LONG_MS = 500.0
+# The peak of memory has settled when so many steps in a row added less than a share of it.
+_SETTLED_STEPS = 3
+_SETTLED_SHARE = 0.005
 # So small that parameters neither grow nor settle: gradients near zero are slow to compute with.
 _LEARNING_RATE = 1e-6
 
@@ -127,9 +132,10 @@ def in_turn(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Any]]:
     def add(side: Side, stage: str, milliseconds: float) -> None:
         found.setdefault((side.name, stage), _Times()).milliseconds.append(milliseconds)
 
-    for turn in range(_WARM_UPS + rounds):
-        if turn == _WARM_UPS:
-            found.clear()
+    warm_ups = _WARM_UPS
+    slow: set[str] = set()
+    turn = 0
+    while turn < warm_ups + rounds:
         first = turn % len(sides)  # who begins meets what others left in the CPU's caches
         order = [*sides[first:], *sides[:first]]
         for size in sorted({size for side in sides for size in side.prefix}):
@@ -137,18 +143,26 @@ def in_turn(sides: Sequence[Side], rounds: int) -> dict[str, dict[str, Any]]:
                 if size in side.prefix:
                     add(side, f"prefix {size}", _milliseconds(side.prefix[size]))
         for side in order:
-            side.forward()  # uncounted: a short step must not pay for what ran before
-            side.update()
-            for _ in range(_REPEATS):
+            if side.name not in slow:
+                side.forward()  # uncounted: a short step must not pay for what ran before
+                side.update()
+            for _ in range(1 if side.name in slow else _REPEATS):
                 forward, update = _milliseconds(side.forward), _milliseconds(side.update)
                 add(side, "forward", forward)
                 add(side, "update", update)
                 add(side, "step", forward + update)
         for side in order:
             if side.logits is not None:
-                side.logits()
-                for _ in range(_REPEATS):
+                if side.name not in slow:
+                    side.logits()
+                for _ in range(1 if side.name in slow else _REPEATS):
                     add(side, "logits", _milliseconds(side.logits))
+        turn += 1
+        slow = {s.name for s in sides if min(found[s.name, "step"].milliseconds) > _LONG_MS}
+        if len(slow) == len(sides):
+            warm_ups = min(warm_ups, turn)
+        if turn == warm_ups:
+            found.clear()
     return {
         side.name: {
             "prefix": {
@@ -300,10 +314,27 @@ def training(task: Task) -> dict[str, Any]:
     keep_freed_memory()
     executable = _started(task, bundle, _engine(bundle))
     pixels, targets = images(spec, task.batch, None), labels(task)
-    for _ in range(STEPS):
+
+    def step() -> None:
         executable.forward(0, executable.prefix(0, pixels), targets)
         executable.update()
-    return memory()
+
+    return {"steps": until_settled(step), **memory()}
+
+
+def until_settled(step: Call) -> int:
+    """Repeat a step until it needs no more memory than before; return how often.
+
+    A step of a slow network takes seconds, and the second or third is like all that follow.
+    """
+    peaks: list[int] = []
+    while len(peaks) < MOST_STEPS:
+        step()
+        peaks.append(peak_bytes())
+        before = peaks[-1 - _SETTLED_STEPS] if len(peaks) > _SETTLED_STEPS else 0
+        if peaks[-1] - before < _SETTLED_SHARE * peaks[-1]:
+            break
+    return len(peaks)
 
 
 def memory() -> dict[str, int | None]:
@@ -312,9 +343,14 @@ def memory() -> dict[str, int | None]:
     `getrusage` would do for neither: its peak is inherited from whoever started the process.
     """
     return {
-        "peak_rss_bytes": _kilobytes("status", "VmHWM") or peak_memory_bytes(),
+        "peak_rss_bytes": peak_bytes(),
         "pss_bytes": _kilobytes("smaps_rollup", "Pss"),
     }
+
+
+def peak_bytes() -> int:
+    """Return the peak of what this process had resident."""
+    return _kilobytes("status", "VmHWM") or peak_memory_bytes()
 
 
 def _kilobytes(file: str, entry: str) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pbc.bench import network
 from pbc.bench.network import Call, Features
-from pbc.bench.stages import COMPILED, EAGER, STEPS, Side, Task, labels, memory
+from pbc.bench.stages import COMPILED, EAGER, Side, Task, labels, memory, until_settled
 from pbc.bundle import Bundle
 from pbc.runtime.parameters import initial_parameters
 
@@ -121,19 +121,20 @@ def train(task: Task, bundle: Bundle, pixels: np.ndarray) -> dict[str, Any]:
     training = _Training(task, theta, lambda: run(images), compiled)
     gc.collect()
     counted = _forget_peak()
+
+    def step() -> None:
+        training.forward()
+        training.update()
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            training.forward()
-            training.update()
+            step()
     except Exception as error:
         if not compiled:
             raise
         return {"note": network.not_compiled(error)}
-    for _ in range(STEPS - 1):
-        training.forward()
-        training.update()
-    return {**memory(), "from_first_step": counted}
+    return {"steps": 1 + until_settled(step), **memory(), "from_first_step": counted}
 
 
 def _forget_peak() -> bool:

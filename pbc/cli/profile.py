@@ -17,7 +17,7 @@ from pbc.atomic import replace_bytes
 from pbc.bench.profile import Options, Profile, best_prefix, visit_ms
 from pbc.bench.profile import profile as measure
 from pbc.bench.remote import profile_on
-from pbc.bench.stages import COMPILED, EAGER, STEPS, level_name
+from pbc.bench.stages import COMPILED, EAGER, level_name
 from pbc.bench.tables import aligned
 from pbc.cli.tables import console
 from pbc.errors import UsageError
@@ -191,10 +191,11 @@ def _loading(process: dict[str, Any]) -> Table:
 
 
 def _training(trained: dict[str, Any]) -> Table:
-    rows = [[f"{STEPS} steps at level 0", "peak memory", "PSS"]]
+    rows = [["training at level 0", "steps", "peak memory", "PSS"]]
     rows += [
         [
             f"PyTorch {_way(who)}" if who in (EAGER, COMPILED) else who,
+            str(found["steps"]),
             _megabytes(found["peak_rss_bytes"]),
             _megabytes(found["pss_bytes"]),
         ]
