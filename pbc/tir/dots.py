@@ -6,7 +6,8 @@ rows, and there are too few columns to fill vectors with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from tvm import tirx
 from pbc.tir.loops import (
     Processor,
     Sink,
+    across,
     allocate,
     ceiling,
     fused_stride,
+    least_size,
     local,
     loop,
-    nest,
     number,
     parallel,
     product,
@@ -28,10 +30,9 @@ from pbc.tir.loops import (
     static_size,
     static_tail,
     unfold,
-    unrolled,
     vector,
 )
-from pbc.tir.panels import Matrices, read_matrices
+from pbc.tir.matrices import Matrices, read_matrices
 from pbc.tir.stages import Stage, substitute
 
 TILE = 4
@@ -42,7 +43,8 @@ def dots(stage: Stage, sink: Sink, processor: Processor) -> Any:
     matrices = read_matrices(stage)
     if matrices is None or static_tail(matrices.reduced) < len(matrices.reduced):
         return None
-    thin = min(static_size(matrices.rows), matrices.width) * 2 < processor.lanes
+    fewest = min(least_size(matrices.rows), least_size((*matrices.open, *matrices.columns)))
+    thin = fewest * 2 < processor.lanes
     if not thin or static_size(matrices.reduced) < processor.lanes:
         return None
     loads = matrices.row_load, matrices.column_load
@@ -87,17 +89,19 @@ class _Writer:
         matrices, lanes = self.matrices, self.processor.lanes
         extents = [axis.extent for axis in matrices.reduced]
         count = product(extents)
-        sums = local([tall, wide, lanes], "sums")
-        results = local([tall, wide, lanes], "results")
+        sums = {
+            (row, column): local([lanes], "sums") for row in range(tall) for column in range(wide)
+        }
 
         def clamped(start: Any, step: Any, size: int, limit: Any) -> Any:
             if isinstance(limit, int) and limit % size == 0:
                 return start + step
             return tirx.min(start + step, number(limit) - 1)
 
-        def each(body: Any) -> Any:
-            return unrolled(
-                [tall, wide], lambda at: vector(lanes, lambda lane: body(at[0], at[1], lane))
+        def each(body: Callable[[int, int, Any], Any]) -> Any:
+            return sequence(
+                vector(lanes, lambda lane, row=row, column=column: body(row, column, lane))  # type: ignore[misc]
+                for row, column in sums
             )
 
         def term(row: Any, column: Any, index: Any) -> Any:
@@ -110,46 +114,38 @@ class _Writer:
             first = substitute(matrices.row_load, places)
             return first * substitute(matrices.column_load, places)
 
-        def add(into: Any, place: list[Any], value: Any) -> Any:
-            return tirx.BufferStore(into, into[tuple(place)] + value, place)
+        def add(into: Any, lane: Any, value: Any) -> Any:
+            return tirx.BufferStore(into, into[lane] + value, [lane])
 
-        def finish(at: list[Any]) -> Any:
-            row, column = at
-            first = [row, column, number(0)]
+        def finish(row: int, column: int) -> Any:
+            total = sums[row, column]
             places = matrices.places(outside, top + row, left + column)
             axes = [places.get(axis.var, number(0)) for axis in self.stage.axes]
             inside = tirx.all(
                 top + row < number(matrices.height), left + column < number(matrices.width)
             )
-            statements = [
-                loop(lanes - 1, lambda lane: add(results, first, results[row, column, lane + 1]))
-            ]
+            statements = []
             if count % lanes:
                 whole = count // lanes * lanes
                 statements.append(
-                    loop(
-                        count % lanes,
-                        lambda rest: add(results, first, term(row, column, rest + whole)),
-                    )
+                    loop(count % lanes, lambda rest: add(total, 0, term(row, column, rest + whole)))
                 )
-            stored = self.sink.store(axes, results[tuple(first)])
+            stored = self.sink.store(axes, across(total, lanes, operator.add))
             return sequence([*statements, tirx.IfThenElse(inside, stored, None)])
 
         zero = tirx.const(0, "float32")
         return sequence(
             [
-                allocate(sums),
-                allocate(results),
-                each(lambda *at: tirx.BufferStore(sums, zero, list(at))),
+                *(allocate(one) for one in sums.values()),
+                each(lambda row, column, lane: tirx.BufferStore(sums[row, column], zero, [lane])),
                 loop(
                     count // lanes,
                     lambda part: each(
                         lambda row, column, lane: add(
-                            sums, [row, column, lane], term(row, column, part * lanes + lane)
+                            sums[row, column], lane, term(row, column, part * lanes + lane)
                         )
                     ),
                 ),
-                each(lambda *at: tirx.BufferStore(results, sums[at], list(at))),
-                nest([tall, wide], finish),
+                *(finish(row, column) for row, column in sums),
             ]
         )

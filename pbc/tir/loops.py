@@ -10,24 +10,32 @@ from typing import Any
 
 import tvm
 from tvm import tirx
-from tvm.ir.prim import IntImm
+from tvm.ir.prim import IntImm, Mul
 from tvm.sym import Analyzer
 from tvm.tirx.stmt import ForKind
 
 from pbc.tir.stages import Axis, Stage, replace_loads, substitute, variables
 
 # Below this many values, starting threads costs more than it saves.
-WORTH_THREADS = 4096
+WORTH_THREADS = 1 << 15
 # Tasks per loop over threads: enough for the boards' eight cores.
 TASKS = 8
+# What an open extent is taken to be at most.
+_MANY = 1 << 20
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a schedule must know of a CPU: float lanes of a vector and number of registers."""
+    """What a schedule must know of a CPU: float lanes of a vector and number of registers.
+
+    tile: rows and vectors of a register tile, None to decide by the sizes. tasks: the least that a
+    loop over threads is cut into.
+    """
 
     lanes: int
     registers: int
+    tile: tuple[int, int] | None = None
+    tasks: int = TASKS
 
     @classmethod
     def of(cls, target: tvm.target.Target) -> Processor:
@@ -93,7 +101,24 @@ def parallel(extents: Sequence[Any], body: Callable[[list[Any]], Any], work: int
     kind = ForKind.PARALLEL if work >= WORTH_THREADS else ForKind.SERIAL
     if not extents:
         return body([])
-    return loop(total, lambda task: body(unfold(task, extents)), kind, "task")
+    if all(isinstance(extent, IntImm) for extent in extents[1:]):
+        return loop(total, lambda task: body(unfold(task, extents)), kind, "task")
+
+    def parts(rest: Any, extents: Sequence[Any], done: list[Any]) -> Any:
+        """The indices from the last on, each by a name."""
+        if len(extents) == 1:
+            return body([rest, *done])
+        own = tirx.truncmod(rest, extents[-1])
+        further = tirx.truncdiv(rest, extents[-1])
+        return bound(
+            "index",
+            own,
+            lambda index: bound(
+                "rest", further, lambda rest: parts(rest, extents[:-1], [index, *done])
+            ),
+        )
+
+    return loop(total, lambda task: parts(task, extents, []), kind, "task")
 
 
 def sequence(statements: Iterable[Any]) -> Any:
@@ -113,11 +138,21 @@ def plain(extent: Any) -> Any:
     return int(extent.value) if isinstance(extent, IntImm) else extent
 
 
-def ceiling(count: Any, step: int) -> Any:
+def ceiling(count: Any, step: Any) -> Any:
     """How many steps it takes."""
-    if isinstance(count, int):
+    if isinstance(count, int) and isinstance(step, int):
         return -(-count // step)
-    return tirx.floordiv(count + (step - 1), number(step))
+    if isinstance(step, int):
+        return tirx.floordiv(count + (step - 1), number(step))
+    # Neither is negative, so that truncation is the floor; TVM takes long to find that out.
+    return tirx.truncdiv(number(count) + (step - 1), step)
+
+
+def least(one: Any, other: Any) -> Any:
+    """The smaller of two."""
+    if isinstance(one, int) and isinstance(other, int):
+        return min(one, other)
+    return tirx.min(number(one), number(other))
 
 
 def unfold(index: Any, extents: Sequence[Any]) -> list[Any]:
@@ -138,6 +173,18 @@ def static_size(axes: Sequence[Axis]) -> int:
     return int(product([axis.length or 1 for axis in axes]))
 
 
+def least_size(axes: Sequence[Axis]) -> int:
+    """The number of points where what is open is one: an axis may be so many times an open one."""
+    return int(product([axis.length or _factor(axis.extent) for axis in axes]))
+
+
+def _factor(extent: Any) -> int:
+    if not isinstance(extent, Mul):
+        return 1
+    numbers = [int(part.value) for part in (extent.a, extent.b) if isinstance(part, IntImm)]
+    return numbers[0] if numbers else 1
+
+
 def static_tail(axes: Sequence[Axis]) -> int:
     """How many of the last axes have extents known at compile time."""
     count = 0
@@ -149,21 +196,45 @@ def static_tail(axes: Sequence[Axis]) -> int:
 
 
 def fused_stride(load: Any, axes: Sequence[Axis]) -> int | None:
-    """How far a load moves per step of the fused axes; None where that is not constant."""
+    """How far a load moves per step of the fused axes; None where that is not constant.
+
+    The first of them may be open.
+    """
+    known = static_tail(axes) == len(axes)
+    return _stride(load, axes, static_size(axes) if known else _MANY, number(0))
+
+
+def even_run(load: Any, axes: Sequence[Axis]) -> int | None:
+    """The longest pieces of the fused axes in which a load moves on evenly; None for short ones."""
+    size = static_size(axes)
+    if fused_stride(load, axes) is not None:
+        return size
+    for run in (size // parts for parts in range(2, size // 8 + 1) if size % parts == 0):
+        start = tirx.Var("piece", "int64") * run
+        if _stride(load, axes, run, start) is not None:
+            return run
+    return None
+
+
+def _stride(load: Any, axes: Sequence[Axis], steps: int, start: Any) -> int | None:
+    """How far a load moves per step of the fused axes, for so many steps from `start`."""
     step = tirx.Var("step", "int64")
     analyzer = Analyzer()
-    total = product([axis.length for axis in axes])
-    analyzer.bind(step, tvm.ir.Range(number(0), number(total)))
-    for var in variables(list(load.indices)) - {axis.var for axis in axes}:
-        analyzer.bind(var, tvm.ir.Range(number(0), number(1 << 20)))
+    analyzer.bind(step, tvm.ir.Range(number(0), number(steps)))
+    own = {axis.var for axis in axes} | {step}
+    extents = [axis.extent for axis in axes]
 
     def offset(at: Any) -> Any:
-        places = dict(zip((a.var for a in axes), unfold(at, [a.extent for a in axes]), strict=True))
+        places = dict(zip((axis.var for axis in axes), unfold(start + at, extents), strict=True))
         flat: Any = number(0)
-        for index, extent in zip(load.indices, load.source.shape, strict=True):
-            flat = flat * extent + substitute(index, places)
+        for place, extent in zip(load.indices, load.source.shape, strict=True):
+            flat = flat * extent + substitute(place, places)
+        for var in variables(flat) - own - free:
+            analyzer.bind(var, tvm.ir.Range(number(0), number(_MANY)))
+            free.add(var)
         return analyzer.simplify(flat)
 
+    free: set[Any] = set()
     moved = analyzer.simplify(offset(step) - offset(number(0)))
     if isinstance(moved, IntImm):
         return 0
@@ -175,9 +246,31 @@ def fused_stride(load: Any, axes: Sequence[Axis]) -> int | None:
     return None
 
 
-def local(shape: Sequence[Any], name: str, dtype: str = "float32", scope: str = "local") -> Any:
-    """A buffer of one task."""
-    return tirx.decl_buffer([number(n) for n in shape], dtype, name=name, scope=scope)
+def bound(name: str, value: Any, body: Callable[[Any], Any]) -> Any:
+    """Statements that use a value by a name: TVM simplifies it once, not wherever it is used."""
+    if isinstance(value, int | IntImm):
+        return body(value)
+    var = tirx.Var(name, "int64")
+    return sequence([tirx.Bind(var, value), body(var)])
+
+
+def local(shape: Sequence[Any], name: str, dtype: str = "float32") -> Any:
+    """A buffer of one task.
+
+    Of less than 1024 bytes it lies on the stack, where LLVM makes registers of it. A larger one is
+    memory that LLVM stores to at every step, unless it can prove that nothing else reads there. The
+    scope is not "local": TVM gives that the memory, however small.
+    """
+    return tirx.decl_buffer([number(n) for n in shape], dtype, name=name)
+
+
+def across(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """What the lanes of a buffer come to, combined in pairs, so that few steps wait for others."""
+    parts = [buffer[lane] for lane in range(lanes)]
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [combine(parts[at], parts[at + half]) for at in range(half)]
+    return parts[0]
 
 
 def allocate(buffer: Any) -> Any:
@@ -186,7 +279,3 @@ def allocate(buffer: Any) -> Any:
 
 def vector(lanes: int, body: Callable[[Any], Any]) -> Any:
     return loop(lanes, body, ForKind.VECTORIZED, "lane")
-
-
-def unrolled(extents: Sequence[int], body: Callable[[list[Any]], Any]) -> Any:
-    return nest(extents, body, ForKind.UNROLLED, "u")

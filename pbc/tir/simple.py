@@ -9,6 +9,7 @@ from tvm import tirx
 from pbc.tir.loops import (
     Processor,
     Sink,
+    across,
     allocate,
     local,
     loop,
@@ -53,20 +54,23 @@ def elementwise(stage: Stage, sink: Sink, processor: Processor) -> Any:
 
 
 def chunks(width: int, processor: Processor, body: Any) -> Any:
-    """A loop in whole vectors and a rest."""
-    lanes = processor.lanes
-    while lanes > width:
-        lanes //= 2
-    whole = width // lanes
+    """A loop in whole vectors, and a rest in shorter ones and one by one."""
     statements = []
-    if lanes > 1:
-        statements.append(
-            loop(whole, lambda chunk: vector(lanes, lambda lane: body(chunk * lanes + lane)))
-        )
-    else:
-        whole = 0
-    if width - whole * lanes:
-        statements.append(loop(width - whole * lanes, lambda at: body(at + whole * lanes)))
+    start, lanes = 0, processor.lanes
+    while lanes >= 4 and start < width:
+        if whole := (width - start) // lanes:
+            statements.append(
+                loop(
+                    whole,
+                    lambda chunk, start=start, lanes=lanes: vector(  # type: ignore[misc]
+                        lanes, lambda lane: body(chunk * lanes + lane + start)
+                    ),
+                )
+            )
+        start += whole * lanes
+        lanes //= 2
+    if start < width:
+        statements.append(loop(width - start, lambda at: body(at + start)))
     return sequence(statements)
 
 
@@ -192,13 +196,7 @@ def _rows(stage: Stage, sink: Sink, processor: Processor) -> Any:
                 tirx.BufferStore(total, stage.start, [0]),
                 vector(lanes, lambda lane: tirx.BufferStore(partial, stage.start, [lane])),
                 nest([axis.extent for axis in outer], row),
-                loop(
-                    lanes,
-                    lambda lane: tirx.BufferStore(
-                        total, stage.combine(total[0], partial[lane]), [0]
-                    ),
-                ),
-                sink.store(indices, total[0]),
+                sink.store(indices, stage.combine(total[0], across(partial, lanes, stage.combine))),
             ]
         )
 

@@ -14,7 +14,8 @@ from typing import Any
 import tvm
 from tvm import tirx
 from tvm.ir import Call, TensorLoad, Var
-from tvm.ir.prim import Add, FloatImm, IntImm, Max, Min
+from tvm.ir.prim import Add, FloatImm, FloorDiv, FloorMod, IntImm, Max, Min, Mul
+from tvm.sym import Analyzer
 from tvm_ffi import structural_map, structural_walk
 
 SPATIAL, REDUCTION = 0, 2
@@ -24,6 +25,7 @@ DEAR = frozenset(
     f"tirx.{name}" for name in ("exp", "erf", "tanh", "log", "pow", "sqrt", "rsqrt", "sigmoid")
 )
 CONDITION = "prim.if_then_else"
+_ZERO = IntImm("int64", 0)
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,50 @@ def _folds(stage: Stage, readers: Sequence[Stage]) -> bool:
     return len(readers) == 1 or not names & DEAR
 
 
+def unfused(stage: Stage) -> Stage:
+    """The stage without divisions that take apart what was never together.
+
+    Reshapes between transpositions leave them: `(k * b + i) // b` is `k`, since `i` counts up to
+    `b`. TVM sees that where extents are numbers; a division per value is dear where they are open.
+    """
+    analyzer = Analyzer()
+    axes = (*stage.axes, *stage.reduced)
+    for axis in axes:
+        analyzer.bind(axis.var, tvm.ir.Range(_ZERO, axis.extent))
+    most = {axis.var: axis.extent - 1 for axis in axes}
+
+    def split(index: Any, extent: Any) -> tuple[Any, Any] | None:
+        """Quotient and remainder, if they are clear."""
+        if _grows(index) and analyzer.can_prove(substitute(index, most) < extent):
+            return _ZERO, index
+        if isinstance(index, Add) and isinstance(index.a, Mul) and index.a.b.same_as(extent):
+            rest = split(index.b, extent)
+            return None if rest is None else (analyzer.simplify(index.a.a + rest[0]), rest[1])
+        return None
+
+    def rewrite(division: Any) -> Any:
+        simple = analyzer.simplify(division)
+        if not isinstance(simple, FloorDiv | FloorMod):
+            return simple
+        found = split(simple.a, simple.b)
+        return simple if found is None else found[isinstance(simple, FloorMod)]
+
+    value = structural_map(stage.value, [(FloorDiv, rewrite), (FloorMod, rewrite)])
+    return replace(stage, value=value)
+
+
+def _grows(index: Any) -> bool:
+    """Whether an index is the larger, the larger its variables are."""
+    if isinstance(index, Add | Mul):
+        return _grows(index.a) and _grows(index.b)
+    return isinstance(index, Var) or (isinstance(index, IntImm) and int(index.value) >= 0)
+
+
 def is_product(stage: Stage) -> bool:
     """Whether a stage is a sum of products of two tensors, so that its inputs are read often."""
     return (
         stage.combine is Add
-        and isinstance(stage.value, tvm.ir.prim.Mul)
+        and isinstance(stage.value, Mul)
         and isinstance(stage.value.a, TensorLoad)
         and isinstance(stage.value.b, TensorLoad)
     )
