@@ -10,7 +10,7 @@ from typing import ClassVar
 from pbc import parallel, registry
 from pbc.interface import precision_of
 from pbc.ladder import LATENCY, PROFILE, Ladder
-from pbc.lowering import Candidate, Lowering
+from pbc.lowering import Candidate, Lowering, Tunes
 from pbc.program import Program, body, prefix, step_forward, step_update
 from pbc.step_check import (
     LOWERED_TOLERANCE,
@@ -21,6 +21,7 @@ from pbc.step_check import (
 )
 
 CHECK = "lowered_train_step"
+TUNING = "tuning"
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,29 @@ class Lower:
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
     ladder's costs become measured latencies, unless a device's profile gave them; a level that
     turns out no cheaper than the one above it is noted.
+
+    tune: minutes to search faster code for, where the engine's lowering can.
     """
 
     stage: ClassVar[str] = "lower"
+    tune: float | None = None
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
         lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+        if self.tune is not None:
+            program = self._tuned(program, lowering, self.tune * 60)
         if program.target.local and program.ladder.cost_model != PROFILE:
             program = self._measured(program, lowering)
         program = replace(program, artifacts=lowering.lower(program))
+        program = replace(program, notes=(*program.notes, *lowering.notes()))
         return self._checked(program, lowering)
+
+    def _tuned(self, program: Program, lowering: Lowering, seconds: float) -> Program:
+        assert isinstance(lowering, Tunes)  # or the compiler had refused
+        found = parallel.once(lambda: lowering.tune(program, seconds))
+        notes = (*program.notes, *found.pop("notes"))
+        return replace(program, checks={**program.checks, TUNING: found}, notes=notes)
 
     def _checked(self, program: Program, lowering: Lowering) -> Program:
         """Run the lowered steps beside torch's; levels whose files are the same once."""

@@ -23,14 +23,7 @@ from tvm.s_tir.dlight import gpu
 
 from pbc import cubin
 from pbc.progress import report
-
-RULE_ATTRIBUTE = "pbc.schedule"
-"""The attribute of a scheduled function that names the rule which gave its schedule."""
-
-REFUSAL_ATTRIBUTE = "pbc.schedule.refusal"
-"""The attribute with the words of the rules that raised on a function, before another took it."""
-
-_IS_SCHEDULED = "tirx.is_scheduled"
+from pbc.tvm_schedules import INSTEAD_OF, IS_SCHEDULED, REFUSAL, RULE, functions, is_scheduled
 
 
 @dataclass(frozen=True)
@@ -55,9 +48,9 @@ class ScheduleGpu:
     def __call__(self, module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         """Return the module with its functions scheduled; the input stays unchanged."""
         pending = [
-            (variable, function)
-            for variable, function in module.functions_items()
-            if isinstance(function, tirx.PrimFunc) and _IS_SCHEDULED not in (function.attrs or {})
+            (module.get_global_var(name), function)
+            for name, function in functions(module).items()
+            if not is_scheduled(function)
         ]
         scheduled = {}
         for done, (variable, function) in enumerate(pending, 1):
@@ -70,7 +63,7 @@ class ScheduleGpu:
         return result
 
     def _schedule(self, function: tirx.PrimFunc, target: tvm.target.Target) -> tirx.PrimFunc | None:
-        raised = []
+        raised = {}
         for rule in self.rules:
             name = type(rule).__name__
             try:
@@ -79,15 +72,16 @@ class ScheduleGpu:
                 if schedule is None:
                     continue
                 found = schedule[0] if isinstance(schedule, list) else schedule
-                result = found.mod["main"].with_attr(_IS_SCHEDULED, True)
+                result = found.mod["main"].with_attr(IS_SCHEDULED, True)
                 _build(result, target)
             except Exception as error:  # a rule says by any kind of error what it cannot do
                 reason = str(error).strip().splitlines() or [type(error).__name__]
-                raised.append(f"{name}: {reason[-1].strip()}")
+                raised[name] = reason[-1].strip()
                 continue
-            attributes = {RULE_ATTRIBUTE: name}
+            attributes = {RULE: name}
             if raised:
-                attributes[REFUSAL_ATTRIBUTE] = "; ".join(raised)
+                attributes[INSTEAD_OF] = ", ".join(raised)
+                attributes[REFUSAL] = "; ".join(f"{rule}: {why}" for rule, why in raised.items())
             return result.with_attrs(attributes)
         return None
 
@@ -103,13 +97,3 @@ def _build(function: tirx.PrimFunc, target: tvm.target.Target) -> None:
     """
     with cubin.source_kept():
         tirx.build(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
-
-
-def refusals(module: tvm.IRModule) -> dict[str, str]:
-    """Return the functions that a rule raised on, each with the rule that took it, and why."""
-    return {
-        variable.name_hint: f"scheduled by {function.attrs[RULE_ATTRIBUTE]}, "
-        f"because of {function.attrs[REFUSAL_ATTRIBUTE]}"
-        for variable, function in module.functions_items()
-        if REFUSAL_ATTRIBUTE in (function.attrs or {})
-    }

@@ -21,9 +21,10 @@ from pbc.data import class_names
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.extras import EXTRAS
 from pbc.ladder import Ladder
-from pbc.lowering import Lowering, missing_packages
+from pbc.lowering import Lowering, Tunes, missing_packages
 from pbc.program import MODEL, Head, Program, Provenance
 from pbc.target import Target, load_target
+from pbc.work import clear
 
 DEFAULT_ENGINE = "pytorch"
 UP_TO_PLAN = pipeline.STAGES.index("plan")
@@ -36,7 +37,8 @@ class Options:
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
-    plan even steps by.
+    plan even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0
+    takes what earlier calls for this output found.
     passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
     command: for the provenance.
     """
@@ -57,6 +59,7 @@ class Options:
     seed: int = 0
     align_steps: int | None = None
     align_time: float | None = None
+    tune: float | None = None
     passes: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     dump_ir: Path | None = None
@@ -73,6 +76,8 @@ class Options:
             raise UsageError(f"--seed is {self.seed}; expected 0 or more")
         if self.batch < 1:
             raise UsageError(f"--batch is {self.batch}; expected 1 or more")
+        if self.tune is not None and self.tune < 0:
+            raise UsageError(f"--tune is {self.tune}; expected minutes, or 0")
         if self.classes is not None and self.classes < 2:
             raise UsageError(f"--classes is {self.classes}; expected 2 or more")
 
@@ -105,8 +110,8 @@ def compile(model: str, output: Path | str, options: Options = Options()) -> Bun
 
     Under torchrun every process calls this, aligns together with the others, and gets the bundle
     that the first one writes. Long work is kept beside the output while it runs, so that the same
-    call after an interruption continues; the folder goes when the bundle is written. Raises
-    PbcError for what the user can fix; nothing is written then.
+    call after an interruption continues; when the bundle is written it goes, all but what tuning
+    measured. Raises PbcError for what the user can fix; nothing is written then.
     """
     with parallel.group():
         return _compile(model, Path(output), options)
@@ -131,10 +136,7 @@ def _compile(model: str, output: Path, options: Options) -> Bundle:
     program = replace(program, notes=notes)
     if parallel.rank() == 0:
         write(output, *package(program), as_folder=options.folder)
-        if work.is_dir():
-            for file in work.iterdir():
-                file.unlink()
-            work.rmdir()
+        clear(work)
     parallel.wait()
     return Bundle.open(output)
 
@@ -173,6 +175,9 @@ def begin(model: str | models.Source, options: Options) -> Program:
         CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)
     engine, notes = choose_engine(target, options.engine)
+    registry.load("pbc.lowerings", engine)().check(target)
+    if options.tune is not None:
+        require_tuning(target, engine)
     chosen = strategy.parse(options.strategy)
     names, count = _classes(options)
     if isinstance(model, models.Source):
@@ -286,6 +291,21 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
     found = {name: _needs(available[name]) for name in target.engines if name in available}
     missing = ", ".join(f"{name} {found.get(name, 'is not installed')}" for name in target.engines)
     raise PbcError(f"no engine of {target.name} can be compiled for here: {missing}")
+
+
+def require_tuning(target: Target, engine: str) -> None:
+    """Raise UsageError where an engine's code for a target cannot be tuned here."""
+    lowering = registry.load("pbc.lowerings", engine)()
+    if not isinstance(lowering, Tunes):
+        entries = registry.entries("pbc.lowerings")
+        able = ", ".join(name for name in entries if issubclass(entries[name].load(), Tunes))
+        raise UsageError(
+            f"--tune does nothing for engine {engine!r}, whose code is not made here; engines with "
+            f"code to tune: {able or 'none is installed'}"
+        )
+    reason = lowering.untunable(target)
+    if reason is not None:
+        raise UsageError(reason)
 
 
 def _needs(entry: registry.Entry) -> str | None:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _POSTPROCESS_CALLBACK = "tvm_callback_cuda_postproc"
 _KEEP_TEXT_VARIABLE = "TVM_COMPILE_FORCE_FALLBACK"
 
-_IS_SCHEDULED = "tirx.is_scheduled"
-
 _HEX_FLOAT = re.compile(r"0x[0-9a-f.]+p[+-]?\d+")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(')
@@ -71,13 +69,9 @@ def require_scheduled(module: tvm.IRModule) -> None:
 
     TVM would build it for the host, which cannot read the GPU's memory.
     """
-    from tvm.tirx import PrimFunc
+    from pbc.tvm_schedules import functions, is_scheduled
 
-    left = sorted(
-        variable.name_hint
-        for variable, function in module.functions_items()
-        if isinstance(function, PrimFunc) and _IS_SCHEDULED not in (function.attrs or {})
-    )
+    left = sorted(name for name, found in functions(module).items() if not is_scheduled(found))
     if left:
         raise PbcError(
             f"no installed pass of the group pbc.tvm_passes schedules {left[0]} for a GPU"

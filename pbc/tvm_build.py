@@ -1,11 +1,13 @@
-"""Build: a TVM module becomes a shared library for a CPU, this machine's or another's.
+"""Build: a TVM module becomes a shared library for a CPU or a GPU, this machine's or another's.
 
+What a GPU computes is compiled by `pbc.cubin`; the CPU beside it allocates and launches.
 LLVM is in TVM; what links is the C compiler of the ziglang package, which has the C libraries of
 every Linux target in it, down to an old enough version of glibc, and needs nothing of the system.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import platform
@@ -22,7 +24,7 @@ import tvm
 from tvm import relax
 from tvm.relax.backend.cpu_generic import pipeline
 
-from pbc import registry
+from pbc import cubin, registry
 from pbc.errors import PbcError
 from pbc.runtime.processor import DECIDING_FLAGS
 from pbc.target import Target
@@ -45,29 +47,35 @@ class Platform:
     """What code is built for.
 
     facts: TVM's description of a CPU. linked: the linker's name for the system, with its C library.
+    sm: the architecture of the NVIDIA GPU beside this CPU, where that is what computes.
     """
 
     facts: Mapping[str, Any]
     linked: str
+    sm: int | None = None
+
+    @property
+    def host(self) -> tvm.target.Target:
+        return tvm.target.Target(dict(self.facts))
 
     @property
     def target(self) -> tvm.target.Target:
-        return tvm.target.Target(dict(self.facts))
+        return self.host if self.sm is None else cubin.gpu_target(self.sm, self.host)
 
     def flags(self) -> list[str]:
         """The x86 extensions that the code may use, as /proc/cpuinfo calls them."""
         if "x86_64" not in self.linked:
             return []
-        known = tvm.target.codegen.llvm_get_cpu_features(self.target)
+        known = tvm.target.codegen.llvm_get_cpu_features(self.host)
         return sorted({str(name).replace(".", "_") for name in known} & DECIDING_FLAGS)
 
     def key(self) -> str:
         """All that decides what a module becomes."""
-        return json.dumps([dict(self.facts), self.linked], sort_keys=True)
+        return json.dumps([dict(self.facts), self.linked, self.sm], sort_keys=True)
 
 
 def platform_of(target: Target) -> Platform:
-    """The CPU of a board, or of this machine."""
+    """The processors of a board, or this machine's CPU."""
     if target.local:
         return this_machine()
     triple = target.tags.get("triple") or _TRIPLES.get(target.arch)
@@ -92,7 +100,8 @@ def platform_of(target: Target) -> Platform:
     if "cores" in target.tags:
         facts["num-cores"] = int(target.tags["cores"])
     linked = f"{_LINKED_TRIPLES.get(arch, arch)}-{system}"
-    return Platform(facts, f"{linked}.{_glibc(target)}")
+    sm = int(target.tags["sm"]) if "sm" in target.tags else None
+    return Platform(facts, f"{linked}.{_glibc(target)}", sm)
 
 
 def this_machine() -> Platform:
@@ -116,9 +125,26 @@ def _glibc(target: Target) -> str:
 
 def build(module: tvm.IRModule, where: Platform) -> bytes:
     """The module as a shared library that the TVM runtime loads; its bytes depend on it alone."""
+    return compiled(scheduled(module, where), where)
+
+
+def scheduled(module: tvm.IRModule, where: Platform) -> tvm.IRModule:
+    """The module's graphs as loop nests, with the schedules of all installed passes."""
+    target = where.target
+    module = legalized(module, where)
+    with target:
+        for schedule in schedules(str(target.kind.name)):
+            module = schedule(module, target)
+    if where.sm is not None:
+        cubin.require_scheduled(module)
+    return module
+
+
+def legalized(module: tvm.IRModule, where: Platform) -> tvm.IRModule:
+    """The module's graphs as calls of functions that say what is computed, and not how."""
     target = where.target
     with target:
-        module = tvm.transform.Sequential(
+        return tvm.transform.Sequential(
             [
                 relax.transform.CanonicalizeBindings(),
                 relax.transform.DeadCodeElimination(),
@@ -126,15 +152,22 @@ def build(module: tvm.IRModule, where: Platform) -> bytes:
                 relax.transform.DeadCodeElimination(),
             ]
         )(module)
-        for schedule in schedules(str(target.kind.name)):
-            module = schedule(module, target)
+
+
+def compiled(module: tvm.IRModule, where: Platform) -> bytes:
+    """The library of a module that has its schedules."""
+    target = where.target
+    with target:
         module = tvm.transform.Sequential(
             [*pipeline.dataflow_lower_passes(target), *pipeline.finalize_passes(target)]
         )(module)
-        executable = relax.build(module, target, relax_pipeline=None)
+        with contextlib.nullcontext() if where.sm is None else cubin.embedding(where.sm):
+            executable = relax.build(module, target, relax_pipeline=None)
     with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
         library = Path(folder) / "library.so"
         executable.export_library(str(library), fcompile=_linker(where.linked))
+        if where.sm is not None:
+            cubin.require(library, where.sm)
         return library.read_bytes()
 
 

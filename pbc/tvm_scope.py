@@ -16,6 +16,7 @@ from tvm.sym import Analyzer
 
 from pbc.errors import PbcError
 from pbc.lowering import unsupported
+from pbc.program import op_name
 
 Expr = Any
 """Of relax: a tensor. tvm has no types for a type checker."""
@@ -131,8 +132,12 @@ class Scope:
         return self.builder.emit(value)
 
     def compute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Expr:
-        """What a tensor expression makes of tensors."""
-        return self.builder.emit_te(function, *args, **kwargs)
+        """What a tensor expression makes of tensors, in code that is called like the operator.
+
+        A lambda's own name is none that a compiler of CUDA C reads.
+        """
+        called = op_name(self.node).split(".")[1]
+        return self.builder.emit_te(function, *args, primfunc_name_hint=called, **kwargs)
 
     @property
     def dtype(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -11,6 +12,20 @@ from typing import Any
 from torch.fx import GraphModule
 
 from pbc.program import Program, get_tensor, tensor_names
+
+TRIALS = "trials.jsonl"
+"""What tuning measured: it stays when the bundle is written, for the next compilation."""
+
+
+def clear(folder: Path) -> None:
+    """Remove what only this compilation could go on from."""
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if file.name != TRIALS:
+            file.unlink()
+    with contextlib.suppress(OSError):  # what stays keeps its folder
+        folder.rmdir()
 
 
 def work_file(

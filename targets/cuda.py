@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pbc.target import Target
-from pbc.targets.jetson import JETPACK_4, JETPACK_5, JETPACK_6, NOT_YET, JetPack, module
+from pbc.targets.jetson import JETPACK_4, JETPACK_5, JETPACK_6, WHEEL_CUDA, JetPack, module
 
 _FAMILY = "Any NVIDIA GPU"
 
@@ -20,14 +20,9 @@ def _pc(sm: str, gpus: str) -> Target:
         arch="x86_64",
         engine="tvm",
         engines=("tvm", "onnxruntime", "pytorch"),
-        tags={
-            "triple": "x86_64-linux-gnu",
-            "sm": sm,
-            # The part of TVM's wheel that drives GPUs is linked with CUDA 13.
-            "kernels": f"{NOT_YET} CUDA 13",
-            "libc": "glibc 2.28",
-        },
+        tags={"triple": "x86_64-linux-gnu", "sm": sm, "libc": "glibc 2.28"},
         requires={"python": ">=3.10", "libc": "glibc>=2.28"},
+        needs={"tvm": {"cuda": WHEEL_CUDA}},
     )
 
 

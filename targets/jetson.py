@@ -1,8 +1,7 @@
 """NVIDIA Jetson modules, each under the last JetPack that most of them run.
 
-TVM first: it is the one engine that can reach these GPUs from a bundle, though no bundle has
-kernels for them yet (`kernels` says what those are going to need). Of its wheel, the part for GPUs
-needs the CUDA 13 of JetPack 7; below that the runtime is built on the board. The wheels of
+TVM first: it is the one engine that reaches these GPUs from a bundle. Of its wheel, the part for
+GPUs needs the CUDA 13 of JetPack 7; below that the runtime is built on the board. The wheels of
 onnxruntime and torch compute on the CPU there.
 """
 
@@ -16,8 +15,9 @@ from pbc.target import Target
 _ENGINES = ("tvm", "onnxruntime", "pytorch")
 # What onnxruntime tries in this order; its wheels on the package index hold the CPU's alone.
 _PROVIDERS = "CUDAExecutionProvider,CPUExecutionProvider"
-_BUILT = "and TVM's runtime for GPUs built on the board (docs/cuda.md): the wheel's needs CUDA 13"
-NOT_YET = "none in bundles yet; they will need"
+_BUILT = "built on the board with its CUDA (docs/cuda.md): the wheel's needs CUDA 13"
+# The part of TVM's wheel that drives GPUs is linked with this one.
+WHEEL_CUDA = ">=13"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class JetPack:
     cuda: str
     glibc: str
     python: str
-    kernels: str
+    runtime: str | None = _BUILT
     libc_floor: str = "glibc>=2.28"
     engines: tuple[str, ...] = _ENGINES
     needs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -42,7 +42,6 @@ JETPACK_4 = JetPack(
     cuda="10.2",
     glibc="2.27",
     python="3.6",
-    kernels=f"CUDA 10.2 or newer, {_BUILT}",
     libc_floor="glibc>=2.27",
     providers="CPUExecutionProvider",
     engines=("tvm", "onnxruntime"),
@@ -58,7 +57,6 @@ JETPACK_5 = JetPack(
     cuda="11.4",
     glibc="2.31",
     python="3.8",
-    kernels=f"CUDA 11.4 or newer, {_BUILT}",
 )
 # Ubuntu 22.04. These modules run JetPack 7 too, where the wheel does.
 JETPACK_6 = JetPack(
@@ -66,7 +64,7 @@ JETPACK_6 = JetPack(
     cuda="12.6",
     glibc="2.35",
     python="3.10",
-    kernels=f"CUDA 12.6 or newer, {_BUILT}, of JetPack 7",
+    runtime=f"{_BUILT}, of JetPack 7",
 )
 # Ubuntu 24.04.
 JETPACK_7 = JetPack(
@@ -74,7 +72,7 @@ JETPACK_7 = JetPack(
     cuda="13.0",
     glibc="2.39",
     python="3.12",
-    kernels="CUDA 13",
+    runtime=None,
 )
 
 
@@ -98,12 +96,14 @@ def module(
         "sm": sm,
         "cuda": stack.cuda,
         "jetpack": stack.version,
-        "kernels": f"{NOT_YET} {stack.kernels}",
         "libc": f"glibc {stack.glibc}",
         "python": stack.python,
         "tvm": tag,
         "onnxruntime_providers": stack.providers,
     }
+    gpu = {"cuda": f">={stack.cuda}"}
+    if stack.runtime is not None:
+        gpu["tvm runtime"] = stack.runtime
     return Target(
         name=name,
         description=description,
@@ -114,7 +114,7 @@ def module(
         memory_bytes=None if gib is None else gib * 2**30,
         tags={fact: value for fact, value in facts.items() if value is not None},
         requires={"python": ">=3.10", "libc": stack.libc_floor},
-        needs=stack.needs,
+        needs={"tvm": gpu, **stack.needs},
         refused=stack.refused,
     )
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -26,6 +23,8 @@ from pbc.program import (
     step_update,
     tensor_names,
 )
+from pbc.target import Target
+from pbc.visit import Visit, latencies_ms
 from pbc.weights import Stored, TensorStore, by_level, byte_ranges, level_of, unused, weight_file
 
 if TYPE_CHECKING:
@@ -39,19 +38,6 @@ FOLDER = "onnx"
 # Smaller tensors stay in the model: most are scales, shifts and biases of a few numbers.
 INLINE_BYTES = 1024
 THETA = "θ"
-ROUNDS = 6
-# How many of the device's mini-batches may share one call of the prefix.
-PREFIX_BATCHES = (1, 2, 4)
-# What a measured step takes for scalars: any value does, since none changes the time.
-SCALARS = {
-    "epsilon": 1e-8,
-    "label_smoothing": 0.1,
-    "learning_rate": 0.01,
-    "mean_correction": 0.1,
-    "momentum": 0.9,
-    "square_correction": 0.001,
-    "weight_decay": 0.01,
-}
 
 
 class OnnxRuntimeLowering:
@@ -69,6 +55,12 @@ class OnnxRuntimeLowering:
 
     def requires(self) -> dict[str, str]:
         return {"onnxruntime": ">=1.20"}
+
+    def check(self, target: Target) -> None:
+        pass
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def lower(self, program: Program) -> dict[str, bytes]:
         from pbc.onnx_graph import joined, with_tensors
@@ -131,12 +123,12 @@ class OnnxRuntimeLowering:
         return _Step(self, program, level)
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        # The fastest of several turns counts: this machine does other things too.
-        runs = [_Visit(self, program, candidate) for candidate in candidates]
-        for turn in range(ROUNDS):
-            for run in runs:
-                run.measure(warm_up=turn == 0)
-        return [run.latency_ms() for run in runs]
+        return latencies_ms(
+            [
+                Visit(_Runner(self, program, candidate), program, candidate)
+                for candidate in candidates
+            ]
+        )
 
     def session(self, program: Program, name: str, graph: GraphModule) -> InferenceSession:
         """A session like the device's, with the graph's tensors in it."""
@@ -269,76 +261,23 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 # ---- measuring -----------------------------------------------------------------------------
 
 
-class _Visit:
-    """Measures one training visit: the prefix forward, then the derived step or the body forward.
-
-    A candidate of a program that no step is derived of yet has none.
-    """
+class _Runner:
+    """Runs a candidate's graphs, folded as the device runs them."""
 
     def __init__(
         self, lowering: OnnxRuntimeLowering, program: Program, candidate: Candidate
     ) -> None:
-        self._batch = program.batch
         self._sessions = {}
         for name, graph in candidate.graphs.items():
-            # Folded as the device runs it.
             folded = copy_graph(graph)
             fold(folded)
             self._sessions[name] = lowering.session(program, name, folded)
-        update = _update(candidate)
-        self._step = [body(0)] if update is None else ["forward/0", update]
-        image = program.example[:1].numpy()
-        sizes = [self._batch * times for times in PREFIX_BATCHES]
-        self._images = {size: np.repeat(image, size, axis=0) for size in sizes}
-        self._values: dict[str, np.ndarray] = {
-            **{name: np.array(value, np.float32) for name, value in SCALARS.items()},
-            **{name: value.detach().numpy() for name, value in program.parameters.items()},
-            "labels": np.zeros(self._batch, np.int64),
-            "x": self._images[self._batch],
-        }
-        if prefix(0) in self._sessions:
-            self._values.update(self._run(prefix(0), self._values))
-        # Seconds per sample; the prefix by how many share a call.
-        self._prefix_seconds = dict.fromkeys(sizes, math.inf)
-        self._step_seconds = math.inf
 
-    def measure(self, warm_up: bool) -> None:
-        if prefix(0) in self._sessions:
-            for size, images in self._images.items():
-                start = time.perf_counter()
-                self._run(prefix(0), {"x": images})
-                seconds = (time.perf_counter() - start) / size
-                if not warm_up:
-                    self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
-        values = dict(self._values)
-        start = time.perf_counter()
-        for name in self._step:
-            values.update(self._run(name, values))
-        if not warm_up:
-            seconds = (time.perf_counter() - start) / self._batch
-            self._step_seconds = min(seconds, self._step_seconds)
+    def reads(self, graph: str) -> list[str]:
+        return [given.name for given in self._sessions[graph].get_inputs()]
 
-    def _run(self, name: str, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        session = self._sessions[name]
-        feeds = {}
-        for given in session.get_inputs():
-            if given.name not in values:
-                # The optimizer's state, which is called after its parameter: momentum/fc.weight.
-                self._values[given.name] = values[given.name] = np.zeros_like(
-                    values[given.name.partition("/")[2]]
-                )
-            feeds[given.name] = values[given.name]
-        results = session.run(None, feeds)
+    def run(self, graph: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        session = self._sessions[graph]
+        results = session.run(None, {name: values[name] for name in self.reads(graph)})
         names = (output.name for output in session.get_outputs())
         return dict(zip(names, results, strict=True))
-
-    def latency_ms(self) -> float:
-        prefix_seconds = 0.0
-        if prefix(0) in self._sessions:
-            prefix_seconds = min(self._prefix_seconds.values())
-        return (prefix_seconds + self._step_seconds) * self._batch * 1000
-
-
-def _update(candidate: Candidate) -> str | None:
-    """Any of the candidate's updates: they differ by a few products per parameter."""
-    return next((name for name in sorted(candidate.graphs) if name.startswith("update/0/")), None)

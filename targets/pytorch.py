@@ -31,6 +31,7 @@ from pbc.program import (
 )
 from pbc.runtime.graph import FORMAT
 from pbc.runtime.ops import OPS
+from pbc.target import Target
 from pbc.weights import TensorStore, by_level, weight_file
 
 WEIGHTS = "weights"
@@ -51,6 +52,12 @@ class PyTorchLowering:
 
     def requires(self) -> dict[str, str]:
         return {"torch": ">=2.9,<2.14"}
+
+    def check(self, target: Target) -> None:
+        pass
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def lower(self, program: Program) -> dict[str, bytes]:
         store = TensorStore()

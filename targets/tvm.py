@@ -1,12 +1,10 @@
-"""Lower to TVM: shared libraries for the target's CPU, their weights beside them."""
+"""Lower to TVM: shared libraries for the target's CPU or GPU, their weights beside them."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +29,8 @@ from pbc.program import (
     step_update,
 )
 from pbc.runtime.processor import cores, missing_flags
+from pbc.target import Target
+from pbc.visit import Visit, at_level_0, latencies_ms, level_of_candidate
 from pbc.weights import TensorStore, by_level, level_of, weight_file
 
 if TYPE_CHECKING:
@@ -43,11 +43,6 @@ if TYPE_CHECKING:
 FOLDER = "tvm"
 CALLS = f"{FOLDER}/calls.json"
 FORMAT = 1
-ROUNDS = 6
-# How many of the device's mini-batches may share one call of the prefix.
-PREFIX_BATCHES = (1, 2, 4)
-# What a measured step takes for scalars: any value does, since none changes the time.
-SCALAR = 0.1
 
 
 class TvmLowering:
@@ -63,6 +58,9 @@ class TvmLowering:
 
     def __init__(self) -> None:
         self._built: list[tuple[str, tvm.IRModule, bytes]] = []
+        # Functions that a rule could not schedule, by the rules.
+        self._fallbacks: dict[str, list[str]] = {}
+        self._notes: tuple[str, ...] = ()
 
     def graph_file(self, graph: str) -> str:
         if graph == POLICY:
@@ -73,6 +71,11 @@ class TvmLowering:
     def requires(self) -> dict[str, str]:
         return {"tvm": ">=0.27,<0.28", "apache-tvm-ffi": "==0.1.14.post1"}
 
+    def check(self, target: Target) -> None:
+        from pbc.tvm_build import platform_of
+
+        _ = platform_of(target).target  # a GPU's needs a compiler for its kernels
+
     def lower(self, program: Program) -> dict[str, bytes]:
         from pbc.tvm_build import platform_of
 
@@ -80,15 +83,21 @@ class TvmLowering:
         store = TensorStore()
         files: dict[str, bytes] = {}
         calls: dict[str, Any] = {}
-        for file, names in self._groups(program).items():
-            graphs = {_function(name): program.graphs[name] for name in names}
+        for file, names in self.groups(program).items():
+            graphs = {function_of(name): program.graphs[name] for name in names}
             files[file], reads = self._library(program, graphs, where)
             for name in names:
-                calls[name] = _call(name, program.graphs[name], reads[_function(name)], store)
+                calls[name] = _call(name, program.graphs[name], reads[function_of(name)], store)
         machine = where.linked.partition("-")[0]
         facts = {"format": FORMAT, "machine": machine, "flags": where.flags(), "graphs": calls}
+        if where.sm is not None:
+            facts["sm"] = where.sm
+            self._notes = (_about_kernels(where.sm, files), *self._about_fallbacks())
         files[CALLS] = json.dumps(facts, indent=1, sort_keys=True).encode()
         return {**files, **store.files()}
+
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
 
     def contents(self, program: Program) -> dict[str, Any]:
         calls = json.loads(program.artifacts[CALLS])["graphs"]
@@ -102,12 +111,10 @@ class TvmLowering:
         return _Step(self, program, level)
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        # The fastest of several turns counts: this machine does other things too.
-        runs = [_Visit(self, program, candidate) for candidate in candidates]
-        for turn in range(ROUNDS):
-            for run in runs:
-                run.measure(warm_up=turn == 0)
-        return [run.latency_ms() for run in runs]
+        return latencies_ms([self.visit(program, candidate) for candidate in candidates])
+
+    def visit(self, program: Program, candidate: Candidate) -> Visit:
+        return Visit(_Runner(self, program, candidate), program, candidate)
 
     def loaded(self, program: Program, graphs: Mapping[str, GraphModule]) -> dict[str, Graph]:
         """Graphs of one library, as the device runs them if this machine can, or built for it."""
@@ -118,9 +125,9 @@ class TvmLowering:
         alike = program.target.local or (
             where.linked.startswith("x86_64-") and platform.machine() == "x86_64"
         )
-        if not alike or missing_flags(where.flags()):
+        if where.sm is not None or not alike or missing_flags(where.flags()):
             where = this_machine()
-        functions = {_function(name): graph for name, graph in graphs.items()}
+        functions = {function_of(name): graph for name, graph in graphs.items()}
         content, reads = self._library(program, functions, where)
         with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
             path = Path(folder) / "library.so"
@@ -129,21 +136,28 @@ class TvmLowering:
         use_threads(cores())
         return {
             name: library.graph(
-                _function(name),
+                function_of(name),
                 graph_inputs(graph),
                 graph_outputs(name, graph),
-                _arrays(graph, reads[_function(name)].tensors),
-                _arrays(graph, reads[_function(name)].setup),
+                _arrays(graph, reads[function_of(name)].tensors),
+                _arrays(graph, reads[function_of(name)].setup),
             )
             for name, graph in graphs.items()
         }
 
     def together(self, program: Program, name: str) -> dict[str, GraphModule]:
         """The graphs that share a library with this one."""
-        names = self._groups(program)[self.graph_file(name)]
+        names = self.groups(program)[self.graph_file(name)]
         return {name: program.graphs[name] for name in names}
 
-    def _groups(self, program: Program) -> dict[str, list[str]]:
+    def _about_fallbacks(self) -> list[str]:
+        return [
+            f"kernels with the schedule of {rules}, which TVM cannot build for them: "
+            + ", ".join(sorted(set(names)))
+            for rules, names in self._fallbacks.items()
+        ]
+
+    def groups(self, program: Program) -> dict[str, list[str]]:
         """The files, in the order of levels, with the graphs in each."""
         groups: dict[str, list[str]] = {}
         for name in sorted(program.graphs, key=by_level):
@@ -155,20 +169,45 @@ class TvmLowering:
     ) -> tuple[bytes, dict[str, Reads]]:
         from tvm_ffi import structural_equal
 
-        from pbc.tvm_build import build
-        from pbc.tvm_graph import convert
+        from pbc.tvm_build import compiled, scheduled
+        from pbc.tvm_schedules import fallbacks
 
-        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
-        module, reads = convert(graphs, head, open_head=program.class_count is None)
+        module, reads = self.converted(program, graphs)
         for platform_key, known, content in self._built:
             if platform_key == where.key() and structural_equal(known, module):
                 return content, reads
-        content = build(module, where)
-        self._built.append((where.key(), module, content))
+        ready = scheduled(module, where)
+        for name, rules in fallbacks(ready).items():
+            self._fallbacks.setdefault(rules, []).append(name)
+        content = compiled(ready, where)
+        self.keep(where, module, content)
         return content, reads
 
+    def converted(
+        self, program: Program, graphs: Mapping[str, GraphModule]
+    ) -> tuple[tvm.IRModule, dict[str, Reads]]:
+        """Graphs, by their functions' names, as one module."""
+        from pbc.tvm_graph import convert
 
-def _function(graph: str) -> str:
+        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
+        return convert(graphs, head, open_head=program.class_count is None)
+
+    def keep(self, where: Platform, module: tvm.IRModule, content: bytes) -> None:
+        """Take this library wherever this module is lowered."""
+        self._built.append((where.key(), module, content))
+
+    def untunable(self, target: Target) -> str | None:
+        from pbc.targets.tvm_tuning import untunable
+
+        return untunable(target)
+
+    def tune(self, program: Program, seconds: float) -> dict[str, Any]:
+        from pbc.targets.tvm_tuning import tune
+
+        return tune(self, program, seconds)
+
+
+def function_of(graph: str) -> str:
     """What a graph's function is called: `prefix`, `forward`, `update_sgd`; never its level."""
     kind, _, rest = graph.partition("/")
     return "_".join([kind, *rest.split("/")[1:]])
@@ -182,12 +221,25 @@ def _call(name: str, graph: GraphModule, reads: Reads, store: TensorStore) -> di
         return [str(store.add(file, own, get_tensor(graph, own))) for own in names]
 
     return {
-        "function": _function(name),
+        "function": function_of(name),
         "inputs": graph_inputs(graph),
         "outputs": graph_outputs(name, graph),
         "tensors": places(reads.tensors),
         "setup": places(reads.setup),
     }
+
+
+def _about_kernels(sm: int, files: Mapping[str, bytes]) -> str:
+    """What the libraries hold for a GPU, and what nobody has seen."""
+    from pbc import cubin_elf
+    from pbc.runtime.cuda_kernels import unpack
+
+    libraries = {data for file, data in files.items() if file.endswith(".so")}
+    count = sum(len(cubin_elf.kernels(found.cubin)) for data in libraries for found in unpack(data))
+    return (
+        f"{count} kernels are compiled for GPUs of sm_{sm}, and were not run: checks ran the same "
+        "graphs, built for this machine's CPU"
+    )
 
 
 def _arrays(graph: GraphModule, names: Sequence[str]) -> list[np.ndarray]:
@@ -216,92 +268,29 @@ class _Step:
 # ---- measuring -----------------------------------------------------------------------------
 
 
-class _Visit:
-    """Measures one training visit: the prefix forward, then the derived step or the body forward.
-
-    A candidate of a program that no step is derived of yet has none.
-    """
+class _Runner:
+    """Runs a candidate's graphs: of a level, in the library that the device gets."""
 
     def __init__(self, lowering: TvmLowering, program: Program, candidate: Candidate) -> None:
-        self._batch = program.batch
         self._graphs: dict[str, Graph] = {}
-        level = _level_of(program, candidate)
-        for first in (prefix(0), body(0)):
-            if first not in candidate.graphs:
+        level = level_of_candidate(program, candidate)
+        for kind in (prefix, body):
+            names = [n for n in candidate.graphs if (n == prefix(0)) == (kind is prefix)]
+            if not names:
                 continue
             if level is None:
-                kinds = [n for n in candidate.graphs if (n == prefix(0)) == (first == prefix(0))]
-                graphs = {name: _folded(candidate.graphs[name]) for name in kinds}
+                graphs = {name: _folded(candidate.graphs[name]) for name in names}
                 self._graphs.update(lowering.loaded(program, graphs))
             else:
-                # The library that the device gets, and that `lower` need not build again.
-                own = prefix(level) if first == prefix(0) else body(level)
-                loaded = lowering.loaded(program, lowering.together(program, own))
-                self._graphs.update({_at_level_0(name): graph for name, graph in loaded.items()})
-        update = _update(candidate)
-        self._step = [body(0)] if update is None else [step_forward(0), update]
-        image = program.example[:1].numpy()
-        sizes = [self._batch * times for times in PREFIX_BATCHES]
-        self._images = {size: np.repeat(image, size, axis=0) for size in sizes}
-        self._values: dict[str, Any] = {
-            **{name: value.detach().numpy() for name, value in program.parameters.items()},
-            "labels": np.zeros(self._batch, np.int64),
-            "x": self._images[self._batch],
-        }
-        if prefix(0) in self._graphs:
-            self._values.update(self._run(prefix(0), self._values))
-        # Seconds per sample; the prefix by how many share a call.
-        self._prefix_seconds = dict.fromkeys(sizes, math.inf)
-        self._step_seconds = math.inf
+                # `lower` need not build it again.
+                loaded = lowering.loaded(program, lowering.together(program, kind(level)))
+                self._graphs.update({at_level_0(name): graph for name, graph in loaded.items()})
 
-    def measure(self, warm_up: bool) -> None:
-        if prefix(0) in self._graphs:
-            for size, images in self._images.items():
-                start = time.perf_counter()
-                self._run(prefix(0), {"x": images})
-                seconds = (time.perf_counter() - start) / size
-                if not warm_up:
-                    self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
-        values = dict(self._values)
-        start = time.perf_counter()
-        for name in self._step:
-            values.update(self._run(name, values))
-        if not warm_up:
-            seconds = (time.perf_counter() - start) / self._batch
-            self._step_seconds = min(seconds, self._step_seconds)
+    def reads(self, graph: str) -> Sequence[str]:
+        return self._graphs[graph].inputs
 
-    def _run(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        graph = self._graphs[name]
-        for given in graph.inputs:
-            if given not in values:
-                values[given] = self._values[given] = self._stand_in(given, values)
-        return graph.run(values)
-
-    @staticmethod
-    def _stand_in(name: str, values: Mapping[str, Any]) -> np.ndarray:
-        """A scalar, or the optimizer's state, which is called after its parameter."""
-        parameter = values.get(name.partition("/")[2])
-        return np.array(SCALAR, np.float32) if parameter is None else np.zeros_like(parameter)
-
-    def latency_ms(self) -> float:
-        prefix_seconds = 0.0
-        if prefix(0) in self._graphs:
-            prefix_seconds = min(self._prefix_seconds.values())
-        return (prefix_seconds + self._step_seconds) * self._batch * 1000
-
-
-def _level_of(program: Program, candidate: Candidate) -> int | None:
-    """The level of the program that the candidate is; None for a trial."""
-    for level in program.levels:
-        named = {_at_level_0(n): g for n, g in program.graphs.items() if level_of(n) == level}
-        if all(named.get(name) is graph for name, graph in candidate.graphs.items()):
-            return level
-    return None
-
-
-def _at_level_0(graph: str) -> str:
-    kind, _, rest = graph.partition("/")
-    return "/".join([kind, "0", *rest.split("/")[1:]])
+    def run(self, graph: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self._graphs[graph].run(values))
 
 
 def _folded(graph: GraphModule) -> GraphModule:
@@ -309,8 +298,3 @@ def _folded(graph: GraphModule) -> GraphModule:
     folded = copy_graph(graph)
     fold(folded)
     return folded
-
-
-def _update(candidate: Candidate) -> str | None:
-    """Any of the candidate's updates: they differ by a few products per parameter."""
-    return next((name for name in sorted(candidate.graphs) if name.startswith("update/0/")), None)

@@ -80,7 +80,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(built, tmp_path_factory.mktemp("artifact") / "product.so")
 
 
-@pytest.mark.parametrize("sm", [53, 62, 72, 87, 90, 100])
+@pytest.mark.parametrize("sm", [53, 62, 72, 87, 90, 100, 110])
 def test_machine_code_says_which_gpu_it_is_for_and_what_it_takes(sm: int) -> None:
     made = cubin.compile_kernels(SOURCE, sm)
     assert cubin_elf.architecture(made.cubin) == sm
@@ -269,7 +269,7 @@ def test_without_a_driver_one_line_says_what_the_bundle_needs() -> None:
     try:
         driver = cuda_kernels.CudaDriver()
     except PbcError as error:
-        assert "NVIDIA GPU" in str(error) or "CUDA driver" in str(error)  # noqa: PT017
+        assert "run it where such a GPU is" in str(error)  # noqa: PT017
     else:  # a machine with a GPU: its own driver loads what was compiled for it
         made = cubin.compile_kernels(SOURCE, driver.sm())
         assert loadable(made.pack(), driver) == made.cubin

@@ -14,8 +14,9 @@ from pbc import progress, registry
 tvm = pytest.importorskip("tvm")
 relax = pytest.importorskip("tvm.relax")
 gpu = pytest.importorskip("pbc.passes.schedule_gpu")
-
-Functions = dict[str, Any]
+tvm_schedules = pytest.importorskip("pbc.tvm_schedules")
+functions = tvm_schedules.functions
+in_turn = pytest.importorskip("gpu_schedules").in_turn
 
 BATCH = 3  # what runs where the module leaves the number of images open
 LIMITS = {"max_threads_per_block": 1024, "max_shared_memory_per_block": 48 * 1024}
@@ -96,27 +97,6 @@ CASES: dict[str, tuple[str, Build, tuple[tuple[int | str, ...], ...]]] = {
 }
 
 
-def functions(module: Any) -> Functions:
-    return {
-        variable.name_hint: function
-        for variable, function in module.functions_items()
-        if isinstance(function, tvm.tirx.PrimFunc)
-    }
-
-
-def in_turn(function: Any) -> Any:
-    """The same function where threads are loops and every kind of memory is the host's.
-
-    A schedule keeps what a function computes when its threads run one after another, so this is
-    what the schedule computes, all but the barriers, which TVM adds afterwards.
-    """
-    text = function.script()
-    text = re.sub(r'T\.thread_binding\(([^,]+), thread="[^"]+"', r"T.serial(\1", text)
-    text = re.sub(r'scope="(shared|shared\.dyn|local)"', 'scope="global"', text)
-    assert "thread_binding" not in text
-    return tvm.script.from_source(text)
-
-
 def computed(function: Any) -> list[np.ndarray]:
     """The function's arguments after it ran on the host, from the same random numbers each time."""
     random = np.random.default_rng(0)
@@ -142,7 +122,7 @@ def test_a_schedule_computes_what_the_function_did(case: str) -> None:
     scheduled = functions(gpu.schedule_gpu(module, TARGET))
     assert module.script() == before
     assert scheduled.keys() == functions(module).keys()
-    assert rule in {function.attrs[gpu.RULE_ATTRIBUTE] for function in scheduled.values()}
+    assert rule in {function.attrs[tvm_schedules.RULE] for function in scheduled.values()}
     for name, function in functions(module).items():
         assert "threadIdx.x" in scheduled[name].script()
         for found, wanted in zip(
@@ -153,14 +133,14 @@ def test_a_schedule_computes_what_the_function_did(case: str) -> None:
 
 def test_a_rule_that_raises_is_passed_over_and_said() -> None:
     _, build, shapes = CASES["excitation"]
-    found = gpu.refusals(gpu.schedule_gpu(fused(build, *shapes), TARGET))
+    found = tvm_schedules.refusals(gpu.schedule_gpu(fused(build, *shapes), TARGET))
     ((name, words),) = found.items()
     assert "conv2d" in name
     assert re.fullmatch(
         r"scheduled by Fallback, because of Matmul: .*not properly inlined\.", words
     )
     _, build, shapes = CASES["convolution"]
-    assert gpu.refusals(gpu.schedule_gpu(fused(build, *shapes), TARGET)) == {}
+    assert tvm_schedules.refusals(gpu.schedule_gpu(fused(build, *shapes), TARGET)) == {}
 
 
 def test_what_is_scheduled_already_stays() -> None:

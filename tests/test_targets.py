@@ -117,11 +117,9 @@ def test_jetsons(name: str, sm: str, cuda: str, memory_gib: int) -> None:
     assert target.memory_bytes == memory_gib * 2**30
     assert target.tags["tvm"].startswith(f"nvidia/{name}")
     wheel = float(cuda) >= 13
-    kernels = target.tags["kernels"]
-    assert kernels.startswith("none in bundles yet")
-    assert ("built on the board" in kernels) is not wheel
-    assert f"CUDA {cuda.removesuffix('.0')}" in kernels
-    assert "tvm" not in target.needs  # the code for its CPU needs no CUDA
+    needs = target.needs["tvm"]
+    assert needs["cuda"] == f">={cuda}"
+    assert ("built on the board" in needs.get("tvm runtime", "")) is not wheel
 
 
 @pytest.mark.parametrize("name", JETPACK_4)
@@ -162,7 +160,11 @@ def test_what_a_bundle_requires_is_all_that_anybody_asks_for() -> None:
         "libc": "glibc>=2.27",
         "onnxruntime": ">=1.20,<1.29",
     }
-    assert tx2.requirements("tvm") == {"python": ">=3.10", "libc": "glibc>=2.27"}
+    of_tvm = tx2.requirements("tvm", {"tvm": ">=0.27"})
+    assert list(of_tvm) == ["python", "libc", "tvm", "cuda", "tvm runtime"]
+    assert of_tvm["cuda"] == ">=10.2"
+    assert "docs/cuda.md" in of_tvm["tvm runtime"]
+    assert load_target("cuda-sm_90").requirements("tvm")["cuda"] == ">=13"
     assert load_target("generic-arm64").requirements("pytorch", {"python": ">=3.10"}) == {
         "python": ">=3.10",
         "libc": "glibc>=2.28",

@@ -6,28 +6,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
-from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
+from networks import AttentionNet, ConvNet, Kind, ResidualNet
 
-from pbc import bundle, compiler
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
-from pbc.passes.derive_train_step import DeriveTrainStep
-from pbc.passes.fold_batch_norm import FoldBatchNorm
-from pbc.passes.lower import Lower
 from pbc.runtime import tvm_library
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.engines.pytorch import PyTorchEngine
 from pbc.runtime.engines.tvm import TvmEngine
 from pbc.runtime.objective import Objective
 from pbc.runtime.parameters import initial_parameters
-from pbc.testing import run_passes
 
 ENGINES: dict[str, Callable[[], Engine]] = {"tvm": TvmEngine, "pytorch": PyTorchEngine}
 CASES: tuple[tuple[Kind, str], ...] = (
@@ -40,17 +35,7 @@ Compile = Callable[[Kind, str, str], Bundle]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compile a tiny network for an engine, once."""
-    root = tmp_path_factory.mktemp("compiled")
-
-    @cache
-    def compile_for(kind: Kind, strategy: str, engine: str) -> Bundle:
-        program = replace(pruned(kind, strategy, levels=1), engine=engine)
-        program = run_passes(program, FoldBatchNorm(), DeriveTrainStep(), Lower())
-        name = f"{kind.__name__}-{strategy}-{engine}.pbc".replace(":", "-")
-        return bundle.write(root / name, *compiler.package(program))
-
-    return compile_for
+    return partial(networks.compiled, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,14 @@ from networks import ConvNet, pruned
 
 from pbc import compiler
 from pbc.errors import PbcError
+from pbc.lowering import Candidate
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import CHECK, Lower
 from pbc.program import Program
 from pbc.step_check import TOLERANCE
 from pbc.target import Target, load_target
-from pbc.targets.tvm import CALLS
+from pbc.targets.tvm import CALLS, TvmLowering
 from pbc.tvm_build import platform_of
 
 AARCH64, X86_64 = 183, 62
@@ -78,6 +79,18 @@ def test_the_lowered_step_is_checked_on_the_host_s_build() -> None:
     assert list(errors) == ["0"]  # level 1's is the same
     assert set(errors["0"]) == {"adam", "adamw", "sgd"}
     assert max(errors["0"].values()) <= TOLERANCE
+
+
+def test_latency_is_measured_of_a_level_and_of_a_trial() -> None:
+    program = lowered()
+    kinds = ("prefix/{}", "forward/{}", "update/{}/sgd")
+    level = {kind.format(0): program.graphs[kind.format(1)] for kind in kinds}
+    trial = {name: program.graphs[name] for name in ("prefix/0", "body/0")}
+    text = program.text()
+    measured = TvmLowering().latency_ms(program, [Candidate(g, {}) for g in (level, trial)])
+    assert len(measured) == 2
+    assert all(0 < latency < float("inf") for latency in measured)
+    assert program.text() == text
 
 
 def test_what_is_known_of_a_board_decides_the_code() -> None:

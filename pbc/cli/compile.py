@@ -88,6 +88,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     metavar="MINUTES",
     help="Minutes of alignment for all levels together.  [default: 10]",
 )
+@click.option(
+    "--tune",
+    type=click.FloatRange(min=0),
+    metavar="MINUTES",
+    help="Measure here which code is fastest, for so long; goes on at the next call. "
+    "0: take what was measured.",
+)
 @click.option("--input", "shape", metavar="CxHxW", help="Input size; the model's own by default.")
 @click.option("--batch", default=8, show_default=True, help="Samples per mini-batch on the device.")
 @click.option("--seed", default=0, show_default=True)

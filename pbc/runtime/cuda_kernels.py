@@ -16,7 +16,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 from pbc.errors import PbcError
@@ -25,6 +24,7 @@ from pbc.runtime.nvrtc import Nvrtc
 COMPILE_CALLBACK = "tvm_callback_cuda_compile"
 """The global function that a TVM runtime asks for the machine code of a CUDA module's text."""
 
+_ELSEWHERE = "run it where such a GPU is, or compile for this machine (pbc targets)"
 _WARNING = '#error "packed kernels: load this library with the tvm engine of pbc"\n'
 _PACK = re.compile(rb"//pbc-cuda-kernels (\{[^\n]*\})\n//([A-Za-z0-9+/=]*)\n//([A-Za-z0-9+/=]*)\n")
 
@@ -89,12 +89,14 @@ class CudaDriver:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise PbcError(f"this bundle needs an NVIDIA GPU's driver: {error}") from error
+            raise PbcError(
+                f"this machine has no driver of NVIDIA's ({error}); {_ELSEWHERE}"
+            ) from error
         self._device = ctypes.c_int()
         for name, *arguments in (("cuInit", 0), ("cuDeviceGet", ctypes.byref(self._device), 0)):
             code = getattr(self._library, name)(*arguments)
             if code:
-                raise PbcError(f"the CUDA driver fails: {self._name(code)} from {name}")
+                raise PbcError(f"the driver finds none ({self._name(code)}); {_ELSEWHERE}")
 
     def sm(self) -> int:
         """Return the architecture of the GPU."""
@@ -148,12 +150,14 @@ def loadable(text: str, driver: Driver) -> bytes:
         ) from error
 
 
-@cache
-def install() -> None:
+def runs_on(own: int, built: int) -> bool:
+    """Whether a GPU runs machine code of an architecture: its own, or an older one of its kind."""
+    return own // 10 == built // 10 and own >= built
+
+
+def install(driver: Driver) -> None:
     """Have every CUDA module that a TVM runtime loads from now on ask `loadable`."""
     import tvm_ffi
-
-    driver = CudaDriver()
 
     def kernels(text: str) -> bytes:
         return loadable(text, driver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Device:
 
     def placed(self, value: Any) -> Any:
         """Return the runtime's tensor in this device's memory: itself, or a copy."""
-        if _device_of(value) == self:
+        if _place(value) == (self.kind, self.index):
             return value
         return self._copied(in_numpy(value))
 
@@ -64,7 +65,7 @@ def in_numpy(value: Any) -> np.ndarray:
     """Return the values of the runtime's tensor: a view of the CPU's memory, or a copy to it."""
     import tvm_ffi
 
-    if _device_of(value) == CPU:
+    if _place(value) == (CPU.kind, CPU.index):
         return np.from_dlpack(value)
     made = np.empty(tuple(value.shape), np.dtype(str(value.dtype)))
     tvm_ffi.get_global_func("runtime.TVMTensorCopyToBytes")(
@@ -73,30 +74,42 @@ def in_numpy(value: Any) -> np.ndarray:
     return made
 
 
-def use_gpu(runtime: Path) -> None:
-    """Load the part of the TVM runtime that drives NVIDIA's GPUs, from beside the runtime itself.
+def use_gpu(sm: int, runtime: Path) -> None:
+    """Prepare for libraries whose kernels are for `sm`; the runtime lies there.
 
-    A runtime that was built with CUDA in it has no such part, and needs none.
+    The GPU is asked what it is before anything is loaded. A runtime that was built with CUDA in it
+    needs no part for GPUs beside it.
     """
     import tvm_ffi
 
-    beside = runtime.with_name(_CUDA_RUNTIME)
-    if beside.is_file():
+    driver = cuda_kernels.CudaDriver()
+    own = driver.sm()
+    if not cuda_kernels.runs_on(own, sm):
+        raise PbcError(f"this machine's is of sm_{own}: compile for it (pbc targets)")
+    part = _part_for_gpus(runtime)
+    if part is not None:
         try:
-            ctypes.CDLL(str(beside), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(part, ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise PbcError(
-                f"the TVM runtime's part for NVIDIA GPUs cannot be loaded: {error}; "
-                "docs/cuda.md says which CUDA it needs, and how to build it for another"
+                f"the TVM runtime's part for it cannot be loaded: {error}; docs/cuda.md says which "
+                "CUDA it needs, and how to build it for another"
             ) from error
     if tvm_ffi.get_global_func(_LOADER, allow_missing=True) is None:
         raise PbcError(
-            f"this bundle is built for an NVIDIA GPU, and the TVM runtime {runtime} drives none; "
-            "docs/cuda.md says how to build one that does"
+            f"the TVM runtime {runtime} drives none; docs/cuda.md says how to build one that does"
         )
-    cuda_kernels.install()
+    cuda_kernels.install(driver)
 
 
-def _device_of(value: Any) -> Device:
+def _part_for_gpus(runtime: Path) -> str | None:
+    """Find it beside the runtime, or where the system found the runtime by its name alone."""
+    if runtime.parent == Path():
+        return ctypes.util.find_library("tvm_runtime_cuda")
+    beside = runtime.with_name(_CUDA_RUNTIME)
+    return str(beside) if beside.is_file() else None
+
+
+def _place(value: Any) -> tuple[int, int]:
     kind, index = value.__dlpack_device__()
-    return Device(int(kind), int(index))
+    return int(kind), int(index)

@@ -19,9 +19,9 @@ import numpy as np
 
 from pbc.errors import PbcError
 from pbc.runtime.engines.derived import aligned
+from pbc.runtime.tvm_devices import CPU, Device, in_numpy
 
 RUNTIME_VARIABLE = "PBC_TVM_RUNTIME"
-_CPU_DEVICE, _POOLED_ALLOCATOR = 1, 2
 _ANY_CORE = 1
 _RUNTIME = "libtvm_runtime.so"
 
@@ -35,6 +35,9 @@ def runtime() -> Any:
     # They are read when the first pool is made. Bound to cores, its threads, and ours with them,
     # could not make way for whatever else runs there.
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    # How often its idle threads yield before they sleep, and before the process may end: by default
+    # 300,000 times, which is a tenth of a second, or minutes where other programs want the cores.
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
     path = runtime_path()
     try:
         with _without("torch"):
@@ -116,10 +119,11 @@ def use_threads(count: int) -> None:
 class Library:
     """A loaded library; its file is needed no longer."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: Device = CPU) -> None:
         executable = runtime().load_module(str(path))
+        self._device = device
         self._machine = executable["vm_load_executable"]()
-        self._machine["vm_initialization"](_CPU_DEVICE, 0, _POOLED_ALLOCATOR)
+        self._machine["vm_initialization"](*device.initialization())
 
     def graph(
         self,
@@ -130,24 +134,31 @@ class Library:
         setup: Sequence[Any],
     ) -> Graph:
         """One of the library's functions, with the frozen tensors that it reads."""
-        held = [tensor(value) for value in tensors]
+        placed = self._device.placed
+        held = [placed(tensor(value)) for value in tensors]
         if setup:
-            held += list(self._machine[f"{function}_setup"](*[tensor(value) for value in setup]))
-        return Graph(self._machine[function], inputs, outputs, held)
+            read = [placed(tensor(value)) for value in setup]
+            held += list(self._machine[f"{function}_setup"](*read))
+        return Graph(self._machine[function], inputs, outputs, held, self._device)
 
 
 class Graph:
     """A function of a library, called by names."""
 
     def __init__(
-        self, function: Any, inputs: Sequence[str], outputs: Sequence[str], held: Sequence[Any]
+        self,
+        function: Any,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        held: Sequence[Any],
+        device: Device = CPU,
     ) -> None:
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self._function, self._held = function, held
+        self._function, self._held, self._device = function, held, device
 
     def run(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """Feed what the graph reads, arrays or tensors; every output has memory of its own."""
-        given = [tensor(values[name]) for name in self.inputs]
+        given = [self._device.placed(tensor(values[name])) for name in self.inputs]
         results = self._function(*given, *self._held)
         return {n: Tensor(value) for n, value in zip(self.outputs, results, strict=True)}
 
@@ -159,8 +170,8 @@ class Tensor:
         self.value = value
 
     def numpy(self) -> np.ndarray:
-        """View its memory."""
-        return np.from_dlpack(self.value)
+        """View its memory; of a GPU's, a copy."""
+        return in_numpy(self.value)
 
 
 def tensor(value: Any) -> Any:

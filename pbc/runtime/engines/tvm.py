@@ -1,6 +1,8 @@
 """The TVM engine: inference, and training by the step graphs that the compiler derived.
 
-All it needs on the device is tvm_ffi, the TVM runtime, one shared library of 3 MB, and numpy.
+All it needs on the device is tvm_ffi, the TVM runtime, one shared library of 3 MB, and numpy; for a
+GPU, the runtime's part for that too. Frozen tensors, θ, the optimizer's state, and what a forward
+keeps for its update are then in the GPU's memory; images, features and losses cross over.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from pbc.errors import PbcError
 from pbc.runtime.artifacts import Artifacts, default_folder
 from pbc.runtime.engines.derived import DerivedExecutable, aligned
 from pbc.runtime.processor import cores, cpu_identity, missing_flags
+from pbc.runtime.tvm_devices import CPU, GPU, Device, use_gpu
 from pbc.runtime.tvm_library import (
     Graph,
     Library,
     Tensor,
     runtime,
     runtime_identity,
+    runtime_path,
     tensor,
     use_threads,
 )
@@ -62,6 +66,7 @@ class TvmExecutable(DerivedExecutable):
         super().__init__(bundle)
         self._threads = threads or cores()
         self._loader = _Loader(bundle)
+        self._hyperparameters: dict[str, tuple[np.ndarray, Tensor]] = {}
 
     def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         graph = self._loader.graph(name)
@@ -72,17 +77,28 @@ class TvmExecutable(DerivedExecutable):
                     "know: upgrade pbc"
                 )
         use_threads(self._threads)
-        outputs: dict[str, Any] = graph.run(values)
+        outputs: dict[str, Any] = graph.run({**values, **self._constant(values)})
         return outputs
+
+    def _constant(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Hyperparameters where the graphs read them: most are the same at every step."""
+        scalars = {n: v for n, v in values.items() if isinstance(v, np.ndarray) and not v.ndim}
+        for name, value in scalars.items():
+            if name not in self._hyperparameters or self._hyperparameters[name][0] != value:
+                self._hyperparameters[name] = value, self._placed(value)
+        return {name: self._hyperparameters[name][1] for name in scalars}
+
+    def _placed(self, value: np.ndarray) -> Tensor:
+        return Tensor(self._loader.device.placed(tensor(value)))
 
     def _require(self, name: str) -> None:
         self._loader.require(name)
 
     def _feature(self, value: np.ndarray) -> Any:
-        return Tensor(tensor(value))
+        return self._placed(value)
 
     def _kept(self, value: np.ndarray) -> Any:
-        return Tensor(tensor(aligned(np.array(value, np.float32))))
+        return self._placed(aligned(np.array(value, np.float32)))
 
 
 # ---- loading a graph -----------------------------------------------------------------------
@@ -110,8 +126,10 @@ class _Loader:
             )
         self._calls: dict[str, dict[str, Any]] = facts["graphs"]
         self._refuse_other_machines(facts)
+        self.device = self._device(facts)
         self._libraries: dict[str, Library] = {}
         self._weights: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, Any] = {}
         self._graphs: dict[str, Graph] = {}
         self._contents: dict[str, Graph] = {}
 
@@ -130,6 +148,18 @@ class _Loader:
                 f"{self._bundle.path} is built for a CPU with {', '.join(missing)}, which this one "
                 "lacks: compile for it (pbc targets)"
             )
+
+    def _device(self, facts: Mapping[str, Any]) -> Device:
+        """Where tensors are to be; what is there for a GPU is prepared."""
+        if "sm" not in facts:
+            return CPU
+        try:
+            use_gpu(int(facts["sm"]), Path(runtime_path()))
+        except PbcError as error:
+            raise PbcError(
+                f"{self._bundle.path} is built for an NVIDIA GPU of sm_{facts['sm']}: {error}"
+            ) from error
+        return GPU
 
     def require(self, name: str) -> None:
         """Refuse a graph that the bundle does not have."""
@@ -159,7 +189,7 @@ class _Loader:
                 call["inputs"],
                 call["outputs"],
                 [self._tensor(place) for place in call["tensors"]],
-                [self._tensor(place) for place in call["setup"]],
+                [self._mapped(place) for place in call["setup"]],
             )
         except AttributeError as error:
             raise PbcError(
@@ -171,7 +201,9 @@ class _Loader:
         sha256 = self._bundle.sha256(file)
         if sha256 not in self._libraries:
             try:
-                self._libraries[sha256] = self._unpacked(file, Library)
+                self._libraries[sha256] = self._unpacked(
+                    file, lambda path: Library(path, self.device)
+                )
             except (RuntimeError, OSError, AttributeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise PbcError(
@@ -180,9 +212,15 @@ class _Loader:
         return self._libraries[sha256]
 
     def _tensor(self, place: str) -> Any:
+        """A frozen tensor where graphs read it, once for all of them."""
+        if place not in self._tensors:
+            self._tensors[place] = self.device.placed(self._mapped(place))
+        return self._tensors[place]
+
+    def _mapped(self, place: str) -> Any:
         file, _, key = place.partition("#")
         if file not in self._weights:
-            found = self._unpacked(file, _mapped)
+            found = self._unpacked(file, _views)
             self._weights[file] = {name: tensor(value) for name, value in found.items()}
         return self._weights[file][key]
 
@@ -209,7 +247,7 @@ class _Loader:
             ) from error
 
 
-def _mapped(path: Path) -> dict[str, np.ndarray]:
+def _views(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, each a view of the mapped file."""
     content = np.memmap(path, np.uint8, mode="c")
     begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
