@@ -24,7 +24,7 @@ test check: $(installed)
 
 test-device: $(installed)
 	$(bin)/python tests/emulated/arm64.py
-	$(bin)/pytest -m emulated tests/emulated
+	$(bin)/pytest -n $(JOBS) --dist loadgroup -m emulated tests/emulated
 
 $(installed): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

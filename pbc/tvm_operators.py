@@ -659,6 +659,13 @@ def _amin(scope: Scope, x: Expr, axes: Any = None, keep: bool = False) -> Expr:
     return relax.op.min(x, axes_of(x, axes), keep)
 
 
+@_converts(aten.scatter_add.default)
+def _scatter_add(scope: Scope, x: Expr, axis: int, index: Expr, source: Expr) -> Expr:
+    sizes = zip(shape_of(index), shape_of(source), strict=True)
+    require(all(scope.equal(one, other) for one, other in sizes), "a source larger than its index")
+    return relax.op.scatter_elements(x, index, source, axis % rank_of(x), "add")
+
+
 @_converts(aten.cumsum.default)
 def _cumsum(scope: Scope, x: Expr, axis: int, **_: Any) -> Expr:
     """As a sum under a triangle: what is summed so is short, and a scan has no schedule."""
@@ -984,7 +991,34 @@ def _max_pool2d(
     )
     if scope.node.target == aten.max_pool2d.default:
         return pooled
-    return [scope.emit(pooled), None]
+    values = scope.emit(pooled)
+    if not any(user.args[1:] == (1,) for user in scope.node.users):
+        return [values, None]
+    window = zip(pair(kernel), pair(stride or kernel), pair(padding), pair(dilation), strict=True)
+    return [values, scope.compute(_first_places, x, values, list(window))]
+
+
+def _first_places(x: Any, pooled: Any, window: Sequence[tuple[int, int, int, int]]) -> Any:
+    """Where in its plane each window first has its largest value, as torch counts.
+
+    window: size, stride, padding and dilation of rows, and of columns.
+    """
+    height, width = x.shape[2:]
+    steps = [te.reduce_axis((0, size)) for size, *_ in window]
+
+    def value(image: Any, channel: Any, *at: Any) -> Any:
+        row, column = (
+            place * stride - padding + step * dilation
+            for place, step, (_, stride, padding, dilation) in zip(at, steps, window, strict=True)
+        )
+        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+        # Nowhere equal are values that are no numbers: the last place is a place at least.
+        last = (height * width - 1).astype("int64")
+        largest = x(image, channel, row, column) == pooled(image, channel, *at)
+        found = tirx.Select(largest, (row * width + column).astype("int64"), last)
+        return te.min(tirx.if_then_else(inside, found, last), steps)
+
+    return te.compute(pooled.shape, value)
 
 
 @_converts(aten.avg_pool2d.default)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 import sshd
 import tiny
 from click.testing import CliRunner
+from deploying import PYTHON, Device, quiet
 
 from pbc import bundle as bundles
 from pbc.bundle import Bundle
@@ -33,54 +37,6 @@ from pbc.errors import PbcError, UsageError
 pytestmark = pytest.mark.skipif(None in (sshd.SSHD, sshd.SSH), reason=sshd.MISSING)
 
 STEPS = ("compare", "slot", "self-test", "seal", "switch", "prune")
-
-
-def quiet(line: str) -> None:
-    """Hear what a deploy tells, and say nothing."""
-
-
-class Device:
-    """The board with version 1 on it, and how it is deployed to."""
-
-    def __init__(self, board: sshd.Board, wheels: Path, work: Path) -> None:
-        self.board = board
-        self.work = work
-        self.options = Options(ssh_options=board.options, wheels=wheels, python=PYTHON)
-        self._number = 0
-
-    def bundle(self, **changes: Any) -> Bundle:
-        """Another bundle each time."""
-        self._number += 1
-        return deploying.write(self.work / f"{self._number}.pbc", self._number, **changes)
-
-    def deploy(
-        self, bundle: Bundle, report: Callable[[str], None] = quiet, **options: Any
-    ) -> dict[str, Any]:
-        changed = replace(self.options, **options)
-        return deployment.deploy(bundle.path, self.board.destination, changed, report)
-
-    def status(self) -> dict[str, Any]:
-        return deployment.status(self.board.destination, self.options)
-
-    def pbc(self, *words: object) -> str:
-        """Run what is active on the board, as its user would."""
-        result = subprocess.run(
-            [self.board.root / "bin" / "pbc", *(str(word) for word in words)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PATH": "/usr/bin:/bin", "HOME": str(self.board.home), "COLUMNS": "200"},
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    def active(self) -> str:
-        """The digest of the bundle that the board's own pbc sees."""
-        told = json.loads(self.pbc("inspect", self.board.root / "bundle.pbc", "--json"))
-        return str(told["digest"])
-
-
-PYTHON = os.path.realpath(sys.executable)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +91,7 @@ def test_one_version_after_the_other(device: Device) -> None:
     assert "switch" not in again
 
     for expected in (before, second.digest):
-        deployment.rollback(device.board.destination, device.options, quiet)
+        device.rollback()
         assert device.active() == expected
 
     third = device.deploy(device.bundle())["slot"]
@@ -202,9 +158,12 @@ def test_a_kill_at_any_step_leaves_one_that_works(
 
 def slot_of(device: Device) -> str:
     """The one slot that has no seal."""
-    slots = (device.board.root / "slots").iterdir()
-    (name,) = (slot.name for slot in slots if not (slot / "sealed.json").exists())
-    return name
+    (slot,) = unsealed(device.board.root / "slots")
+    return slot.name
+
+
+def unsealed(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not (path / "sealed.json").exists()]
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -220,6 +179,88 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("pbc.deploy.deployment.json.loads", listening)
     return pids
+
+
+VICTIMS = (("board",), ("tool",), ("tool", "board"))
+
+
+def test_a_kill_in_the_middle_of_pip_or_venv_leaves_one_that_works(
+    device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """kill -9 of the script, of what it runs, or of both, with half of the files there."""
+    before, bundle = device.active(), device.bundle()
+    wheels = with_another_wheel(device, tmp_path / "wheels")
+    pids = watched(monkeypatch)
+    stages = (("pip", "packages", "packages"), ("venv", "slot", "slots"))
+    for (tool, step, folder), victims in itertools.product(stages, VICTIMS):
+        place = device.board.root / folder
+        facts = (pids, place, tool, victims)
+
+        def kill(line: str, step: str = step, facts: tuple[Any, ...] = facts) -> None:
+            if line == step:
+                threading.Thread(target=kill_in_the_middle, args=facts).start()
+
+        words = "lost it" if "board" in victims else f"{tool} was ended by SIGKILL; the kernel"
+        with pytest.raises(PbcError, match=words):
+            device.deploy(bundle, kill, wheels=wheels)
+        while device.status()["running"]:  # a pip that nobody waits for goes on to its end
+            time.sleep(0.1)
+        assert device.active() == before
+        (half,) = unsealed(place)
+        assert device.status()["half_made"] == [f"{folder}/{half.name}"]
+    device.deploy(bundle, wheels=wheels)
+    assert device.active() == bundle.digest
+    assert device.status()["half_made"] == []
+    for packages in (device.board.root / "packages").iterdir():
+        assert {path.name for path in packages.iterdir()} == {"site", "sealed.json"}
+    device.rollback()
+    assert device.active() == before
+
+
+def with_another_wheel(device: Device, folder: Path) -> Path:
+    """The wheels of the device, one of them of another build: all have to be installed again."""
+    assert device.options.wheels is not None
+    shutil.copytree(device.options.wheels, folder)
+    (wheel,) = folder.glob("click-*.whl")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.comment = os.urandom(8).hex().encode()
+    return folder
+
+
+def kill_in_the_middle(
+    pids: Sequence[int], place: Path, tool: str, victims: tuple[str, ...]
+) -> None:
+    """Kill once the board runs the tool and that has written a little; `place` is where."""
+    board = pids[-1]
+    running: list[int] = []
+    while not running:
+        running = [pid for pid in children(board) if tool in arguments(pid)]
+    os.kill(running[0], signal.SIGSTOP)
+    written = {"pip": "unpacking/**/*.py", "venv": "python/*"}[tool]
+    while not any(file for half in unsealed(place) for file in half.glob(written)):
+        os.kill(running[0], signal.SIGCONT)
+        time.sleep(0.002)
+        os.kill(running[0], signal.SIGSTOP)
+    processes = {"tool": running[0], "board": board}
+    for victim in reversed(victims):  # the board is not to hear of the tool's end
+        os.kill(processes[victim], signal.SIGKILL)
+    if "tool" not in victims:
+        os.kill(running[0], signal.SIGCONT)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            found += [int(stat.parent.name)] * (int(parent) == pid)
+    return found
+
+
+def arguments(pid: int) -> list[str]:
+    """What a process was started with, by the last parts of paths."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return [word.rpartition("/")[2] for word in words]
 
 
 def test_a_cut_connection_goes_on_where_it_was(

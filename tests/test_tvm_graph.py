@@ -177,6 +177,18 @@ CASES: dict[str, Case] = {
         lambda x: aten.max_pool2d_with_indices(x, [2, 2], [2, 2], [0, 0], [1, 1], True)[0],
         tensors((2, 3, 7, 7)),
     ),
+    "max pool, where": (
+        lambda x: aten.max_pool2d_with_indices(x.relu(), [3, 2], [2, 1], [1, 0], [2, 1])[1],
+        tensors((2, 3, 8, 7)),
+    ),
+    "max pool with ceil_mode, where": (
+        lambda x: aten.max_pool2d_with_indices(x, [2, 2], [2, 2], [0, 0], [1, 1], True)[1],
+        tensors((2, 3, 7, 7)),
+    ),
+    "scatter add": (
+        lambda x, y: aten.scatter_add(x, 1, INDICES, y),
+        tensors((2, 4), (2, 2)),
+    ),
     "average pool": (
         lambda x: aten.avg_pool2d(x, [3, 2], [2, 2], [1, 0], False, True),
         tensors((2, 3, 8, 8)),
@@ -289,6 +301,37 @@ def test_any_batch() -> None:
     (runner,) = loaded({"net": graph}).values()
     for count in (1, 2, 5, 16):
         run(graph, runner, tensors((count, 5, 2, 3)))
+
+
+class Pool(nn.Module):
+    """What sends a gradient back through a max pool: windows overlap, and zeros are as large."""
+
+    def forward(self, x: Tensor, grad: Tensor) -> Tensor:
+        x = x.relu()
+        _, places = aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])
+        count, channels, height, width = x.shape
+        zeros = torch.zeros(count, channels, height * width)
+        flat = places.reshape(count, channels, -1)
+        spread = aten.scatter_add(zeros, 2, flat, grad.reshape(count, channels, -1))
+        sent: Tensor = spread.reshape(x.shape)
+        return sent
+
+
+def test_the_gradient_of_a_max_pool() -> None:
+    pool = nn.MaxPool2d(3, 2, 1)
+    graphs = {}
+    for count in (2, 5):
+        x, grad = tensors((count, 3, 8, 7), (count, 3, 4, 4))
+        graphs[f"of_{count}"] = traced(Pool(), (x, grad))
+    runners = loaded(graphs)
+    for count in (2, 5):
+        x, grad = tensors((count, 3, 8, 7), (count, 3, 4, 4))
+        x = x.relu().requires_grad_()
+        (expected,) = torch.autograd.grad(pool(x), x, grad)
+        runner = runners[f"of_{count}"]
+        values = dict(zip(runner.inputs, (x.detach().numpy(), grad.numpy()), strict=True))
+        (found,) = runner.run(values).values()
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=2e-6)
 
 
 def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:

@@ -28,14 +28,30 @@ def fill(folder: Path, names: Sequence[str]) -> Path:
     return folder
 
 
-def _write(folder: Path, distribution: metadata.Distribution) -> None:
+def part(folder: Path, name: str, members: Sequence[str], size: int | None = None) -> None:
+    """Write a wheel of these files of a distribution alone; cut to a size, if one is given."""
+    distribution = metadata.distribution(name)
+    with zipfile.ZipFile(folder / _file_name(distribution), "w") as archive:
+        for file in distribution.files or []:
+            content = Path(str(file.locate()))
+            if file.as_posix() in members:
+                archive.writestr(file.as_posix(), content.read_bytes()[:size])
+            elif file.parent.name.endswith(".dist-info") and file.name in ("METADATA", "WHEEL"):
+                archive.write(content, file.as_posix())
+
+
+def _file_name(distribution: metadata.Distribution) -> str:
     about = distribution.read_text("WHEEL") or ""
     tags = re.findall(r"^Tag: (.*)$", about, re.MULTILINE)
     first = tags[0].split("-")
     platforms = ".".join(sorted({tag.split("-")[2] for tag in tags}))
     pythons = ".".join(sorted({tag.split("-")[0] for tag in tags}))
     name = re.sub("[-_.]+", "_", distribution.metadata["Name"])
-    path = folder / f"{name}-{distribution.version}-{pythons}-{first[1]}-{platforms}.whl"
+    return f"{name}-{distribution.version}-{pythons}-{first[1]}-{platforms}.whl"
+
+
+def _write(folder: Path, distribution: metadata.Distribution) -> None:
+    path = folder / _file_name(distribution)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for file in distribution.files or []:
             place, inside = Path(str(file.locate())), file.parts[0] != ".."

@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -449,15 +450,21 @@ class Site:
         for file in plan["wheels"]:
             self.store.place(file, wheels / file["path"])
         (pip,) = wheels.glob("pip-*.whl")
+        # /tmp may be a small memory disk, and what a killed pip leaves there stays.
+        unpacking = folder / "unpacking"
+        unpacking.mkdir()
         self._call(
+            "pip",
             [
                 sys.executable, "-I", str(pip / "pip"), "install", "--isolated", "--no-index",
                 "--find-links", str(wheels), "--target", str(folder / "site"), "--no-compile",
                 "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--quiet",
                 *plan["install"],
-            ]
+            ],
+            {"TMPDIR": str(unpacking)},
         )  # fmt: skip
         _remove(wheels)
+        _remove(unpacking)
         _seal(folder, {})
 
     def _make_slot(self, slot: Path, packages: Path, plan: Mapping[str, Any]) -> None:
@@ -466,7 +473,7 @@ class Site:
             self.store.place(file, slot / file["path"])
         # Debian keeps what venv needs to install a pip in a package of its own.
         own = slot / "python"
-        self._call([sys.executable, "-I", "-m", "venv", "--without-pip", str(own)])
+        self._call("venv", [sys.executable, "-I", "-m", "venv", "--without-pip", str(own)])
         (site,) = own.glob("lib/python3*/site-packages")
         shutil.unpack_archive(slot / plan["own"], site, "zip")
         (site / "packages.pth").write_text(f"{packages / 'site'}\n")
@@ -477,6 +484,7 @@ class Site:
     def _self_test(self, slot: Path) -> dict[str, Any]:
         variables = json.loads((slot / "variables.json").read_text())
         printed = self._call(
+            "the self-test",
             [
                 str(slot / "python" / "bin" / "python"), "-I", "-m",
                 "pbc.runtime.self_test", str(slot / "bundle.pbc"),
@@ -486,8 +494,8 @@ class Site:
         outcome: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return outcome
 
-    def _call(self, words: list[str], variables: Mapping[str, str] = {}) -> str:
-        """Run a program to its end and return what it printed.
+    def _call(self, what: str, words: list[str], variables: Mapping[str, str] = {}) -> str:
+        """Run a program to its end and return what it printed; `what` it is, for whoever reads.
 
         It inherits the lock: if this process is killed, nobody else changes what it still changes.
         """
@@ -508,7 +516,11 @@ class Site:
             return result.stdout
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error:")]
-        last = (errors or lines or [f"it ended with {result.returncode}"])[-1]
+        if result.returncode < 0:
+            name = signal.Signals(-result.returncode).name
+            why = "; the kernel does so when memory is short" if name == "SIGKILL" else ""
+            raise Refused(f"{what} was ended by {name}{why}")
+        last = (errors or lines or [f"{what} ended with {result.returncode}"])[-1]
         raise Refused(re.sub("(?i)^error: ?", "", last.strip()))
 
     def _activate(self, slot: Path, active: Path | None) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,38 +141,57 @@ def calibration(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module", params=["new-head", "last-block"])
-def network(request: pytest.FixtureRequest, examples: Path) -> Network:
-    return networks(examples)[request.param]
+Compile = Callable[[str, str, tuple[str, ...]], Bundle]
 
 
-@pytest.fixture(scope="module", params=list(arm64.EXTRAS))
+@pytest.fixture(scope="module")
+def compiled(
+    examples: Path, photos: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Compile:
+    """Compile one of the networks for an engine, with these axes of the ladder; once."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    @cache
+    def compile_for(name: str, engine: str, axes: tuple[str, ...]) -> Bundle:
+        network = networks(examples)[name]
+        data: dict[str, Any] = {"data": photos / "train", "calibration": calibration, "axes": axes}
+        options = compiler.Options(target=TARGET, engine=engine, **data, **network.options)
+        path = folder / f"{name}-{engine}-{len(axes)}.pbc"
+        return compiler.compile(network.model, path, options)
+
+    return compile_for
+
+
+CASES = [
+    # Each network's tests stay together, since they share what is compiled.
+    pytest.param((name, engine), marks=pytest.mark.xdist_group(name), id=f"{engine}-{name}")
+    for name in ("new-head", "last-block")
+    for engine in arm64.EXTRAS
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def shipped(
     request: pytest.FixtureRequest,
-    network: Network,
+    examples: Path,
+    compiled: Compile,
     wheel: Path,
     photos: Path,
-    calibration: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Shipped:
-    engine: str = request.param
+    name, engine = request.param
     try:
         board = arm64.board(engine, fetch=False)
     except arm64.Missing as missing:
         pytest.skip(str(missing))
+    network = networks(examples)[name]
+    # Only ONNX Runtime rounds to eight bits. A network without proxies has no axes.
+    rounds = engine == "onnxruntime" and network.options["levels"]
+    axes = compiler.Options().axes if rounds else ("resolution", "width")
+    bundle = compiled(name, engine, axes)
+    # TVM's artifacts are machine code of the board. ONNX Runtime has the same program here.
+    reference = compiled(name, "onnxruntime", axes)
     work = tmp_path_factory.mktemp(engine)
-
-    def compiled(by: str, axes: tuple[str, ...]) -> Bundle:
-        data: dict[str, Any] = {"data": photos / "train", "calibration": calibration, "axes": axes}
-        options = compiler.Options(target=TARGET, engine=by, **data, **network.options)
-        return compiler.compile(network.model, work / f"{by}.pbc", options)
-
-    if engine == "onnxruntime":
-        bundle = reference = compiled(engine, compiler.Options().axes)
-    else:
-        # Its artifacts are machine code of the board. ONNX Runtime has the same program here.
-        axes = ("resolution", "width")
-        bundle, reference = compiled(engine, axes), compiled("onnxruntime", axes)
     return Shipped(board, wheel, bundle, reference, network.training, photos, work)
 
 
