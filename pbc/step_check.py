@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -29,8 +30,9 @@ LOWERED_TOLERANCE = 1e-2
 
 # Neither zero nor one, so that every term shows.
 MOMENTUM, SMOOTHING_SHARE = 0.9, 0.1
-# Of the parameters' own size, per step: no network blows up, and rounding stays rounding.
-CHANGE = 0.01
+# Of the parameters' own size, per step: few networks blow up, and rounding stays rounding. Where
+# torch itself does, as deep untrained ones may, the steps are made smaller.
+CHANGES = (1e-2, 1e-3, 1e-4)
 # Of the gradients' root mean square.
 _NO_GRADIENT = 1e-2
 
@@ -72,8 +74,21 @@ def _error(
     step: Step,
     optimizer: str,
 ) -> float:
+    found = (_error_at(change, body, parameters, batches, step, optimizer) for change in CHANGES)
+    return next((error for error in found if error is not None), math.nan)
+
+
+def _error_at(
+    change: float,
+    body: GraphModule,
+    parameters: Tensors,
+    batches: Sequence[tuple[Tensors, Tensor]],
+    step: Step,
+    optimizer: str,
+) -> float | None:
+    """The error of steps that change parameters by so much; None where torch's own blow up."""
     theta = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
-    settings = _settings(optimizer, body, theta, *batches[0])
+    settings = _settings(change, optimizer, body, theta, *batches[0])
     rule = _torch_optimizer(optimizer, list(theta.values()), settings)
     worst = 0.0
     for number, (features, labels) in enumerate(batches, 1):
@@ -98,6 +113,8 @@ def _error(
         losses.mean().backward()
         rule.step()
         expected = {**theta, **_state(optimizer, rule, theta)}
+        if not all(value.isfinite().all() for value in (losses, *expected.values())):
+            return None
         errors = [_relative(known[LOSSES], losses, 1e-6)]
         for name, value in new.items():
             # A gradient that is zero but for rounding has no digits to compare.
@@ -132,7 +149,12 @@ def _losses(body: GraphModule, inputs: Tensors, labels: Tensor) -> Tensor:
 
 
 def _settings(
-    optimizer: str, body: GraphModule, parameters: Tensors, features: Tensors, labels: Tensor
+    change: float,
+    optimizer: str,
+    body: GraphModule,
+    parameters: Tensors,
+    features: Tensors,
+    labels: Tensor,
 ) -> dict[str, float]:
     """Hyperparameters of the size of this body's values and gradients.
 
@@ -145,12 +167,12 @@ def _settings(
     gradients = [g for g in torch.autograd.grad(loss, theta, allow_unused=True) if g is not None]
     size, slope = _root_mean_square(theta), _root_mean_square(gradients)
     # Adam's step per value is about the rate, whatever the gradient.
-    rate = CHANGE * size if optimizer.startswith("adam") else CHANGE * size / slope
+    rate = change * size if optimizer.startswith("adam") else change * size / slope
     return {
         "learning_rate": rate,
         "momentum": MOMENTUM,
         # AdamW's is multiplied by the rate, which would hide it in the tolerance.
-        "weight_decay": CHANGE / rate if optimizer == "adamw" else CHANGE * slope / size,
+        "weight_decay": change / rate if optimizer == "adamw" else change * slope / size,
         "label_smoothing": SMOOTHING_SHARE,
         "epsilon": slope,
     }

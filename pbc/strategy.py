@@ -186,16 +186,20 @@ def head_names(module: nn.Module, classifier: str) -> frozenset[str]:
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether the layer is a normalisation, also one of a library's own."""
-    return "Norm" in type(layer).__name__ and not list(layer.children())
+    """Whether the layer is a normalisation, also one of a library's own, with an activation in it.
+
+    A layer around a normalisation and a convolution, which may be called after both, is none.
+    """
+    inside = [weight for child in layer.children() for weight in child.parameters()]
+    return "Norm" in type(layer).__name__ and not inside
 
 
 def blocks(module: nn.Module) -> list[str]:
     """The residual blocks or encoder layers of a network, by name, in order.
 
-    A block is a module with layers of its own that stands in a sequence (nn.Sequential,
-    nn.ModuleList), outermost first: Bottleneck, InvertedResidual, EncoderBlock, and whatever a
-    user's model has in their place.
+    A block is a module with layers of its own, and something to train in them, that stands in a
+    sequence (nn.Sequential, nn.ModuleList), outermost first: Bottleneck, InvertedResidual,
+    EncoderBlock, and whatever a user's model has in their place.
     """
     found: list[str] = []
 
@@ -204,7 +208,8 @@ def blocks(module: nn.Module) -> list[str]:
         for name, child in parent.named_children():
             inner = f"{path}.{name}" if path else name
             container = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-            if sequence and not container and list(child.children()):
+            layers, weights = list(child.children()), list(child.parameters())
+            if sequence and not container and layers and weights:
                 found.append(inner)
             else:
                 visit(child, inner)

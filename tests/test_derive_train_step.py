@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from networks import ConvNet, Kind, ResidualNet, pruned, split
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pbc import bundle, compiler
@@ -30,7 +32,7 @@ from pbc.program import (
     tensor_names,
 )
 from pbc.step_check import TOLERANCE
-from pbc.testing import assert_same, assert_text, assert_unchanged, run_passes
+from pbc.testing import assert_same, assert_text, assert_unchanged, make_program, run_passes
 
 aten = torch.ops.aten
 
@@ -346,6 +348,27 @@ def test_wrong_losses_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derive_train_step, "differentiate", wrong)
     with pytest.raises(RuntimeError, match=r"level 0 under sgd differs from torch's by 1\.0e-02"):
         DeriveTrainStep()(on_onnxruntime(split(ConvNet)))
+
+
+class Narrow(nn.Module):
+    """Its scale may move by 0.4 % before nothing is finite any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = self.scale - 1
+        edge = 0 * torch.sqrt(0.004**2 - moved * moved)
+        logits: Tensor = self.fc(x.mean((2, 3)) * self.scale) + edge
+        return logits
+
+
+def test_a_network_on_which_torch_blows_up_is_verified_in_smaller_steps() -> None:
+    program = zoo.split(make_program(Narrow().eval(), "full"))
+    after = DeriveTrainStep()(on_onnxruntime(program))
+    assert all(error <= TOLERANCE for error in after.checks[CHECK]["0"].values())
 
 
 WRONG_UPDATES: list[tuple[str, str, Change]] = [

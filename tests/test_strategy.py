@@ -170,6 +170,59 @@ def test_norm_without_a_norm() -> None:
         make_program(ResidualNet(), "norm")
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm's are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.act(super().forward(x))
+        return activated
+
+
+class ConvNormAct(nn.Module):
+    """A convolution and a norm, called after both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = BatchNormAct(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.bn(self.conv(x))
+        return activated
+
+
+class Pool(nn.Module):
+    """Layers that have nothing to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat: Tensor = self.flatten(self.pool(x))
+        return flat
+
+
+def activated() -> nn.Sequential:
+    return nn.Sequential(nn.Sequential(ConvNormAct()), Pool(), nn.Linear(8, 4))
+
+
+def test_a_norm_may_have_its_activation_inside() -> None:
+    trainable = strategy.parse("norm").trainable(activated(), "2")
+    assert trainable == {"0.0.bn.weight", "0.0.bn.bias", "2.weight", "2.bias"}
+
+
+def test_a_block_has_something_to_train() -> None:
+    assert strategy.blocks(activated()) == ["0.0"]
+    trainable = strategy.parse("last-k:1").trainable(activated(), "2")
+    assert "0.0.conv.weight" in trainable
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
