@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pbc import parallel, registry
+from pbc.errors import PbcError
 from pbc.interface import precision_of
 from pbc.ladder import LATENCY, PROFILE, Ladder
 from pbc.lowering import Candidate, Lowering, Tunes
@@ -75,9 +76,10 @@ class Lower:
             errors[str(level)] = found
             worst = max(found.values())
             if not worst <= LOWERED_TOLERANCE:
-                raise RuntimeError(
-                    f"the lowered step of level {level} differs from torch's by {worst:.1e} "
-                    f"(relative; at most {LOWERED_TOLERANCE:.0e})"
+                raise PbcError(
+                    f"the training step that {program.engine} runs at level {level} differs from "
+                    f"torch's by {worst:.1e} (relative; at most {LOWERED_TOLERANCE:.0e}): compile "
+                    "with another --engine or --strategy"
                 )
             if worst > TOLERANCE:
                 notes += (

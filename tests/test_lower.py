@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from pbc import bundle, compiler
 from pbc.errors import PbcError
 from pbc.lowering import Candidate
+from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.program import Program
 from pbc.runtime.engines.pytorch import PyTorchEngine
 from pbc.runtime.objective import Objective
+from pbc.step_check import Step, Tensors
+from pbc.targets.onnxruntime import OnnxRuntimeLowering
 from pbc.targets.pytorch import PyTorchLowering
 from pbc.testing import assert_same, assert_unchanged, gradients, make_program, run_passes
 
@@ -149,3 +152,33 @@ def test_latency_is_measured_per_candidate() -> None:
     assert len(measured) == 3
     assert min(measured) > 0
     assert program.text() == text
+
+
+class Shifted:
+    """A lowered step whose parameters end where they should, and a share of their size further."""
+
+    def __init__(self, step: Step, share: float) -> None:
+        self._step, self._share = step, share
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return self._step.forward(inputs)
+
+    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
+        results = self._step.update(optimizer, inputs)
+        return {name: value * (1 + self._share) for name, value in results.items()}
+
+
+def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OnnxRuntimeLowering.step
+
+    def step(self: OnnxRuntimeLowering, program: Program, level: int) -> Step:
+        return Shifted(right(self, program, level), 0.05)
+
+    monkeypatch.setattr(OnnxRuntimeLowering, "step", step)
+    program = DeriveTrainStep()(replace(pruned(ConvNet, "norm"), engine="onnxruntime"))
+    message = (
+        r"the training step that onnxruntime runs at level 0 differs from torch's by \d\.\de-02 "
+        r"\(relative; at most 1e-02\): compile with another --engine or --strategy"
+    )
+    with pytest.raises(PbcError, match=message):
+        Lower()(program)
