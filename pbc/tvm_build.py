@@ -26,7 +26,7 @@ from tvm.relax.backend.cpu_generic import pipeline
 
 from pbc import cubin, registry
 from pbc.errors import PbcError
-from pbc.runtime.processor import DECIDING_FLAGS
+from pbc.runtime.processor import DECIDING_FLAGS, missing_flags
 from pbc.target import Target
 
 Pass = Callable[[tvm.IRModule, tvm.target.Target], tvm.IRModule]
@@ -110,6 +110,14 @@ def this_machine() -> Platform:
     triple = _TRIPLES.get(platform.machine(), f"{platform.machine()}-linux-gnu")
     facts = {"kind": "llvm", "mtriple": triple, "mcpu": str(cpu)}
     return Platform(facts, f"{triple}.{_OLDEST_GLIBC}")
+
+
+def runs_here(target: Target) -> bool:
+    """Whether this machine's CPU runs what is built for a target."""
+    where = platform_of(target)
+    machine = where.linked.partition("-")[0]
+    alike = target.local or machine == platform.machine() == "x86_64"
+    return where.sm is None and alike and not missing_flags(where.flags())
 
 
 def _glibc(target: Target) -> str:

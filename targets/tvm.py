@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from pbc.program import (
     step_forward,
     step_update,
 )
-from pbc.runtime.processor import cores, missing_flags
+from pbc.runtime.processor import cores
 from pbc.target import Target
 from pbc.visit import Visit, at_level_0, latencies_ms, level_of_candidate
 from pbc.weights import TensorStore, by_level, level_of, weight_file
@@ -119,14 +118,10 @@ class TvmLowering:
     def loaded(self, program: Program, graphs: Mapping[str, GraphModule]) -> dict[str, Graph]:
         """Graphs of one library, as the device runs them if this machine can, or built for it."""
         from pbc.runtime.tvm_library import Library, use_threads
-        from pbc.tvm_build import platform_of, this_machine
+        from pbc.tvm_build import platform_of, runs_here, this_machine
 
-        where = platform_of(program.target)
-        alike = program.target.local or (
-            where.linked.startswith("x86_64-") and platform.machine() == "x86_64"
-        )
-        if where.sm is not None or not alike or missing_flags(where.flags()):
-            where = this_machine()
+        target = program.target
+        where = platform_of(target) if runs_here(target) else this_machine()
         functions = {function_of(name): graph for name, graph in graphs.items()}
         content, reads = self._library(program, functions, where)
         with tempfile.TemporaryDirectory(prefix="pbc-") as folder:

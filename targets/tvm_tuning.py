@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pbc.lowering import Candidate
 from pbc.program import POLICY, Program
-from pbc.runtime.processor import missing_flags
 from pbc.target import Target
 from pbc.tuning_records import Record, Records
 from pbc.visit import PREFIX_BATCHES, at_level_0
@@ -32,14 +30,12 @@ WHOLE = {"functions": "all"}
 
 def untunable(target: Target) -> str | None:
     """Why this machine cannot measure code for a target, in words."""
-    from pbc.tvm_build import platform_of
+    from pbc.tvm_build import platform_of, runs_here
 
-    where = platform_of(target)
-    machine = where.linked.partition("-")[0]
-    alike = target.local or machine == platform.machine() == "x86_64"
-    if where.sm is None and alike and not missing_flags(where.flags()):
+    if runs_here(target):
         return None
-    what = "a GPU's code" if where.sm is not None else f"code for {target.name}"
+    is_gpu = platform_of(target).sm is not None
+    what = "a GPU's code" if is_gpu else f"code for {target.name}"
     return (
         f"--tune measures on this machine, which does not run {what}; compile on the board itself "
         "with --target host, or here without --tune"
