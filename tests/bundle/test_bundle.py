@@ -19,7 +19,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbc import bundle
+from pbc.bundle import bundle
 from pbc.bundle.bundle import MANIFEST, Bundle
 from pbc.errors import PbcError
 

@@ -12,7 +12,8 @@ import tiny
 from click.testing import CliRunner, Result
 
 import pbc
-from pbc import bundle, cli
+from pbc import cli
+from pbc.bundle import bundle
 from pbc.errors import PbcError, UsageError
 
 

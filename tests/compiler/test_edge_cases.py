@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from pbc import bundle
+from pbc.bundle import bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.events import EpochReport, Event, Note

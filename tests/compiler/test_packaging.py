@@ -6,22 +6,12 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from distribution import build, copy_sources
+from distribution import build, copy_sources, modules
 
 
 @pytest.fixture(scope="module")
 def sources(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_sources(root, tmp_path_factory.mktemp("sources"))
-
-
-def modules(root: Path) -> set[str]:
-    """Every Python file of the package, by its path in an installation."""
-    return {
-        f"pbc/{file.relative_to(root).as_posix()}".replace("pbc/pbc/", "pbc/")
-        for folder in ("pbc", "passes", "targets")
-        for file in (root / folder).rglob("*.py")
-        if not (folder == "pbc" and file.relative_to(root).parts[1] in ("passes", "targets"))
-    }
 
 
 def test_sdist_and_wheel_hold_one_package_with_everything(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_packaging import modules
+from distribution import modules
 
 import pbc
 from pbc.deploy import libraries

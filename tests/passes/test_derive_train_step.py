@@ -11,7 +11,8 @@ from networks import ConvNet, Kind, ResidualNet, pruned, split
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc import bundle, compiler
+from pbc import compiler
+from pbc.bundle import bundle
 from pbc.ir.program import (
     NAME,
     Program,

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import tiny_onnx
 from click.testing import CliRunner, Result
-from test_imports import ALLOWED, FORBIDDEN, imported, third_party
+from guarded import ALLOWED, FORBIDDEN, imported, third_party
 
 from pbc import cli, compiler
 from pbc.bundle import Bundle, write

@@ -22,7 +22,7 @@ import safetensors.numpy
 import tiny
 from killing import Killed, killed_until_done
 
-from pbc import bundle
+from pbc.bundle import bundle
 from pbc.cli import main
 from pbc.cli.display import epoch_line, level_shares
 from pbc.data import ImageFolder, read_image

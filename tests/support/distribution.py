@@ -30,3 +30,13 @@ def build(hook: str, sources: Path, out: Path) -> Path:
     )
     (built,) = out.iterdir()
     return built
+
+
+def modules(root: Path) -> set[str]:
+    """Every Python file of the package, by its path in an installation."""
+    return {
+        f"pbc/{file.relative_to(root).as_posix()}".replace("pbc/pbc/", "pbc/")
+        for folder in ("pbc", "passes", "targets")
+        for file in (root / folder).rglob("*.py")
+        if not (folder == "pbc" and file.relative_to(root).parts[1] in ("passes", "targets"))
+    }

@@ -18,8 +18,7 @@ import safetensors.numpy
 import tiny
 from onnx import TensorProto, helper, numpy_helper
 
-from pbc import bundle
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, bundle
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 WEIGHTS = "onnx/level-{}.safetensors"

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned, settled
 
-from pbc import bundle, compiler
-from pbc.bundle import Bundle
+from pbc import compiler
+from pbc.bundle import Bundle, bundle
 from pbc.errors import PbcError
 from pbc.ir.program import Program
 from pbc.lower.lowering import Candidate

@@ -20,8 +20,7 @@ import tiny_onnx
 from killing import killed_until_done
 from onnx import helper
 
-from pbc import bundle
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
