@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pbc.errors import PbcError
 from pbc.frontend import models, strategy
 from pbc.frontend.capture import capture
-from pbc.ir.program import MODEL, Head, Program, Provenance, Request
+from pbc.ir.program import Head, Network, Program, Request
 
 
 def begin(
@@ -17,13 +17,12 @@ def begin(
     *,
     weights: str = models.DEFAULT,
     shape: tuple[int, int, int] | None = None,
-    command: str = "",
 ) -> Program:
     """Load a model, apply the strategy and capture it: the program that passes start from.
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    weights, shape: for a name, see pbc.frontend.models.load. command: for the provenance. Raises
-    PbcError for a model that does not run, is damaged, or is no classifier.
+    weights, shape: for a name, see pbc.frontend.models.load. Raises PbcError for a model that
+    does not run, is damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed)
@@ -33,22 +32,20 @@ def begin(
         _resize_classifier(module, source.classifier, request.class_count)
     example = torch.randn(2, *source.input.shape)
     reference = _run_with(chosen, source, example)
-    trainable = chosen.trainable(module, source.classifier)
-    return Program(
-        graphs={MODEL: capture(module, source.input.shape)},
-        strategy=request.strategy,
-        trainable=trainable,
-        target=request.target,
-        engine=request.engine,
+    network = Network(
+        name=source.name,
+        weights=source.weights,
+        weights_sha256=source.weights_sha256,
         input=source.input,
         head=_head(source, reference),
         example=example,
         reference=reference,
-        provenance=Provenance(source.name, source.weights, source.weights_sha256, command),
-        batch=request.batch,
-        seed=request.seed,
-        class_names=request.class_names,
-        class_count=request.class_count,
+    )
+    return Program(
+        request=request,
+        network=network,
+        trainable=chosen.trainable(module, source.classifier),
+        model=capture(module, source.input.shape),
         notes=_notes(source),
     )
 

@@ -86,13 +86,14 @@ class CostProfile:
 
     def check(self, program: Program) -> None:
         """Refuse a profile of something else than is being compiled."""
+        request = program.request
         compiled = {
-            "model": program.provenance.model,
-            "strategy": program.strategy,
-            "target": program.target.name,
-            "engine": program.engine,
-            "input": "x".join(str(size) for size in program.input.shape),
-            "batch": program.batch,
+            "model": program.network.name,
+            "strategy": request.strategy,
+            "target": request.target.name,
+            "engine": request.engine,
+            "input": "x".join(str(size) for size in program.network.input.shape),
+            "batch": request.batch,
         }
         for fact, value in compiled.items():
             if self.facts[fact] != value:

@@ -32,17 +32,9 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc.ir.program import (
-    copy_graph,
-    get_tensor,
-    op_name,
-    output_node,
-    put_tensor,
-    shape_of,
-)
+from pbc.ir.graph import get_tensor, op_name, put_tensor, shape_of
+from pbc.ir.rewrite import copy_graph, drop_unused, fused, replace_tensor
 from pbc.ir.slice_graph import refresh_shapes
-from pbc.passes.fold_batch_norm import fold
-from pbc.proxies.distillation import replace_tensor
 
 LOWEST, HIGHEST = 0, 255  # uint8
 WEIGHT_HIGHEST = 64  # of int8: see above
@@ -310,7 +302,7 @@ class _Histogram:
 
 
 def simulated(graph: GraphModule, chosen: Scheme, ranges: Mapping[str, Range]) -> GraphModule:
-    """The graph with its rounding simulated in float32: it differentiates, and can be trained.
+    """Return the graph with its rounding simulated in float32, which differentiates.
 
     Its weights stay float32 parameters; what rounds them has the scales that they have now. Nodes
     keep their names: what read a tensor reads the rounded one.
@@ -337,8 +329,6 @@ def simulated(graph: GraphModule, chosen: Scheme, ranges: Mapping[str, Range]) -
         for user in list(node.users):
             if user is not rounded and (from_integers or user in integer):
                 user.replace_input_with(node, rounded)
-        if rounded in output_node(graph).all_input_nodes:
-            node.name, rounded.name = f"{name}_float", name
     graph.recompile()
     return graph
 
@@ -446,23 +436,18 @@ def integers(simulation: GraphModule) -> GraphModule:
             _to_pair(graph, node)
         elif node.target is _FAKE_WEIGHT:
             _to_stored(graph, node)
-    graph.graph.eliminate_dead_code()
-    _drop_unread(graph)
-    graph.recompile()
+    drop_unused(graph)
     refresh_shapes(graph)
     return graph
 
 
 def _to_pair(graph: GraphModule, node: Node) -> None:
     source, *mapping = node.args
-    name = node.name
     with graph.graph.inserting_before(node):
         low = graph.graph.call_function(_QUANTIZE, (source, *mapping, torch.uint8))
         back = graph.graph.call_function(_DEQUANTIZE, (low, *mapping, torch.uint8))
     node.replace_all_uses_with(back)
     graph.graph.erase_node(node)
-    if back in output_node(graph).all_input_nodes:
-        back.name = name  # others know an output by its name
 
 
 def _to_stored(graph: GraphModule, node: Node) -> None:
@@ -501,14 +486,11 @@ def folded(graph: GraphModule) -> GraphModule:
     over several positions becomes a product with the transposed weight and a sum: onnxruntime finds
     no integer product behind a transposition, and would dequantize the weight in every run.
     """
-    graph = copy_graph(graph)
-    fold(graph)
+    graph = fused(graph)
     for node in list(graph.graph.nodes):
         if op_name(node) == "aten.linear.default" and _is_layer(node):
             _to_product(graph, node)
-    graph.graph.eliminate_dead_code()
-    _drop_unread(graph)
-    graph.recompile()
+    drop_unused(graph)
     return graph
 
 
@@ -519,7 +501,6 @@ def _to_product(graph: GraphModule, linear: Node) -> None:
     kept = get_tensor(graph, str(weight.target))
     transposed = kept.detach().t().contiguous()
     put_tensor(graph, name, nn.Parameter(transposed, requires_grad=False))
-    outside = linear.name
     with graph.graph.inserting_before(linear):
         read = graph.graph.get_attr(name)
         read.meta = {"val": weight.meta["val"].t()}
@@ -531,12 +512,3 @@ def _to_product(graph: GraphModule, linear: Node) -> None:
             result.meta = dict(linear.meta)
     linear.replace_all_uses_with(result)
     graph.graph.erase_node(linear)
-    result.name = outside
-
-
-def _drop_unread(graph: GraphModule) -> None:
-    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for name in [n for n, _ in (*graph.named_parameters(), *graph.named_buffers())]:
-        if name not in read:
-            owner, _, leaf = name.rpartition(".")
-            delattr(graph.get_submodule(owner), leaf)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.ir.program import (
+from pbc.ir.graph import (
     NAME,
     PARAMETER,
     get_tensor,

@@ -27,8 +27,9 @@ from pbc.bundle import Bundle
 from pbc.compiler import CompileOptions
 from pbc.errors import UsageError
 from pbc.ir import pipeline
+from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.pipeline import PassPipeline
-from pbc.ir.program import Program, get_tensor, tensor_names
+from pbc.ir.program import Program
 from pbc.lower.engine_choice import choose_engine
 from pbc.proxies import distillation
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
@@ -437,7 +438,7 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
     with pytest.raises(Killed), reporting_to(stop_after(9)):
         compiler.compile(model, here / "m.pbc", options)
     assert not (here / "m.pbc").exists()
-    assert list((here / ".m.pbc.ir.work").iterdir())
+    assert list((here / ".m.pbc.work").iterdir())
     steps: list[str] = []
     with reporting_to(lambda stage, fraction, text: steps.append(text) if text else None):
         resumed = compiler.compile(model, here / "m.pbc", options)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.program import graph_text, op_name, tensor_names
+from pbc.ir.graph import graph_text, op_name, tensor_names
 
 SHAPE = (3, 16, 16)
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import Axis, Dims, Variable, atoms, fix, join, size, split
-from pbc.ir.program import MODEL, Program, body
+from pbc.ir.levels import MODEL
+from pbc.ir.program import Program, body
 from pbc.ir.slice_graph import emit
 
 LARGE = (3, 224, 224)

@@ -12,8 +12,10 @@ from networks import ConvNet, analysed, captured, pruned, split
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
 from pbc.ir import pipeline
+from pbc.ir.graph import output_node, output_nodes
 from pbc.ir.pipeline import PassPipeline, build, order
-from pbc.ir.program import Program, body, copy_graph, output_node, output_nodes
+from pbc.ir.program import Program, body
+from pbc.ir.rewrite import copy_graph
 from pbc.passes.align import Align
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from networks import ConvNet, pruned
 
-from pbc.ir.program import Program, graph_inputs, graph_outputs
+from pbc.ir.graph import graph_inputs, graph_outputs
+from pbc.ir.program import Program
 from pbc.lower import visit
 from pbc.lower.lowering import Candidate
 from pbc.lower.visit import (

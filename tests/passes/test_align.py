@@ -9,7 +9,8 @@ import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, pruned, settled
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program, body, prefix
 from pbc.passes.align import Align
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable

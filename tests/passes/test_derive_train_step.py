@@ -13,9 +13,8 @@ from torch.fx import GraphModule, Node
 
 from pbc import compiler
 from pbc.bundle import bundle
-from pbc.ir.program import (
+from pbc.ir.graph import (
     NAME,
-    Program,
     get_tensor,
     graph_inputs,
     graph_outputs,
@@ -23,10 +22,9 @@ from pbc.ir.program import (
     output_node,
     output_nodes,
     placeholders,
-    step_forward,
-    step_update,
     tensor_names,
 )
+from pbc.ir.program import Program, step_forward, step_update
 from pbc.passes import derive_train_step
 from pbc.passes.derive_train_step import CHECK, DeriveTrainStep
 from pbc.passes.lower import Lower

@@ -5,7 +5,8 @@ import torch
 from networks import ConvNet, captured, pruned, settled, split, trained
 from torch import Tensor, nn
 
-from pbc.ir.program import POLICY, copy_graph
+from pbc.ir.levels import POLICY
+from pbc.ir.rewrite import copy_graph
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix

@@ -14,7 +14,9 @@ from networks import ConvNet, calibration, pruned
 
 from pbc.bundle.ladder import ALIGNED, ORIGINAL, Ladder, Level
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import POLICY, Program, op_name, placeholders, shape_of
+from pbc.ir.graph import op_name, placeholders, shape_of
+from pbc.ir.levels import POLICY
+from pbc.ir.program import Program
 from pbc.passes import learn_policy
 from pbc.passes.learn_policy import (
     LearnPolicy,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
-from pbc.ir.program import Program, op_name
+from pbc.ir.graph import op_name
+from pbc.ir.program import Program
 from pbc.lower.cost_profile import CostProfile, rising
 from pbc.lower.lowering import Candidate
 from pbc.passes.independent_dims import IndependentDims

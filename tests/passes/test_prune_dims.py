@@ -6,7 +6,8 @@ import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed, captured, pruned
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program, body, prefix
 from pbc.passes.prune_dims import PruneDims
 from pbc.testing import (
     assert_equivalent,

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pbc.bundle.ladder import INT8
-from pbc.ir.program import Program, body, get_tensor, op_name, prefix, tensor_names
+from pbc.ir.graph import get_tensor, op_name, tensor_names
+from pbc.ir.program import Program, body, prefix
 from pbc.passes.quantize import Quantize
 from pbc.proxies import distillation
 from pbc.proxies.distillation import replace_tensor

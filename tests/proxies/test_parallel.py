@@ -21,7 +21,7 @@ from pathlib import Path
 import networks
 from pbc.proxies import parallel
 from pbc.passes.align import Align
-from pbc.ir.program import get_tensor, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
 
 with parallel.group():
     program = networks.pruned(networks.ConvNet, levels=1)

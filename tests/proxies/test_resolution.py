@@ -8,7 +8,8 @@ from networks import AttentionNet, ConvNet, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
-from pbc.ir.program import output_names, prefix
+from pbc.ir.graph import output_names
+from pbc.ir.program import prefix
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.resolution import macs, reduced, reducible

@@ -10,7 +10,8 @@ import onnxruntime
 import torch
 from torch.fx import GraphModule
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program, body, prefix
 from pbc.targets.onnxruntime.convert import Converter, inline, with_tensors
 
 

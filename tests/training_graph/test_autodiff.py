@@ -17,11 +17,9 @@ from torch.nn import functional
 
 from pbc.errors import PbcError
 from pbc.frontend import strategy
-from pbc.ir.program import (
+from pbc.ir.graph import (
     NAME,
     PARAMETER,
-    Program,
-    copy_graph,
     feature_names,
     get_tensor,
     graph_inputs,
@@ -32,6 +30,8 @@ from pbc.ir.program import (
     placeholders,
     tensor_names,
 )
+from pbc.ir.program import Program
+from pbc.ir.rewrite import copy_graph
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter

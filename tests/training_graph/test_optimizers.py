@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from pbc.ir.program import NAME, graph_inputs, graph_outputs, output_node, placeholders
+from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, placeholders
 from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS, with_update
 from pbc.training_graph.step_check import in_float64
 

@@ -17,14 +17,7 @@ from torch.fx import GraphModule
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import EXAMPLE_BATCH
-from pbc.ir.program import (
-    NAME,
-    graph_inputs,
-    graph_outputs,
-    output_node,
-    placeholders,
-    tensor_names,
-)
+from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, placeholders, tensor_names
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.mark_trainable import MarkTrainable

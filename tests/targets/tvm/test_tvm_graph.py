@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.program import get_tensor, graph_inputs, output_names
+from pbc.ir.graph import get_tensor, graph_inputs, output_names
 from pbc.runtime.engines.tvm.library import Graph as Runner
 from pbc.runtime.engines.tvm.library import Library
 from pbc.targets.tvm.build import build, this_machine
