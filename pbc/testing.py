@@ -15,6 +15,7 @@ import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,13 @@ def retarget(program: Program, strategy: str, trainable: Iterable[str]) -> Progr
     """Return the same captured model with other parameters to train: capturing takes long."""
     if program.model is None:
         raise ValueError("only a program that was not split yet can change its strategy")
-    request = replace(program.request, strategy=strategy)
-    return replace(program.copy(), request=request, trainable=frozenset(trainable))
+    program = with_request(program.copy(), strategy=strategy)
+    return replace(program, trainable=frozenset(trainable))
+
+
+def with_request(program: Program, **changes: Any) -> Program:
+    """Return the program as if something else had been asked for, such as another engine."""
+    return replace(program, request=replace(program.request, **changes))
 
 
 def run_passes(program: Program, *passes: Pass) -> Program:

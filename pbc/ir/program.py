@@ -108,7 +108,7 @@ class Program:
     network: Network
     trainable: frozenset[str]
     model: GraphModule | None
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     levels: tuple[LevelGraphs, ...] = ()
     plans: tuple[LevelPlan, ...] = ()
     cost_model: str = MACS
@@ -116,13 +116,13 @@ class Program:
     calibration: Calibration | None = None
     policy: Policy | None = None
     accuracy_map: tuple[tuple[float, float], ...] = ()
-    checks: Mapping[str, Any] = field(default_factory=dict)
+    checks: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[str, ...] = ()
     artifacts: Mapping[str, bytes] = field(default_factory=dict)
 
     def copy(self) -> Program:
-        """Return a program whose graphs can be changed without touching this one.
+        """Return a program whose graphs and tables can be changed without touching this one.
 
         Tensors stay shared: a pass that changes one replaces it.
         """
@@ -132,6 +132,7 @@ class Program:
             model=None if self.model is None else copy_graph(self.model),
             levels=tuple(level.copy() for level in self.levels),
             policy=None if policy is None else replace(policy, graph=copy_graph(policy.graph)),
+            parameters=dict(self.parameters),
             checks=copy.deepcopy(self.checks),
         )
 

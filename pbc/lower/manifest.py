@@ -64,7 +64,7 @@ def manifest(
         "graphs": graph_files,
         **contents,
         "trainable": TRAINABLE,
-        "checks": dict(program.checks),
+        "checks": program.checks,
         "notes": list(program.notes),
         "provenance": {
             "pbc": pbc.__version__,

@@ -35,6 +35,7 @@ from pbc.proxies import distillation
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.target import load_target
+from pbc.testing import graph_of, rungs
 from pbc.util.progress import reporting_to
 
 MODEL = "mobilenet_v3_large"
@@ -127,13 +128,13 @@ def test_the_engine_computes_the_program_at_every_level(compiled: Run) -> None:
     engine = PyTorchEngine().load(Bundle.open(compiled.path))
     parameters = {name: value.numpy() for name, value in program.parameters.items()}
     engine.start(parameters, Objective(learning_rate=0.1))
-    images = program.example
-    for level in program.levels:
+    images = program.network.example
+    for level in range(len(program.levels)):
         logits = engine.logits(level, engine.prefix(level, images.numpy()))
         with torch.no_grad():
             expected = program.logits(level, images).numpy()
         # The program's graphs are in float32 always.
-        rounded = program.ladder.precision(level) != "float32"
+        rounded = rungs(program).precision(level) != "float32"
         tolerance = 0.05 if rounded else 1e-4
         assert np.abs(logits - expected).max() <= tolerance * max(1, np.abs(expected).max()), level
 
@@ -452,7 +453,7 @@ def test_what_alignment_learned_is_what_is_shipped(compiled: Run) -> None:
     program = compiled.program
     assert pipeline.equivalence_error(program) <= 1e-4
     # The first level may be the original in another precision, which needs no alignment.
-    original, proxy = (program.graphs[f"prefix/{level}"] for level in (0, program.levels[-1]))
+    original, proxy = (graph_of(program, f"prefix/{level}") for level in (0, program.levels[-1]))
     stem = next(name for name in tensor_names(original) if name.startswith("features.0.0.weight"))
     whole, trained = get_tensor(original, stem), get_tensor(proxy, stem)
     assert not any(torch.equal(row, other) for row in trained for other in whole)

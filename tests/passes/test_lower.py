@@ -26,7 +26,16 @@ from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.targets.onnxruntime.lowering import OnnxRuntimeLowering
 from pbc.targets.pytorch.lowering import PyTorchLowering
-from pbc.testing import assert_same, assert_unchanged, gradients, make_program, run_passes
+from pbc.testing import (
+    assert_same,
+    assert_unchanged,
+    gradients,
+    graph_of,
+    make_program,
+    run_passes,
+    rungs,
+    with_request,
+)
 from pbc.training_graph.step_check import Step, Tensors
 
 
@@ -34,7 +43,7 @@ def test_a_graph_becomes_data() -> None:
     before = pruned(ConvNet)
     after = assert_unchanged(Lower(), before)
     assert after.text() == before.text()
-    assert after.ladder == before.ladder  # nothing is measured for another machine
+    assert rungs(after) == rungs(before)  # nothing is measured for another machine
     assert_same(before, replace(after, artifacts={}))
     assert json.loads(after.artifacts["graphs/body-0.json"]) == {
         "format": 2,
@@ -74,19 +83,19 @@ def test_the_engine_computes_what_the_program_does(
     tmp_path: Path, kind: Kind, strategy: str
 ) -> None:
     program = run_passes(pruned(kind, strategy), Lower())
-    images = program.example.repeat(2, 1, 1, 1).numpy()
+    images = program.network.example.repeat(2, 1, 1, 1).numpy()
     written = bundle.write(tmp_path / "m.pbc", *compiler.package(program))
     engine = PyTorchEngine().load(written)
     engine.start(
         {n: p.numpy() for n, p in program.parameters.items()}, Objective(learning_rate=1.0)
     )
-    for level in program.levels:
+    for level in range(len(program.levels)):
         logits = engine.logits(level, engine.prefix(level, images))
         with torch.no_grad():
             expected = program.logits(level, torch.from_numpy(images)).numpy()
         assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     # One plain step of SGD at rate 1 subtracts the gradient.
-    features = engine.prefix(0, program.example.numpy())
+    features = engine.prefix(0, program.network.example.numpy())
     engine.forward(0, features, np.array([0, 1]))
     engine.update()
     wanted = gradients(program)
@@ -127,23 +136,26 @@ def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(PyTorchLowering, "latency_ms", latency_ms)
     before = pruned(ConvNet)
-    before = replace(before, target=replace(before.target, local=True))
+    before = with_request(before, target=replace(before.request.target, local=True))
     after = assert_unchanged(Lower(), before)
-    assert after.ladder.cost_model == "latency"
-    assert [level.latency_ms for level in after.ladder.levels] == [4, 2, 3]
-    assert [level.cost for level in after.ladder.levels] == [1, 0.5, 0.75]
+    assert rungs(after).cost_model == "latency"
+    assert [level.latency_ms for level in rungs(after).levels] == [4, 2, 3]
+    assert [level.cost for level in rungs(after).levels] == [1, 0.5, 0.75]
     assert after.notes[-1] == (
         "level 2 measures 0.75 of level 0's latency, no cheaper than level 1 (0.50)"
     )
-    profiled = replace(before, ladder=replace(before.ladder, cost_model="profile"))
-    assert Lower()(profiled).ladder == profiled.ladder  # a device's profile goes before
+    profiled = replace(before, ladder=replace(rungs(before), cost_model="profile"))
+    assert Lower()(profiled).ladder == rungs(profiled)  # a device's profile goes before
 
 
 def test_latency_is_measured_per_candidate() -> None:
     program = pruned(ConvNet)
     candidates = [
         Candidate(
-            {"prefix/0": program.graphs[f"prefix/{n}"], "body/0": program.graphs[f"body/{n}"]},
+            {
+                "prefix/0": graph_of(program, f"prefix/{n}"),
+                "body/0": graph_of(program, f"body/{n}"),
+            },
             {"prefix/0": precision, "body/0": "float32"},
         )
         for n, precision in zip(program.levels, ["float32", "bfloat16", "float32"], strict=True)
@@ -176,7 +188,7 @@ def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         return Shifted(right(self, program, level), 0.05)
 
     monkeypatch.setattr(OnnxRuntimeLowering, "step", step)
-    program = DeriveTrainStep()(replace(pruned(ConvNet, "norm"), engine="onnxruntime"))
+    program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
     message = (
         r"the training step that onnxruntime runs at level 0 differs from torch's by \d\.\de-02 "
         r"\(relative; at most 1e-02\): compile with another --engine or --strategy"

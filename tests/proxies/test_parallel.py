@@ -25,15 +25,15 @@ from pbc.ir.graph import get_tensor, tensor_names
 
 with parallel.group():
     program = networks.pruned(networks.ConvNet, levels=1)
-    data = networks.calibration(Path(sys.argv[1]), program.input)
+    data = networks.calibration(Path(sys.argv[1]), program.network.input)
     program = replace(program, calibration=data, work=Path(sys.argv[2]))
     aligned = Align(align_steps=30)(program)
-    graph = aligned.graphs["prefix/1"]
+    graph = graph_of(aligned, "prefix/1")
     digest = hashlib.sha256()
     for name in tensor_names(graph):
         digest.update(get_tensor(graph, name).detach().numpy().tobytes())
     told = {"rank": parallel.rank(), "size": parallel.size(), "weights": digest.hexdigest(),
-            "fidelity": aligned.ladder.levels[1].fidelity,
+            "fidelity": rungs(aligned).levels[1].fidelity,
             "measured": parallel.once(lambda: time.perf_counter())}
     print("TOLD " + json.dumps(told), flush=True)
 """

@@ -9,17 +9,16 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pbc.ir.graph import output_names
-from pbc.ir.program import prefix
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.resolution import macs, reduced, reducible
-from pbc.testing import make_program
+from pbc.testing import graph_of, make_program
 
 
 def frozen(module: nn.Module, strategy: str = "linear-probe", pixels: int = 32) -> GraphModule:
     passes = (MarkTrainable(), SplitPrefix())
     program = make_program(module.eval(), strategy, (3, pixels, pixels), passes=passes)
-    return program.graphs[prefix(0)]
+    return graph_of(program, "prefix/0")
 
 
 @settings(max_examples=15, deadline=None)

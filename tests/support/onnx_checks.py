@@ -36,8 +36,8 @@ def run(
 
 
 def converted(program: Program, name: str, converter: Converter) -> onnxruntime.InferenceSession:
-    head = [p for p in (program.head.weight, program.head.bias) if p is not None]
-    open_head = program.class_count is None
+    head = [p for p in (program.network.head.weight, program.network.head.bias) if p is not None]
+    open_head = program.request.class_count is None
     graph = program.graphs[name]
     return session(graph, converter(name, graph, None, head, open_head=open_head))
 
@@ -50,7 +50,7 @@ def assert_logits(program: Program, level: int, tolerance: float) -> None:
     theta = {name: value.detach().numpy() for name, value in program.parameters.items()}
     generator = torch.Generator().manual_seed(level)
     for batch in (1, 2, 5):
-        images = torch.randn(batch, *program.input.shape, generator=generator)
+        images = torch.randn(batch, *program.network.input.shape, generator=generator)
         values = {"x": images.numpy(), **theta}
         for runner in runners:
             values.update(run(runner, values))

@@ -43,11 +43,11 @@ def apply(text: str, model: str, shape: Shape) -> Captured:
     """The program of a strategy; only one that inserts something needs a capture of its own."""
     module, program = captured(model, shape)
     chosen = strategy.parse(text)
-    classifier = program.head.weight.removesuffix(".weight")
+    classifier = program.network.head.weight.removesuffix(".weight")
     if not isinstance(chosen, strategy.Adapters):
         return Captured(module, retarget(program, text, chosen.trainable(module, classifier)))
     module = copy.deepcopy(module)
-    source = models.Source(model, module, program.input, classifier, models.RANDOM, None)
+    source = models.Source(model, module, program.network.input, classifier, models.RANDOM, None)
     options = compiler.CompileOptions(target=TARGET, strategy=text, shape=shape)
     return Captured(module, compiler.start(source, options))
 

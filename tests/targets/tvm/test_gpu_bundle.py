@@ -163,7 +163,7 @@ def test_kernels_for_every_architecture(target: str, tmp_path: Path) -> None:
     lowering = TvmLowering()
     path = tmp_path / "prefix.so"
     path.write_bytes(lowering.lower(program)["tvm/prefix-0.so"])
-    (kernels,) = cubin.require(path, int(program.target.tags["sm"]))
+    (kernels,) = cubin.require(path, int(program.request.target.tags["sm"]))
     assert f"{len(cubin_elf.kernels(kernels.cubin))} kernels are compiled" in lowering.notes()[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -21,6 +20,7 @@ from pbc.passes.lower import CHECK, Lower
 from pbc.target import Target, load_target
 from pbc.targets.tvm.build import platform_of
 from pbc.targets.tvm.lowering import CALLS, TvmLowering
+from pbc.testing import with_request
 from pbc.training_graph.step_check import TOLERANCE
 
 AARCH64, X86_64 = 183, 62
@@ -28,7 +28,7 @@ AARCH64, X86_64 = 183, 62
 
 @cache
 def lowered() -> Program:
-    program = replace(
+    program = with_request(
         pruned(ConvNet, levels=1), engine="tvm", target=load_target("raspberry-pi-4b")
     )
     return Lower()(DeriveTrainStep()(FoldBatchNorm()(program)))
