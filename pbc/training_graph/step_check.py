@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 from pbc.ir.graph import graph_inputs, parameter_names
 from pbc.ir.levels import FORWARD, GraphName, LevelGraphs, update
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, tensor
 from pbc.training_graph.autodiff import LABELS, LOSSES
-from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 
 STEPS = 5
 TOLERANCE = 1e-4

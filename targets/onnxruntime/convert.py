@@ -34,7 +34,6 @@ from pbc.ir.graph import (
     shape_of,
     tensor_names,
 )
-from pbc.ir.levels import GraphName
 from pbc.lower.lowering import unsupported
 from pbc.lower.weights import unused
 
@@ -63,14 +62,14 @@ class Converter:
 
     def __call__(
         self,
-        name: GraphName,
+        kind: str,
         graph: GraphModule,
         tensors: Sequence[str] | None = None,
         head: Collection[str] = (),
         *,
         open_head: bool = False,
     ) -> ModelProto:
-        """Return the model of the graph called `name`; its inputs and outputs keep their names.
+        """Return the model of a graph of this kind; its inputs and outputs keep their names.
 
         tensors: what to call the frozen tensors, in the order of `tensor_names(graph)`; None for
             their own names. They are the model's last inputs.
@@ -91,14 +90,14 @@ class Converter:
             try:
                 self._exported[structure] = _exported(graph, axes)
             except _REFUSALS as error:
-                raise _cannot(name, graph, error) from error
+                raise _cannot(kind, graph, error) from error
         model = ModelProto()
         model.CopyFrom(self._exported[structure])
         frozen = tensor_names(graph) if tensors is None else tensors
         _rename(model, [*graph_inputs(graph), *frozen], graph_outputs(graph))
         _name_dimensions(model.graph, head)
         # Without the level: bodies that are the same have the same bytes, and are loaded once.
-        model.graph.name = name.kind
+        model.graph.name = kind
         return model
 
 

@@ -114,7 +114,7 @@ class OnnxRuntimeLowering(Lowering):
     ) -> ModelProto:
         head = program.network.head.parameters
         open_head = program.request.class_count is None
-        return self._converter(name, graph, tensors, head, open_head=open_head)
+        return self._converter(name.kind, graph, tensors, head, open_head=open_head)
 
 
 class _Sessions:

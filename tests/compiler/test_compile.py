@@ -453,7 +453,9 @@ def test_what_alignment_learned_is_what_is_shipped(compiled: Run) -> None:
     program = compiled.program
     assert pipeline.equivalence_error(program) <= 1e-4
     # The first level may be the original in another precision, which needs no alignment.
-    original, proxy = (graph_of(program, f"prefix/{level}") for level in (0, program.levels[-1]))
+    original, proxy = (
+        graph_of(program, f"prefix/{level}") for level in (0, len(program.levels) - 1)
+    )
     stem = next(name for name in tensor_names(original) if name.startswith("features.0.0.weight"))
     whole, trained = get_tensor(original, stem), get_tensor(proxy, stem)
     assert not any(torch.equal(row, other) for row in trained for other in whole)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from pbc import compiler
 from pbc.bundle import bundle
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.ir.graph import (
     NAME,
     get_tensor,
@@ -39,7 +40,7 @@ from pbc.testing import (
     with_request,
 )
 from pbc.training_graph.autodiff import Gradient, differentiate
-from pbc.training_graph.optimizers import OPTIMIZERS, with_update
+from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import TOLERANCE
 
 aten = torch.ops.aten
@@ -86,11 +87,11 @@ device=cpu)
           %sum_1: [b] = sum.dim_IntList(%where, [1])
           %sub: [] = sub.Tensor(%label_smoothing, 1)
           %mul: [b] = mul.Tensor(%sub, %sum_1)
-          %mean_1: [b] = mean.dim(%_log_softmax, [1])
-          %mul_1: [b] = mul.Tensor(%label_smoothing, %mean_1)
+          %mean: [b] = mean.dim(%_log_softmax, [1])
+          %mul_1: [b] = mul.Tensor(%label_smoothing, %mean)
           %sub_1: [b] = sub.Tensor(%mul, %mul_1)
-          %mean_2: [] = mean(%sub_1)
-        returns %mean_2 as loss, %sub_1 as losses, %addmm as logits, \
+          %mean_1: [] = mean(%sub_1)
+        returns %mean_1 as loss, %sub_1 as losses, %addmm as logits, \
 %_log_softmax as saved/_log_softmax, %eq as saved/eq, %sub as saved/sub
         """,
         "forward/0",

@@ -143,7 +143,7 @@ Fidelity = Callable[[Program, Sequence[LevelGraphs], Calibration, np.ndarray], n
 
 
 def random_fidelity(
-    program: Program, levels: list[int], data: Calibration, indices: np.ndarray
+    program: Program, levels: Sequence[LevelGraphs], data: Calibration, indices: np.ndarray
 ) -> np.ndarray:
     """Fidelities that have nothing to do with the image."""
     random = np.random.default_rng(len(indices))
@@ -151,12 +151,12 @@ def random_fidelity(
 
 
 def visible_fidelity(
-    program: Program, levels: list[int], data: Calibration, indices: np.ndarray
+    program: Program, levels: Sequence[LevelGraphs], data: Calibration, indices: np.ndarray
 ) -> np.ndarray:
     """Fidelities that follow from how red the photo is."""
     redness = views(data, indices).mean((2, 3)) @ torch.tensor([1.0, -0.5, -0.5])
     good = 1 - 0.2 * (redness.numpy() < 0)[:, None]
-    return (good - 0.01 * np.array(levels)).astype(np.float32)
+    return (good - 0.01 * np.arange(1, len(levels) + 1)).astype(np.float32)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from pbc import compiler
 from pbc.bundle import bundle
 from pbc.errors import PbcError
+from pbc.ir.levels import BODY, FORWARD, PREFIX, GraphName, LevelGraphs
 from pbc.ir.program import Program
-from pbc.lower.lowering import Candidate
+from pbc.ir.runner import Runner, Values
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
@@ -30,13 +31,11 @@ from pbc.testing import (
     assert_same,
     assert_unchanged,
     gradients,
-    graph_of,
     make_program,
     run_passes,
     rungs,
     with_request,
 )
-from pbc.training_graph.step_check import Step, Tensors
 
 
 def test_a_graph_becomes_data() -> None:
@@ -48,21 +47,21 @@ def test_a_graph_becomes_data() -> None:
     assert json.loads(after.artifacts["graphs/body-0.json"]) == {
         "format": 2,
         "precision": "float32",
-        "inputs": ["mean", "fc.weight", "fc.bias"],
+        "inputs": ["feature_0", "fc.weight", "fc.bias"],
         "outputs": {"logits": "linear"},
         "tensors": {},
         "nodes": [
             {
                 "name": "linear",
                 "op": "aten.linear.default",
-                "args": [{"ref": "mean"}, {"ref": "fc.weight"}, {"ref": "fc.bias"}],
+                "args": [{"ref": "feature_0"}, {"ref": "fc.weight"}, {"ref": "fc.bias"}],
                 "kwargs": {},
             }
         ],
     }
     graph = json.loads(after.artifacts["graphs/prefix-1.json"])
     assert graph["inputs"] == ["x"]
-    assert graph["outputs"] == {"mean": "mean"}
+    assert graph["outputs"] == {"feature_0": "mean"}
     assert graph["tensors"]["conv1_weight"] == "weights/level-1.safetensors#conv1.weight"
     # The levels share this one, so it is stored once.
     assert graph["tensors"]["bn2_weight"] == "weights/level-0.safetensors#bn2.weight"
@@ -130,8 +129,8 @@ def test_an_operator_that_the_engine_lacks_is_named_with_its_line() -> None:
 
 
 def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def latency_ms(self: object, program: Program, candidates: Sequence[Any]) -> list[float]:
-        assert [set(candidate.graphs) for candidate in candidates] == [{"prefix/0", "body/0"}] * 3
+    def latency_ms(self: object, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+        assert [set(level.graphs) for level in levels] == [{PREFIX, BODY}] * 3
         return [4.0, 2.0, 3.0]
 
     monkeypatch.setattr(PyTorchLowering, "latency_ms", latency_ms)
@@ -144,24 +143,16 @@ def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None
     assert after.notes[-1] == (
         "level 2 measures 0.75 of level 0's latency, no cheaper than level 1 (0.50)"
     )
-    profiled = replace(before, ladder=replace(rungs(before), cost_model="profile"))
-    assert Lower()(profiled).ladder == rungs(profiled)  # a device's profile goes before
+    profiled = replace(before, cost_model="profile")
+    assert rungs(Lower()(profiled)) == rungs(profiled)  # a device's profile goes before
 
 
 def test_latency_is_measured_per_candidate() -> None:
     program = pruned(ConvNet)
-    candidates = [
-        Candidate(
-            {
-                "prefix/0": graph_of(program, f"prefix/{n}"),
-                "body/0": graph_of(program, f"body/{n}"),
-            },
-            {"prefix/0": precision, "body/0": "float32"},
-        )
-        for n, precision in zip(program.levels, ["float32", "bfloat16", "float32"], strict=True)
-    ]
+    precisions = ("float32", "bfloat16", "float32")
+    levels = [replace(lv, precision=p) for lv, p in zip(program.levels, precisions, strict=True)]
     text = program.text()
-    measured = PyTorchLowering().latency_ms(program, candidates)
+    measured = PyTorchLowering().latency_ms(program, levels)
     assert len(measured) == 3
     assert min(measured) > 0
     assert program.text() == text
@@ -170,24 +161,26 @@ def test_latency_is_measured_per_candidate() -> None:
 class Shifted:
     """A lowered step whose parameters end where they should, and a share of their size further."""
 
-    def __init__(self, step: Step, share: float) -> None:
-        self._step, self._share = step, share
+    def __init__(self, runner: Runner, share: float) -> None:
+        self._runner, self._share = runner, share
 
-    def forward(self, inputs: Tensors) -> Tensors:
-        return self._step.forward(inputs)
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return self._runner.inputs(role)
 
-    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
-        results = self._step.update(optimizer, inputs)
+    def run(self, role: GraphName, values: Values) -> dict[str, Any]:
+        results = self._runner.run(role, values)
+        if role == FORWARD:
+            return results
         return {name: value * (1 + self._share) for name, value in results.items()}
 
 
 def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = OnnxRuntimeLowering.step
+    right = OnnxRuntimeLowering.runner
 
-    def step(self: OnnxRuntimeLowering, program: Program, level: int) -> Step:
+    def runner(self: OnnxRuntimeLowering, program: Program, level: LevelGraphs) -> Runner:
         return Shifted(right(self, program, level), 0.05)
 
-    monkeypatch.setattr(OnnxRuntimeLowering, "step", step)
+    monkeypatch.setattr(OnnxRuntimeLowering, "runner", runner)
     program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
     message = (
         r"the training step that onnxruntime runs at level 0 differs from torch's by \d\.\de-02 "

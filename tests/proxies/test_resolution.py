@@ -8,7 +8,7 @@ from networks import AttentionNet, ConvNet, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
-from pbc.ir.graph import output_names
+from pbc.ir.graph import graph_outputs
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.resolution import macs, reduced, reducible
@@ -26,7 +26,7 @@ def frozen(module: nn.Module, strategy: str = "linear-probe", pixels: int = 32) 
 def test_outputs_keep_their_names_and_shapes(size: int, batch: int) -> None:
     graph = frozen(ConvNet())
     smaller = reduced(graph, (size, size))
-    assert output_names(smaller) == output_names(graph)
+    assert graph_outputs(smaller) == graph_outputs(graph)
     images = torch.randn(batch, 3, 32, 32)
     assert [t.shape for t in smaller(images)] == [t.shape for t in graph(images)]
 
@@ -50,7 +50,7 @@ def test_a_feature_map_comes_back_to_its_size() -> None:
     images = torch.randn(2, 3, 32, 32)
     (before,), (after,) = graph(images), smaller(images)
     assert before.shape == after.shape == (2, 16, 16, 16)
-    assert output_names(smaller) == output_names(graph)
+    assert graph_outputs(smaller) == graph_outputs(graph)
 
 
 def test_a_network_for_one_resolution_is_left_alone() -> None:

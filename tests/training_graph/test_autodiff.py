@@ -20,7 +20,6 @@ from pbc.frontend import strategy
 from pbc.ir.graph import (
     NAME,
     PARAMETER,
-    feature_names,
     get_tensor,
     graph_inputs,
     graph_outputs,
@@ -236,9 +235,8 @@ def batch_of(program: Program, count: int, classes: int, smoothing: float) -> di
     generator = torch.Generator().manual_seed(count)
     images = torch.randn(count, *program.network.input.shape, generator=generator)
     with torch.no_grad():
-        features = program.features(0, images)
-    names = feature_names(graph_of(program, "body/0"))
-    values = {name: value.double() for name, value in zip(names, features, strict=True)}
+        features = program.levels[0].features(images)
+    values = {name: value.double() for name, value in features.items()}
     head = head_axes(program)
     for name in parameter_names(graph_of(program, "body/0")):
         value = program.parameters[name].detach()
@@ -250,10 +248,10 @@ def batch_of(program: Program, count: int, classes: int, smoothing: float) -> di
     return values
 
 
-def run(title: str, graph: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(graph: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         results = graph(*[values[name] for name in graph_inputs(graph)])
-    return dict(zip(graph_outputs(title, graph), results, strict=True))
+    return dict(zip(graph_outputs(graph), results, strict=True))
 
 
 def torch_step(body: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -280,9 +278,9 @@ def assert_steps(
     for count, classes, smoothing in batches:
         values = batch_of(program, count, classes, smoothing)
         expected = torch_step(exact, values)
-        found = run("forward/0", forward, values)
+        found = run(forward, values)
         assert found[LOGITS].shape == (count, classes)
-        found |= run("backward", backward, values | found)
+        found |= run(backward, values | found)
         assert {name for name in found if not name.startswith(SAVED)} == expected.keys()
         for name, value in expected.items():
             assert found[name].dtype == torch.float64
@@ -670,7 +668,7 @@ def test_an_engine_that_lacks_an_operator_of_a_gradient_names_the_module() -> No
         rf"\(.*{HERE}\d+\) is not supported by the onnxruntime engine; freeze everything before "
         r"it, replace it in the model, or compile with another --engine$",
     ):
-        Converter()("update/0/sgd", gradient.backward)
+        Converter()("update", gradient.backward)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _, _ in REFUSED])

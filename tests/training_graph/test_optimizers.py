@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, placeholders
-from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS, with_update
+from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import in_float64
 
 STEPS = 5

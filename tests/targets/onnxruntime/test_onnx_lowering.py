@@ -18,9 +18,9 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned, settled
 from pbc import compiler
 from pbc.bundle import Bundle, bundle
 from pbc.errors import PbcError
+from pbc.ir.levels import PREFIX
 from pbc.ir.program import Program
 from pbc.lower.engine_choice import choose_engine
-from pbc.lower.lowering import Candidate
 from pbc.lower.weights import ALIGNMENT, TensorStore, byte_ranges, safetensors_bytes
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
@@ -186,11 +186,10 @@ def test_a_reduced_resolution_level_runs() -> None:
     program = reduced()
     lowering = OnnxRuntimeLowering()
     for level in range(len(program.levels)):
-        graph = graph_of(program, f"prefix/{level}")
-        session = lowering.session(program, f"prefix/{level}", graph)
+        session = lowering.session(program, PREFIX, graph_of(program, f"prefix/{level}"))
         (features,) = session.run(None, {"x": program.network.example.numpy()})
         with torch.no_grad():
-            (expected,) = program.features(level, program.network.example)
+            (expected,) = program.levels[level].features(program.network.example).values()
         assert np.allclose(features, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -239,7 +238,7 @@ def test_a_derived_step_is_lowered_too(tmp_path: Path) -> None:
     for name in ("prefix/1", "forward/1", "update/1/sgd"):
         values.update(run(folder / manifest["graphs"][name], values))
     theta = {n: p.detach().clone().requires_grad_() for n, p in program.parameters.items()}
-    features = program.features(1, program.network.example)[0].detach()
+    features = program.levels[1].features(program.network.example)["feature_0"].detach()
     loss = torch.nn.functional.cross_entropy(
         features @ theta["fc.weight"].t() + theta["fc.bias"],
         torch.tensor([3, 8]),
@@ -255,18 +254,9 @@ def test_a_derived_step_is_lowered_too(tmp_path: Path) -> None:
 
 def test_latency_is_measured_per_candidate() -> None:
     program = DeriveTrainStep()(on_onnxruntime(pruned(ConvNet)))
-    kinds = ("prefix/{}", "body/{}")
-    candidates = [
-        Candidate(
-            {kind.format(0): program.graphs[kind.format(level)] for kind in kinds},
-            dict.fromkeys(("prefix/0", "body/0"), "float32"),
-        )
-        for level in range(len(program.levels))
-    ]
-    step = {name: program.graphs[name] for name in ("prefix/0", "forward/0", "update/0/sgd")}
-    candidates.append(Candidate(step, dict.fromkeys(step, "float32")))
+    trials = [replace(level, forward=None, updates={}) for level in program.levels]
     text = program.text()
-    measured = OnnxRuntimeLowering().latency_ms(program, candidates)
+    measured = OnnxRuntimeLowering().latency_ms(program, [*trials, program.levels[0]])
     assert len(measured) == 4
     assert min(measured) > 0
     assert max(measured) < float("inf")
@@ -281,7 +271,7 @@ def test_a_level_s_key_covers_the_weights_it_reads(tmp_path: Path, engine: str) 
     program = with_request(FoldBatchNorm()(pruned(ResidualNet)), engine=engine)
     manifest, files = compiler.package(Lower()(program))
     assert all(name in files for names in manifest["weights"].values() for name in names)
-    assert manifest["weights"].keys() == program.graphs.keys()
+    assert manifest["weights"].keys() == {str(name) for name in program.graphs}
     keys = []
     for number, changed in enumerate([None, 0, 1, 2]):
         touched = dict(files)

@@ -22,7 +22,8 @@ import tvm
 
 from pbc import cli, compiler
 from pbc.errors import UsageError
-from pbc.ir.program import Program, prefix
+from pbc.ir.levels import PREFIX
+from pbc.ir.program import Program
 from pbc.ir.work import TRIALS, clear
 from pbc.lower.engine_choice import require_tuning
 from pbc.passes.derive_train_step import DeriveTrainStep
@@ -256,8 +257,7 @@ def test_what_was_measured_is_used_and_computes_the_same(
     assert level["after_ms"] == pytest.approx(level["before_ms"] / 2, abs=0.01)
     images = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
     mine, others = (
-        side.loaded(program, side.together(program, prefix(0)))[prefix(0)].run({"x": images})
-        for side in (fast, plain)
+        side.runner(program, program.levels[0]).run(PREFIX, {"x": images}) for side in (fast, plain)
     )
     for name, value in others.items():
         np.testing.assert_allclose(mine[name].numpy(), value.numpy(), rtol=1e-4, atol=1e-5)

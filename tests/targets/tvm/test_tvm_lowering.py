@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,7 +14,6 @@ from networks import ConvNet, pruned
 from pbc import compiler
 from pbc.errors import PbcError
 from pbc.ir.program import Program
-from pbc.lower.lowering import Candidate
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import CHECK, Lower
@@ -83,11 +83,9 @@ def test_the_lowered_step_is_checked_on_the_host_s_build() -> None:
 
 def test_latency_is_measured_of_a_level_and_of_a_trial() -> None:
     program = lowered()
-    kinds = ("prefix/{}", "forward/{}", "update/{}/sgd")
-    level = {kind.format(0): program.graphs[kind.format(1)] for kind in kinds}
-    trial = {name: program.graphs[name] for name in ("prefix/0", "body/0")}
+    trial = replace(program.levels[0], forward=None, updates={})
     text = program.text()
-    measured = TvmLowering().latency_ms(program, [Candidate(g, {}) for g in (level, trial)])
+    measured = TvmLowering().latency_ms(program, [program.levels[1], trial])
     assert len(measured) == 2
     assert all(0 < latency < float("inf") for latency in measured)
     assert program.text() == text
