@@ -120,7 +120,7 @@ class Align:
         return minutes * 60 * share
 
     def _saved_as(self, program: Program, number: int, calibration: Calibration) -> Path | None:
-        """Where this level's training is kept between interruptions, by all that decides it."""
+        """The file that keeps this level's training, named by all that decides it."""
         levels = program.levels[: number + 1]
         decided_by = [
             asdict(self),

@@ -231,7 +231,7 @@ def conformal_margins(predicted: Tensor, truth: Tensor, confidence: float) -> Te
 
 
 def judge(predicted: Tensor, truth: Tensor, levels: Sequence[Rung]) -> dict[str, Any]:
-    """How routing by these predictions does, at each of FLOORS.
+    """Judge routing by these predictions, at each of FLOORS.
 
     predicted (less margins), truth: [samples, levels]. In a row: the shares of samples whose level
     is right, at most one off, or below the floor (a violation); mean cost and true fidelity; and
@@ -320,7 +320,7 @@ def accuracy(predicted: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def cost_share(program: Program, calibration: Calibration, network: PolicyNetwork) -> float:
-    """What the policy costs for one sample, relative to level 0: MACs, or time if that is more.
+    """Return a policy's cost for one sample, relative to level 0: MACs, or time if that is more.
 
     Time counts where this machine is the target, for batches of 64, with the view.
     """

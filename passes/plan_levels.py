@@ -52,7 +52,7 @@ INT8_COST = 0.35
 
 @dataclass(frozen=True)
 class Form:
-    """How a level differs from the original: a common width, a resolution and a precision."""
+    """The form of a level, against the original's: a common width, a resolution and a precision."""
 
     width: float = 1.0
     resolution: Size | None = None
@@ -73,9 +73,10 @@ class PlanLevels:
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
     down to `min_cost`, or to the cheapest cost in reach. Cost is what the device's own profile
     predicts, where there is one (`cost`, see `pbc.lower.cost_profile`); else the latency of one
-    training visit measured here when this machine is the target; else MACs. Then int8 is planned
-    for convolutional networks without depthwise layers, which gain little, and a note says what
-    was assumed; bfloat16 is not planned, since few devices multiply it, unless it was profiled.
+    training iteration measured here when this machine is the target; else MACs. Then int8 is
+    planned for convolutional networks without depthwise layers, which gain little, and a note says
+    what was assumed; bfloat16 is not planned, since few devices multiply it, unless it was
+    profiled.
     Graphs stay as they are; `program.plans` has one plan per proxy. A level that rounding makes
     equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the only
     one.
@@ -188,7 +189,7 @@ class _Planner:
 
     @property
     def cost_model(self) -> str:
-        """What costs come from, as the manifest names it."""
+        """The source of costs, as the manifest names it."""
         if self._profile is not None:
             return PROFILE
         return LATENCY if self._program.request.target.local else MACS
@@ -282,7 +283,7 @@ class _Planner:
         return self._profile.cost(work) * self._assumed(form.precision)
 
     def _assumed(self, precision: str) -> float:
-        """What counts of a multiply-accumulate: less of those of an int8 prefix."""
+        """The weight of a multiply-accumulate: less for those of an int8 prefix."""
         prefix = self._original.prefix
         if precision != INT8 or prefix is None:
             return 1.0

@@ -1,4 +1,4 @@
-"""Emit the proxies by slicing along independent dimensions."""
+"""Make the proxies by slicing along independent dimensions."""
 
 from __future__ import annotations
 

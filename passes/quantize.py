@@ -117,7 +117,7 @@ class Quantize:
         return None if minutes is None else minutes * 60 * SHARE / count
 
     def _saved_as(self, program: Program, number: int, calibration: Calibration) -> Path | None:
-        """Where this level's training is kept between interruptions, by all that decides it."""
+        """The file that keeps this level's training, named by all that decides it."""
         decided_by = [asdict(self), program.request.seed, calibration.samples.digest()]
         graphs = [*program.levels[0].frozen, *program.levels[number].frozen]
         return work_file(program, f"quantize-{number}", decided_by, graphs, ".safetensors")

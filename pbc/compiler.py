@@ -85,7 +85,7 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a compilation would do: its passes, levels with expected costs, and file sizes."""
+    """A compilation that was not run: its passes, levels with expected costs, and file sizes."""
 
     passes: tuple[str, ...]
     ladder: Ladder
@@ -247,6 +247,6 @@ def _without_calibration(options: CompileOptions, levels: int) -> tuple[str, ...
 
 
 def _requires(program: Program) -> dict[str, str]:
-    """What the board must have: its target says so, and the backend to its engine."""
+    """Requirements on the board: its target says so, and the backend to its engine."""
     engine = program.request.engine
     return program.request.target.requirements(engine, dict(backend(engine).requires))

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 BETA_MEAN, BETA_SQUARE = 0.9, 0.999
-"""How much of Adam's averages of the gradient, and of its square, stays at each step."""
+"""Shares of Adam's averages of the gradient, and of its square, that stay at each step."""
 EPSILON = 1e-8
 NEW = "new/"
-"""What an update calls the parameters and the state that it returns starts with this."""
+"""Prefix of the names of parameters and state that an update returns."""
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What an optimizer keeps and reads.
+    """State and inputs of an optimizer.
 
     learning_rate: where none is given. state: what is kept per parameter, under which names, all
     zero at the start. scalars: the inputs f32 [] that its update reads.

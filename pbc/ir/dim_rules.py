@@ -83,9 +83,9 @@ class Analysis:
                     self.dims.tensors[name] = self.fresh(shape_of(node), None, CHANNELS)
                 self.dims.axes[node.name] = self.dims.tensors[name]
             elif node.op == "call_function":
-                self.visit(node)
+                self.add(node)
 
-    def visit(self, node: Node) -> None:
+    def add(self, node: Node) -> None:
         name = op_name(node)
         found = _RULES.get(name)
         inputs = [self.axes_of(argument) for argument in node.args]
@@ -129,7 +129,7 @@ class Analysis:
         return [[] if extent == 1 else [Variable(extent, why, kind)] for extent in shape]
 
     def window(self, axis: Axis) -> None:
-        """Fix an axis over positions: pixels, kernel taps, tokens."""
+        """Fix an axis over positions: pixels, kernel positions, tokens."""
         fix(axis, "it counts positions, not channels")
         for variable in atoms(axis):
             variable.kind = WINDOW
@@ -202,8 +202,8 @@ def _conv2d(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
         join(weight[0], bias[0])
     analysis.window(weight[2])
     analysis.window(weight[3])
-    taps = size(weight[2]) * size(weight[3])
-    analysis.cost(node, float(height * width * taps), weight[0], weight[1])
+    window = size(weight[2]) * size(weight[3])
+    analysis.cost(node, float(height * width * window), weight[0], weight[1])
     pixels = analysis.fresh((height, width), "it counts positions, not channels", WINDOW)
     return [source[0], weight[0], *pixels]
 

@@ -99,7 +99,7 @@ def join(left: Iterable[Variable], right: Iterable[Variable]) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a dimension shows in a frozen tensor: part `part` of axis `axis`."""
+    """A place where a dimension shows in a frozen tensor: part `part` of axis `axis`."""
 
     tensor: str
     axis: int

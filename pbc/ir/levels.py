@@ -14,7 +14,7 @@ from pbc.ir.graph import feature_names, graph_outputs, parameter_names
 from pbc.ir.rewrite import copy_graph, fuse_batch_norms
 
 IMAGES = "x"
-"""What a graph that reads the images calls them."""
+"""The images' name in a graph that reads them."""
 
 Keep = Mapping[str, list[int]]
 """The indices that stay, by dimension name; what is not named stays whole."""
@@ -63,7 +63,7 @@ def update(optimizer: str) -> GraphName:
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """What a proxy is going to give up, and what it is expected to cost.
+    """A proxy before it is made: what it will give up, and its expected cost.
 
     sizes: of each dimension that shrinks, by its name. cost: relative to level 0. macs:
     multiply-accumulates of one sample. resolution: what images are reduced to; None leaves them.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a compilation was asked for, whatever the model turns out to be.
+    """The wishes of whoever compiles, whatever the model turns out to be.
 
     strategy: its text, such as `last-k:3`. batch: samples per mini-batch on the device.
     class_names, class_count: None where the head is left open. work: a folder in which long passes

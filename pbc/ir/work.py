@@ -15,7 +15,7 @@ from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.program import Program
 
 TRIALS = "trials.jsonl"
-"""What tuning measured: it stays when the bundle is written, for the next compilation."""
+"""Measurements of tuning: the file stays when the bundle is written, for the next compilation."""
 
 
 def clear(folder: Path) -> None:

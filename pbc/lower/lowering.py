@@ -1,4 +1,4 @@
-"""How a program becomes an engine's artifacts: a backend's facts, and its lowering."""
+"""Backends: the facts of an engine, and the lowering that makes its artifacts of a program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pbc.ir.graph import GRADIENT, op_name, origin
 from pbc.ir.levels import GraphName, LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
-from pbc.lower.visit import Visit, latencies_ms
+from pbc.lower.iteration import IterationTimer, latencies_ms
 from pbc.target import Target
 
 GROUP = "pbc.lowerings"
@@ -61,7 +61,7 @@ def backend(engine: str) -> Backend:
 
 
 class Lowering(ABC):
-    """How a program becomes the files that an engine executes.
+    """Makes the files that an engine executes of a program.
 
     One object lowers one program: what it builds to measure or to check it need not build again.
     """
@@ -103,16 +103,16 @@ class Lowering(ABC):
         what shares a batch), and the body forward and backward.
         """
         return latencies_ms(
-            [Visit(self.runner(program, level), program, level) for level in levels]
+            [IterationTimer(self.runner(program, level), program, level) for level in levels]
         )
 
 
 @runtime_checkable
 class Tunes(Protocol):
-    """What a lowering offers besides, where measuring finds faster code than rules do."""
+    """A lowering that can tune, too, where measuring finds faster code than rules do."""
 
     def untunable(self, target: Target) -> str | None:
-        """Why its code for a target cannot be measured here, with what to do; None if it can."""
+        """Return why its code for a target cannot be measured here, and what to do; else None."""
 
     def tune(self, program: Program, seconds: float) -> dict[str, Any]:
         """Search for so long; what is lowered from now on has what is faster.

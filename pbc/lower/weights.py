@@ -30,7 +30,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies; as text, `weights/level-0.safetensors#conv1.weight`."""
+    """The place of a tensor; as text, `weights/level-0.safetensors#conv1.weight`."""
 
     file: str
     key: str
@@ -103,7 +103,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def byte_ranges(file: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: its offset in the file, and its length."""
+    """Return of each tensor of a safetensors file its offset in the file, and its length."""
     begin = 8 + int.from_bytes(file[:8], "little")
     header = json.loads(file[8:begin])
     header.pop("__metadata__", None)
@@ -120,7 +120,7 @@ def weight_file(folder: str, graph: GraphName) -> str:
 
 
 def _keeps(length: int) -> int:
-    """The largest alignment that the end of so many bytes still has."""
+    """The largest alignment that the end of `length` bytes still has."""
     return min(length & -length or ALIGNMENT, ALIGNMENT)
 
 

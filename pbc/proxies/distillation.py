@@ -104,7 +104,7 @@ class Distillation:
                 raise KeyboardInterrupt
 
     def fraction(self) -> float:
-        """How much of the budget is used: of steps or time, whichever is nearer its end."""
+        """Share of the budget that is used: of steps or time, whichever is nearer its end."""
         by_steps = self.step / self.steps if self.steps else 0.0
         by_time = self.elapsed / self.seconds if self.seconds else 0.0
         return max(by_steps, by_time)

@@ -71,7 +71,7 @@ def precision_of(original: LevelGraphs, role: GraphName, precision: str) -> str:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What a graph's real numbers are; an int8 graph rounds by its own operators."""
+    """Return the type of a graph's real numbers; an int8 graph rounds by its own operators."""
     dtype: torch.dtype = torch.float32 if precision == INT8 else getattr(torch, precision)
     return dtype
 

@@ -50,7 +50,7 @@ _DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.defau
 
 
 class _Layer(NamedTuple):
-    """Where an operator takes its input, weight and bias; the axis of the weight's outputs."""
+    """Positions of an operator's input, weight and bias; the axis of the weight's outputs."""
 
     input: int
     weight: int
@@ -90,7 +90,7 @@ _MOVES = {
 
 @dataclass(frozen=True)
 class Range:
-    """How the real numbers of a tensor map to 0…255: value = scale * (integer - zero_point)."""
+    """A map of a tensor's real numbers to 0…255: value = scale * (integer - zero_point)."""
 
     scale: float
     zero_point: int
@@ -114,7 +114,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What becomes integer in a graph, by the names of its nodes.
+    """The parts of a graph that become integer, by the names of its nodes.
 
     layers: those whose weights are stored in eight bits.
     points: those whose values are rounded to eight bits; each by the node whose range it has, which
@@ -126,7 +126,7 @@ class Scheme:
 
 
 def scheme(graph: GraphModule) -> Scheme:
-    """What to quantise in a folded graph.
+    """Choose what to quantise in a folded graph.
 
     Layers that run at a single position (squeeze-excite) are left alone.
     """
@@ -269,7 +269,7 @@ class _Observer(torch.fx.Interpreter):
 
 
 class _Histogram:
-    """How often values occur between two extremes, each sample weighted by one over its energy.
+    """Counts of values between two extremes, each sample weighted by one over its energy.
 
     So weighted, the squared error is that relative to each sample: a few images with values a
     hundred times as large as usual do not decide alone. Zeros are left out: they are always exact.
@@ -420,7 +420,7 @@ def _channel_means(value: Tensor, channels: int) -> Tensor:
 
 
 def _rounded_weight(node: Node) -> Node | None:
-    """What simulates the rounding of a layer's weight; None for any other node."""
+    """The node that simulates the rounding of a layer's weight; None for any other node."""
     kind = _LAYERS.get(op_name(node)) if node.op == "call_function" else None
     weight = None if kind is None or len(node.args) <= kind.weight else node.args[kind.weight]
     if isinstance(weight, Node) and weight.target is _FAKE_WEIGHT:
@@ -471,7 +471,7 @@ def _to_stored(graph: GraphModule, node: Node) -> None:
 
 
 def quantized(graph: GraphModule, images: Tensor) -> GraphModule:
-    """The graph folded and quantised with the ranges of these images; the given one stays."""
+    """Return a copy of the graph, folded and quantised with the ranges of these images."""
     graph = folded(graph)
     chosen = scheme(graph)
     simulation = simulated(graph, chosen, calibrated(graph, chosen, lambda: [images]))

@@ -115,7 +115,7 @@ def _error_at(
 def _state(
     optimizer: str, rule: torch.optim.Optimizer, theta: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What torch's optimizer keeps, under our names; zeros before its first step."""
+    """State of torch's optimizer, under our names; zeros before its first step."""
     of_torch = {"momentum": "momentum_buffer"}
     return {
         f"{part}/{name}": rule.state[value]

@@ -152,7 +152,7 @@ class _Part:
 
     @property
     def tensors(self) -> list[str]:
-        """What the model calls the tensors, in the order of `tensor_names`."""
+        """The model's names of the tensors, in the order of `tensor_names`."""
         return list(self._values)
 
     def store(self, store: TensorStore) -> None:

@@ -18,9 +18,9 @@ from pbc.bundle.ladder import INT8
 from pbc.ir.graph import get_tensor, op_name, tensor_names
 from pbc.ir.levels import BODY, PREFIX
 from pbc.ir.program import Program
+from pbc.ir.rewrite import replace_tensor
 from pbc.passes.quantize import Quantize
 from pbc.proxies import distillation
-from pbc.proxies.distillation import replace_tensor
 from pbc.proxies.fidelity import precision_of, sample_fidelity
 from pbc.proxies.quantization import (
     HIGHEST,

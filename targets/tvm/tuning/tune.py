@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pbc.ir.levels import FORWARD, PREFIX
 from pbc.ir.program import Program
 from pbc.ir.work import TRIALS
-from pbc.lower.visit import PREFIX_BATCHES, Visit
+from pbc.lower.iteration import PREFIX_BATCHES, IterationTimer
 from pbc.target import Target
 from pbc.targets.tvm.tuning.records import Record, Records
 
@@ -86,7 +86,7 @@ def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, A
     }
     notes: tuple[str, ...] = (
         f"tuned {search.faster} of {search.functions} functions in {found['seconds']:.0f} s "
-        f"({search.trials} trials): a training visit takes {after / before:.2f} of its time",
+        f"({search.trials} trials): a training iteration takes {after / before:.2f} of its time",
     )
     if records.damaged:
         lines, were = ("line", "was") if records.damaged == 1 else ("lines", "were")
@@ -162,20 +162,22 @@ class _Comparison:
         return [record for record in known if record is not None]
 
     def _measured(self, level: int, libraries: Sequence[_Library]) -> Iterator[Record]:
-        visits = {}
+        timers = {}
         for better, lowering in self._sides.items():
             for library in libraries:
                 lowering.keep(self._where, library.module, self.content(library, better))
             graphs = self._program.levels[level]
-            visits[better] = Visit(lowering.runner(self._program, graphs), self._program, graphs)
+            timers[better] = IterationTimer(
+                lowering.runner(self._program, graphs), self._program, graphs
+            )
         for turn in range(ROUNDS):
-            for visit in visits.values():
-                visit.measure(warm_up=turn == 0)
+            for timer in timers.values():
+                timer.measure(warm_up=turn == 0)
         for library in libraries:
             plain, fast = (
-                visits[better].prefix_seconds()
+                timers[better].prefix_seconds()
                 if library.is_prefix
-                else visits[better].step_seconds()
+                else timers[better].step_seconds()
                 for better in (False, True)
             )
             if not self.tuned(library).faster:

@@ -1,4 +1,4 @@
-"""Visit: how long a training iteration of a mini-batch takes at a level, whatever runs it."""
+"""Timing a training iteration: one mini-batch at a level, whatever runs its graphs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PREFIX_BATCHES = (1, 2, 4)
 _SCALAR = 0.1
 
 
-class Visit:
-    """Measures one training iteration: the prefix forward, then the derived step or the body.
+class IterationTimer:
+    """Times one training iteration: the prefix forward, then the derived step or the body.
 
     A level that no step is derived of has none: its runner differentiates the body by itself, or
     there is no step yet, and the forward stands for it.
@@ -83,12 +83,12 @@ class Visit:
         return self._step_seconds * self._batch
 
 
-def latencies_ms(visits: Sequence[Visit]) -> list[float]:
-    """Measure visits in turn; the fastest of several counts: this machine does other things too."""
+def latencies_ms(timers: Sequence[IterationTimer]) -> list[float]:
+    """Measure timers in turn; the fastest of several counts: this machine does other things too."""
     for turn in range(ROUNDS):
-        for visit in visits:
-            visit.measure(warm_up=turn == 0)
-    return [visit.latency_ms() for visit in visits]
+        for timer in timers:
+            timer.measure(warm_up=turn == 0)
+    return [timer.latency_ms() for timer in timers]
 
 
 def _placeholder(name: str, values: Mapping[str, Any]) -> np.ndarray:

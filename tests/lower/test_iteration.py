@@ -12,8 +12,8 @@ from networks import ConvNet, pruned
 from pbc.ir.graph import graph_inputs, graph_outputs
 from pbc.ir.levels import BODY, FORWARD, PREFIX, GraphName, LevelGraphs, update
 from pbc.ir.program import Program
-from pbc.lower import visit
-from pbc.lower.visit import PREFIX_BATCHES, ROUNDS, Visit, latencies_ms
+from pbc.lower import iteration
+from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, latencies_ms
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.testing import with_request
 
@@ -45,14 +45,14 @@ class Recorder:
         return {name: np.full(3, len(self.fed), np.float32) for name in outputs}
 
 
-def test_a_visit_feeds_each_graph_what_it_reads(
+def test_a_timer_feeds_each_graph_what_it_reads(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, batch = [0.0], program.request.batch
-    monkeypatch.setattr(visit.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
+    monkeypatch.setattr(iteration.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
     level = program.levels[0]
     runner = Recorder(level, clock, {PREFIX: 0.25, FORWARD: 3.0, SGD: 1.0})
-    (found,) = latencies_ms([Visit(runner, program, level)])
+    (found,) = latencies_ms([IterationTimer(runner, program, level)])
     # A quarter of a second per image, and four for the step.
     assert found == pytest.approx((batch * 0.25 + 4) * 1000)
     roles = [role for role, _ in runner.fed]
@@ -69,7 +69,7 @@ def test_a_visit_feeds_each_graph_what_it_reads(
 def test_a_step_that_is_not_derived_is_the_body(program: Program) -> None:
     level = LevelGraphs(program.levels[0].body)
     runner = Recorder(level, [0.0], {BODY: 1.0})
-    timed = Visit(runner, program, level)
+    timed = IterationTimer(runner, program, level)
     timed.measure(warm_up=False)
     assert [role for role, _ in runner.fed] == [BODY]
     assert timed.prefix_seconds() == 0
