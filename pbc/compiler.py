@@ -118,9 +118,7 @@ def compile(model: str, output: Path | str, options: CompileOptions = CompileOpt
         output = Path(output)
         require_writable(output, options)
         work = output.with_name(f".{output.name}.work")
-        program = start(model, options)
-        program = replace(program, request=replace(program.request, work=work))
-        program = lowered(program, options)
+        program = lowered(start(model, options, work), options)
         if parallel.rank() == 0:
             write(output, *package(program), as_folder=options.folder)
             clear(work)
@@ -162,15 +160,14 @@ def require_writable(output: Path, options: CompileOptions) -> None:
         raise PbcError(f"the folder {output.parent.resolve()} of {output} is not writable")
 
 
-def start(model: str | models.Source, options: CompileOptions) -> Program:
-    """Check what was asked for, then load and capture the model."""
+def start(model: str | models.Source, options: CompileOptions, work: Path | None = None) -> Program:
+    """Check what was asked for, then load and capture the model.
+
+    work: a folder for what lets an interrupted compilation continue.
+    """
     request, notes = requested(options)
-    program = begin(
-        model,
-        request,
-        weights=options.weights,
-        shape=options.shape,
-    )
+    request = replace(request, work=work)
+    program = begin(model, request, weights=options.weights, shape=options.shape)
     return replace(program, notes=(*notes, *program.notes))
 
 
