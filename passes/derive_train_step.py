@@ -15,7 +15,7 @@ from pbc.ir.graph import get_tensor, graph_text, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import TorchRunner
-from pbc.lower.lowering import backend
+from pbc.lower.backend import backend
 from pbc.training_graph.autodiff import differentiate
 from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import (

@@ -10,7 +10,8 @@ from pbc.bundle.ladder import LATENCY, PROFILE
 from pbc.errors import PbcError
 from pbc.ir.levels import FORWARD
 from pbc.ir.program import Program
-from pbc.lower.lowering import Lowering, Tunes, backend
+from pbc.lower.backend import backend
+from pbc.lower.lowering import Lowering, Tunes
 from pbc.proxies import parallel
 from pbc.training_graph.step_check import (
     LOWERED_TOLERANCE,

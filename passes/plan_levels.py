@@ -23,8 +23,8 @@ from pbc.ir.levels import LevelGraphs, LevelPlan, Size
 from pbc.ir.program import Program
 from pbc.ir.slice_graph import slice_graph
 from pbc.ir.work import work_file
+from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
-from pbc.lower.lowering import backend
 from pbc.proxies import parallel
 from pbc.proxies.quantization import quantized
 from pbc.proxies.resolution import macs, reduced, reducible

@@ -22,9 +22,9 @@ from pbc.ir.levels import ladder
 from pbc.ir.program import Program, Request
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
+from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.lower.engine_choice import choose_engine, require_tuning
-from pbc.lower.lowering import backend
 from pbc.proxies import parallel
 from pbc.target import load_target
 

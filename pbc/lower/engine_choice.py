@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.lower.lowering import GROUP, Tunes, backend
+from pbc.lower.backend import GROUP, backend
+from pbc.lower.lowering import Tunes
 from pbc.target import Target
 from pbc.util.extras import EXTRAS
 

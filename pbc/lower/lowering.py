@@ -1,17 +1,13 @@
-"""Backends: the facts of an engine, and the lowering that makes its artifacts of a program."""
+"""Lowering: what makes an engine's artifacts of a program."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import Node
 
-from pbc import plugins
 from pbc.errors import PbcError
 from pbc.ir.graph import GRADIENT, op_name, origin
 from pbc.ir.levels import GraphName, LevelGraphs
@@ -19,45 +15,6 @@ from pbc.ir.program import Program
 from pbc.ir.runner import Runner
 from pbc.lower.iteration import IterationTimer, latencies_ms
 from pbc.target import Target
-
-GROUP = "pbc.lowerings"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Facts about an engine that programs are lowered to; entry point group `pbc.lowerings`.
-
-    They are read without importing what lowers: that may need packages that are not installed.
-
-    lowering_class: where the `Lowering` is, `package.module:Class`.
-    packages: what must be installed here to lower. requires: what the device must have to run the
-    artifacts, by name. precisions: the cheaper ones that the engine computes in, the first is tried
-    first. derives_steps: whether the engine trains by derived graphs. tunes: whether measuring
-    finds faster code than its rules do, see `Tunes`.
-    """
-
-    lowering_class: str
-    packages: tuple[str, ...]
-    requires: Mapping[str, str] = field(default_factory=dict)
-    precisions: tuple[str, ...] = ()
-    derives_steps: bool = False
-    tunes: bool = False
-
-    def missing(self) -> list[str]:
-        """Return those of the packages that are not installed here."""
-        return [name for name in self.packages if importlib.util.find_spec(name) is None]
-
-    def lowering(self) -> Lowering:
-        """Import what lowers, and make one."""
-        module, _, name = self.lowering_class.partition(":")
-        made: Lowering = getattr(importlib.import_module(module), name)()
-        return made
-
-
-def backend(engine: str) -> Backend:
-    """Return the facts of an installed engine; raises UsageError for another name."""
-    found: Backend = plugins.load(GROUP, engine)
-    return found
 
 
 class Lowering(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pbc.bundle.ladder import BFLOAT16
-from pbc.lower.lowering import Backend
+from pbc.lower.backend import Backend
 
 BACKEND = Backend(
     lowering_class="pbc.targets.pytorch.lowering:PyTorchLowering",

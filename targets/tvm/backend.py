@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pbc.lower.lowering import Backend
+from pbc.lower.backend import Backend
 
 BACKEND = Backend(
     lowering_class="pbc.targets.tvm.lowering:TvmLowering",

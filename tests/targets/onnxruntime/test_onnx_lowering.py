@@ -289,7 +289,7 @@ def test_a_level_s_key_covers_the_weights_it_reads(tmp_path: Path, engine: str) 
 def test_an_older_bundle_s_key_covers_all_its_files(tmp_path: Path) -> None:
     manifest, files = package(ConvNet, "linear-probe")
     manifest = {key: value for key, value in manifest.items() if key != "weights"}
-    spec = lowered(ConvNet, "linear-probe").input
+    spec = lowered(ConvNet, "linear-probe").network.input
     one = bundle.write(tmp_path / "one.pbc", manifest, files)
     other = bundle.write(tmp_path / "other.pbc", manifest, {**files, "dims.json": b"{}"})
     keys = [level_key(b, spec, "engine 1", "float32")(0) for b in (one, other)]
