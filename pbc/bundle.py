@@ -214,12 +214,13 @@ def _entry_names(path: Path) -> set[str]:
             f"{path} is not a bundle (a zip file) or is truncated: {error}; "
             "copy or compile it again"
         ) from error
-    names = [info.filename for info in infos]
-    for name in names:
-        _check_name(path, name)
-        if names.count(name) > 1:
-            raise PbcError(f"{path} holds {name} twice; compile it again")
-    return set(names)
+    names: set[str] = set()
+    for info in infos:
+        _check_name(path, info.filename)
+        if info.filename in names:
+            raise PbcError(f"{path} holds {info.filename} twice; compile it again")
+        names.add(info.filename)
+    return names
 
 
 def _read_entry(path: Path, name: str, size_bytes: int | None) -> bytes:

@@ -17,12 +17,13 @@ from pbc.bundle import Bundle, write
 from pbc.calibration import Calibration
 from pbc.capture import capture
 from pbc.cost_profile import CostProfile
-from pbc.data import class_names
+from pbc.data import labelled
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.extras import EXTRAS
 from pbc.ladder import Ladder
 from pbc.lowering import Lowering, Tunes, missing_packages
 from pbc.program import MODEL, Head, Program, Provenance
+from pbc.progress import tell
 from pbc.target import Target, load_target
 from pbc.work import clear
 
@@ -321,7 +322,10 @@ def _needs(entry: registry.Entry) -> str | None:
 def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
     if options.data is None:
         return None, options.classes
-    names = tuple(class_names(options.data))
+    found = labelled(options.data)
+    if found.note:
+        tell(f"data: {found.note}")
+    names = tuple(found.members)
     if len(names) < 2:
         raise PbcError(f"{options.data} has one class folder, {names[0]!r}; two are the least")
     if options.classes is not None and options.classes != len(names):

@@ -2,7 +2,7 @@
 
 from pbc.data.decoding import BrokenImageError, UnsupportedImageError
 from pbc.data.inventory import Inventory
-from pbc.data.layout import class_names, has_held_out
+from pbc.data.layout import Classes, class_names, has_held_out, labelled
 from pbc.data.pooling import pooled_view
 from pbc.data.samples import UNLABELLED, ImageFolder, Samples, images, read_image
 from pbc.data.spec import InputSpec
@@ -10,6 +10,7 @@ from pbc.data.spec import InputSpec
 __all__ = [
     "UNLABELLED",
     "BrokenImageError",
+    "Classes",
     "ImageFolder",
     "InputSpec",
     "Inventory",
@@ -18,6 +19,7 @@ __all__ = [
     "class_names",
     "has_held_out",
     "images",
+    "labelled",
     "pooled_view",
     "read_image",
 ]

@@ -91,9 +91,14 @@ def classes(listing: Listing[Any], *, held_out: bool = False) -> Classes:
     return Classes(members, note, (*outside, *sorted(top.photos)))
 
 
+def labelled(path: Path | str) -> Classes:
+    """Return the classes of a folder of class folders, or a zip of them, without decoding any."""
+    return classes(listed(Path(path)))
+
+
 def class_names(path: Path | str) -> list[str]:
     """Return the sorted class names of a folder of class folders, or a zip of them."""
-    return list(classes(listed(Path(path))).members)
+    return list(labelled(path).members)
 
 
 def has_held_out(path: Path | str) -> bool:
