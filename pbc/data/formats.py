@@ -53,7 +53,7 @@ _GIF = Format("GIF", (".gif",), "GIF", decoder_bytes=4)
 _PNM = Format("PNM", (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "PPM")
 # The decoder of animations, which opens every WebP, keeps two canvases and an encoded frame.
 _WEBP = Format("WebP", (".webp",), "WEBP", "webp", 12)
-_AVIF = Format("AVIF", (".avif", ".avifs"), "AVIF", "avif", 8, "pip install -U pillow")
+AVIF = Format("AVIF", (".avif", ".avifs"), "AVIF", "avif", 8, "pip install -U pillow")
 # OpenJPEG holds 32 bits per component.
 _JPEG_2000 = Format("JPEG 2000", (".jp2", ".j2k", ".jpx", ".jpf"), "JPEG2000", "jpg_2000", 16)
 _JPEG_XL = Format("JPEG XL", (".jxl",))
@@ -63,7 +63,7 @@ _PDF = Format("PDF", (".pdf",), photo=False)
 _ZIP = Format("zip", (".zip",), photo=False)
 
 _FORMATS = (
-    JPEG, PNG, TIFF, HEIC, RAW, _BMP, _GIF, _PNM, _WEBP, _AVIF, _JPEG_2000, _JPEG_XL, _PHOTOSHOP,
+    JPEG, PNG, TIFF, HEIC, RAW, _BMP, _GIF, _PNM, _WEBP, AVIF, _JPEG_2000, _JPEG_XL, _PHOTOSHOP,
 )  # fmt: skip
 _BY_SUFFIX = {suffix: format for format in _FORMATS for suffix in format.suffixes}
 _BY_START = (
@@ -158,5 +158,5 @@ def _iso_media(head: bytes) -> Format:
     if brands[0] == b"crx ":
         return RAW
     if b"avif" in brands or b"avis" in brands:
-        return _AVIF
+        return AVIF
     return HEIC if brands[0] in _HEIF_BRANDS else _VIDEO
