@@ -60,7 +60,7 @@ class Inventory:
             )
             lines.append(f"ignored {len(self.ignored)} files: {', '.join(reasons)}")
         if self.remarks:
-            lines.append("photos " + ", ".join(f"{text}: {count}" for text, count in self.remarks))
+            lines.append("; ".join(f"{count} photos {text}" for text, count in self.remarks))
         return [printable(line) for line in lines]
 
     def to_json(self) -> dict[str, Any]:

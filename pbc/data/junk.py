@@ -23,6 +23,7 @@ _NAMES = frozenset(
         "ehthumbs_vista.db",
         "picasa.ini",
         "__macosx",  # macOS
+        ".ds_store",
         "icon\r",
         "ipod photo cache",
         "lost.dir",  # Android
@@ -32,7 +33,7 @@ _NAMES = frozenset(
 )
 # Lightroom's previews, Capture One's and iPhoto's.
 _SUFFIXES = (".lrdata", ".lrcat", ".cop", ".cot", ".photolibrary", ".aplibrary")
-_STARTS = ("synofile_thumb", "synophoto_thumb")
+_STARTS = ("._", "synofile_thumb", "synophoto_thumb")
 
 
 def reason(name: str) -> str | None:

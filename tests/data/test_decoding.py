@@ -70,9 +70,7 @@ def test_floats_and_long_integers_scale_by_the_range_that_holds_them(
     top: float, dtype: type
 ) -> None:
     values = (RAMP * top).astype(dtype)
-    np.testing.assert_allclose(
-        gray(saved(Image.fromarray(values), "TIFF")), RAMP * 255, atol=1.01
-    )
+    np.testing.assert_allclose(gray(saved(Image.fromarray(values), "TIFF")), RAMP * 255, atol=1.01)
 
 
 def test_values_below_zero_stretch_from_the_lowest_to_the_highest() -> None:

@@ -153,8 +153,8 @@ def test_composed_and_decomposed_names_are_one_class(photos: Path) -> None:
 
 
 def test_names_that_are_no_utf_8_are_spelled_out(photos: Path) -> None:
-    os.rename(photos / "red", os.fsencode(photos) + b"/caf\xe9")
-    os.rename(photos / "blue" / "000.png", os.fsencode(photos) + b"/blue/\xff.png")
+    (photos / "red").rename(photos / os.fsdecode(b"caf\xe9"))
+    (photos / "blue" / "000.png").rename(photos / "blue" / os.fsdecode(b"\xff.png"))
     samples = ImageFolder.open(photos, tiny.SPEC)
     assert samples.classes == ("blue", r"caf\xe9", "green")
     assert r"blue/\xff.png" in samples.names
