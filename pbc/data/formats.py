@@ -148,7 +148,8 @@ def _heif_opener() -> Opener | None:
         from pillow_heif.as_plugin import HeifImageFile
     except ImportError:
         return None
-    return HeifImageFile  # type: ignore[no-any-return]
+    opener: Opener = HeifImageFile
+    return opener
 
 
 def _iso_media(head: bytes) -> Format:

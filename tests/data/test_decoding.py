@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 
 from pbc.data import BrokenImageError, InputSpec, UnsupportedImageError, decoding, formats
+from pbc.data.budget import Budget
 
 SPEC = InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3)
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
@@ -69,7 +72,7 @@ def test_sixteen_bits_scale_to_eight(format: str) -> None:
 def test_floats_and_long_integers_scale_by_the_range_that_holds_them(
     top: float, dtype: type
 ) -> None:
-    values = (RAMP * top).astype(dtype)
+    values: np.ndarray = (RAMP * top).astype(dtype)
     np.testing.assert_allclose(gray(saved(Image.fromarray(values), "TIFF")), RAMP * 255, atol=1.01)
 
 
@@ -168,7 +171,7 @@ def test_the_first_picture_of_several_is_taken(format: str) -> None:
 def test_every_orientation_is_set_upright(format: str, orientation: int) -> None:
     upright = np.zeros((8, 8, 3), np.uint8)
     upright[:4, :4], upright[:4, 4:], upright[4:, :4] = 240, 160, 80
-    undo = {
+    undo: dict[int, Callable[[np.ndarray], np.ndarray]] = {
         2: np.fliplr,
         3: lambda pixels: np.rot90(pixels, 2),
         4: np.flipud,
@@ -234,6 +237,21 @@ def test_avif_is_read_where_pillow_can() -> None:
         assert np.abs(SPEC.decode(data).astype(int) - (255, 0, 0)).max() <= 6
 
 
+def test_heic_is_read_where_pillow_heif_is_installed() -> None:
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert formats.opener(formats.HEIC) is None
+        return
+    pillow_heif = importlib.import_module("pillow_heif")
+    buffer = io.BytesIO()
+    turned = np.zeros((64, 64, 3), np.uint8)
+    turned[:, :32] = 240  # bright at the left as stored, above when upright
+    pillow_heif.from_pillow(Image.fromarray(turned)).save(buffer, exif=_turned().tobytes())
+    pixels = SPEC.decode(buffer.getvalue()).astype(int)
+    assert np.abs(pixels[:3] - 240).max() <= 8
+    assert pixels[5:].max() <= 8
+    assert "HEIF" not in Image.OPEN  # nothing of the host program's Pillow is changed
+
+
 # ---- memory --------------------------------------------------------------------------------
 
 
@@ -253,9 +271,15 @@ def test_copies_count_too() -> None:
     turned = saved(Image.new("L", (600, 500)), "PNG", exif=_turned())
     estimates = []
     for data in (plain, turned, saved(Image.new("LA", (600, 500)), "PNG")):
-        with formats.opener(formats.PNG)(io.BytesIO(data), "") as image:
+        with _opened(formats.PNG, data) as image:
             estimates.append(decoding._size_bytes(image, image.size, formats.PNG, data))
     assert estimates == [300_000 * 5, 300_000 * 6, 300_000 * 17]
+
+
+def _opened(format: formats.Format, data: bytes) -> ImageFile.ImageFile:
+    opener = formats.opener(format)
+    assert opener is not None
+    return opener(io.BytesIO(data), "")
 
 
 def _turned() -> Image.Exif:
@@ -268,14 +292,14 @@ def test_a_progressive_jpeg_counts_all_of_its_coefficients() -> None:
     image = Image.new("RGB", (640, 480))
     for subsampling, share in ((0, 3.0), (2, 1.5)):
         data = saved(image, "JPEG", progressive=True, subsampling=subsampling)
-        with formats.opener(formats.JPEG)(io.BytesIO(data), "") as opened:
+        with _opened(formats.JPEG, data) as opened:
             taken = decoding._coefficient_bytes(opened, opened.size)
         assert taken == 2 * share * 640 * 480
 
 
 def test_decoders_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(Image.new("RGB", (64, 64)), "PNG")
-    monkeypatch.setattr(decoding, "PIXELS", decoding.Budget(64 * 64 * 4 * 2))
+    monkeypatch.setattr(decoding, "PIXELS", Budget(64 * 64 * 4 * 2))
     most, now, lock = 0, 0, threading.Lock()
     rgb = decoding._rgb
 
