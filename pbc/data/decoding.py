@@ -21,6 +21,7 @@ _ORIENTATION = 0x0112
 _UPRIGHT = 1
 _PHOTOMETRIC, _BITS_PER_SAMPLE = 262, 258
 _WHITE_IS_ZERO = 0
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 # Pillow's modes of one byte per pixel, and of two; any other takes four.
 _ONE_BYTE, _TWO_BYTES = ("1", "L", "P"), ("I;16", "I;16L", "I;16B", "I;16N")
 _WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -58,7 +59,8 @@ def decode(
         raise BrokenImageError(_no_image(data, format))
     opened = formats.opener(format)
     if opened is None:
-        raise UnsupportedImageError(format.hint)
+        told = formats.by_suffix(name) is format  # by the file's name already
+        raise UnsupportedImageError(format.hint if told else f"{format.name}: {format.hint}")
     try:
         with opened(io.BytesIO(data), "") as image:
             full_size = image.size
@@ -109,7 +111,8 @@ def _size_bytes(
         per_pixel += 4
     if image.has_transparency_data:
         per_pixel += 9  # RGBA or RGB, the alpha channel, and the white below
-    return image.width * image.height * per_pixel + _coefficient_bytes(image, full_size)
+    decoded = image.width * image.height * per_pixel
+    return decoded + _coefficient_bytes(image, full_size) + _tile_bytes(image)
 
 
 def _bytes_per_pixel(mode: str) -> int:
@@ -124,6 +127,12 @@ def _coefficient_bytes(image: ImageFile.ImageFile, full_size: tuple[int, int]) -
     most = max(h * v for _, h, v, _ in layers)
     share = sum(h * v for _, h, v, _ in layers) / max(1, most)
     return int(2 * share * full_size[0] * full_size[1])
+
+
+def _tile_bytes(image: ImageFile.ImageFile) -> int:
+    """Return what one tile of a TIFF takes, which may be larger than the picture."""
+    width, length = _tag(image, _TILE_WIDTH), _tag(image, _TILE_LENGTH)
+    return 8 * width * length if isinstance(width, int) and isinstance(length, int) else 0
 
 
 def _may_turn(image: ImageFile.ImageFile, format: formats.Format, data: bytes) -> bool:

@@ -16,7 +16,7 @@ _HEIF_BRANDS = frozenset(
     (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 )
 _INSTALL_HEIC = "pip install 'pbc[heic]'"
-_EXPORT = "export it as JPEG or PNG"
+_EXPORT = "no format that pbc reads, export it as JPEG or PNG"
 
 Opener = Callable[[object, str], ImageFile.ImageFile]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,7 +131,7 @@ def normal(name: str) -> str:
     Composed and decomposed spellings, as Linux and macOS write them, become the same name, and
     every name can be stored and printed.
     """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return unicodedata.normalize("NFC", text)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,8 +75,11 @@ class Samples:
         return self.spec.normalise(self.batch(indices))
 
     def with_classes(self, classes: Sequence[str]) -> Samples:
-        """The same samples, labelled by position in `classes`, which must hold every name."""
-        position = {name: index for index, name in enumerate(classes)}
+        """The same samples, labelled by position in `classes`, which must hold every name.
+
+        Names are compared in Unicode's form NFC, whatever form `classes` has them in.
+        """
+        position = {unicodedata.normalize("NFC", name): index for index, name in enumerate(classes)}
         mapping = np.array([position[name] for name in self.classes], dtype=np.int64)
         return replace(self, labels=mapping[self.labels], classes=tuple(classes))
 

@@ -219,9 +219,11 @@ def test_files_that_are_no_photos() -> None:
 def test_formats_that_are_not_read_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif.as_plugin", None)
-    with pytest.raises(UnsupportedImageError, match=r"pip install 'pbc\[heic\]'"):
+    with pytest.raises(UnsupportedImageError, match=r"^HEIC: pip install 'pbc\[heic\]'$"):
         SPEC.decode(b"\0\0\0\x18ftypheic" + bytes(200))
-    with pytest.raises(UnsupportedImageError, match="export it as JPEG or PNG"):
+    with pytest.raises(UnsupportedImageError, match=r"^pip install 'pbc\[heic\]'$"):
+        SPEC.photo(b"\0\0\0\x18ftypheic" + bytes(200), "IMG_1.HEIC")
+    with pytest.raises(UnsupportedImageError, match="JPEG XL: no format that pbc reads, export it"):
         SPEC.decode(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40))
     tiff = saved(Image.new("RGB", (8, 8)), "TIFF")
     assert SPEC.photo(tiff, "a.tif").pixels.shape == (8, 8, 3)
@@ -295,6 +297,27 @@ def test_a_progressive_jpeg_counts_all_of_its_coefficients() -> None:
         with _opened(formats.JPEG, data) as opened:
             taken = decoding._coefficient_bytes(opened, opened.size)
         assert taken == 2 * share * 640 * 480
+
+
+def test_a_tile_that_is_larger_than_its_picture_counts() -> None:
+    packed = zlib.compress(bytes(256 * 256))
+    for side in (256, 30_000):
+        data = _tiled_tiff(side, packed)
+        if side == 256:
+            assert (SPEC.decode(data) == 0).all()
+        else:
+            with pytest.raises(BrokenImageError, match="take 7200 MB to decode"):
+                SPEC.decode(data)
+
+
+def _tiled_tiff(side: int, packed: bytes) -> bytes:
+    """A gray TIFF of 64 × 64 in one tile of side × side, by hand: Pillow writes no tiles."""
+    tags = {
+        256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side,
+        324: 8 + 2 + 10 * 12 + 4, 325: len(packed),
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed
 
 
 def test_decoders_share_one_bound(monkeypatch: pytest.MonkeyPatch) -> None:
