@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pbc.data.listing import suffix
+from pbc.data.junk import HIDDEN, SYSTEM
+from pbc.data.listing import basename, suffix
 
 _NAMED_MOST = 3
 
@@ -88,8 +89,12 @@ def _named(entries: Entries) -> str:
 
 
 def _kinds(entries: Entries, wanted: str) -> str:
-    """Return the suffixes of the entries with a reason, the most frequent first."""
-    kinds = [kind for kind, _ in _counted(suffix(name) for name, why in entries if why == wanted)]
+    """Return what the entries with a reason are called, the most frequent first: their suffixes.
+
+    What systems leave is known by its whole name.
+    """
+    spell = basename if wanted in (SYSTEM, HIDDEN) else suffix
+    kinds = [kind for kind, _ in _counted(spell(name) for name, why in entries if why == wanted)]
     return ", ".join(kinds[:_NAMED_MOST]) + _more(len(kinds))
 
 

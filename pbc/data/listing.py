@@ -138,3 +138,8 @@ def normal(name: str) -> str:
 def suffix(name: str) -> str:
     """Return the suffix of a name in lower case, such as `.heic`; the name itself if none."""
     return PurePosixPath(name).suffix.lower() or PurePosixPath(name).name
+
+
+def basename(name: str) -> str:
+    """Return the last part of a name, without the slash of a folder."""
+    return PurePosixPath(name).name

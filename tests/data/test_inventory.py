@@ -58,7 +58,7 @@ def clutter(photos: Path) -> None:
     (photos / "red" / "000.png").write_bytes(b"broken")
     (photos / "red" / "notes.txt").write_text("about")
     (photos / "blue" / "@eaDir").mkdir()
-    (photos / ".DS_Store").write_bytes(b"")
+    (photos / "Thumbs.db").write_bytes(b"")
     Image.new("LA", (9, 9)).save(photos / "blue" / "drawing.png")
     Image.new("I;16", (9, 9)).save(photos / "blue" / "deep.png")
 
@@ -66,7 +66,7 @@ def clutter(photos: Path) -> None:
 LINES = [
     "skipped 1 broken images of 17: red/000.png (cannot identify an image in it)",
     "skipped 3 .heic files: pip install 'pbc[heic]'",
-    "ignored 3 files: 2 left by a system or program (.DS_Store, @eaDir), 1 no photo (.txt)",
+    "ignored 3 files: 2 left by a system or program (@eaDir, Thumbs.db), 1 no photo (.txt)",
     "1 photos of more than 8 bits, mapped to 8; 1 photos transparent, laid on white",
 ]
 
