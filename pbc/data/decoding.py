@@ -24,7 +24,7 @@ _WHITE_IS_ZERO = 0
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 # Pillow's modes of one byte per pixel, and of two; any other takes four.
 _ONE_BYTE, _TWO_BYTES = ("1", "L", "P"), ("I;16", "I;16L", "I;16B", "I;16N")
-_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+_BAND_PIXELS = 1 << 20
 # In a PNG these may stand behind the pixels; the orientation is then known too late.
 _PNG_ORIENTATION_MARKS = (b"eXIf", b"exif", b"XML:com.adobe.xmp")
 
@@ -107,10 +107,8 @@ def _size_bytes(
         per_pixel += own
     if image.mode in depth.MODES:
         per_pixel += own + 2  # as bytes, as an array of 8 bits, and as a picture of it
-    if image.mode != "RGB":
-        per_pixel += 4
-    if image.has_transparency_data:
-        per_pixel += 9  # RGBA or RGB, the alpha channel, and the white below
+    if image.mode != "RGB" or image.has_transparency_data:
+        per_pixel += 4  # as RGB
     decoded = image.width * image.height * per_pixel
     return decoded + _coefficient_bytes(image, full_size) + _tile_bytes(image)
 
@@ -169,13 +167,16 @@ def _on_white(
     if format is formats.PNG and isinstance(clear, tuple) and data[24] == 16:
         # Pillow keeps the upper byte of each sample, but the whole transparent color.
         image.info["transparency"] = tuple(value >> 8 for value in clear)
-    colored = image if image.mode == "RGBA" else image.convert("RGBA")
-    alpha = colored.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return image.convert("RGB") if image.mode in _WITH_ALPHA else colored.convert("RGB"), ()
-    white = Image.new("RGB", colored.size, "white")
-    white.paste(colored.convert("RGB"), mask=alpha)
-    return white, (ON_WHITE,)
+    white = Image.new("RGB", image.size, "white")
+    transparent = False
+    rows = max(1, _BAND_PIXELS // image.width)  # the copies below are of a band, not of the whole
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        band = image.crop(box).convert("RGBA")
+        alpha = band.getchannel("A")
+        transparent = transparent or alpha.getextrema() != (255, 255)
+        white.paste(band.convert("RGB"), box, alpha)
+    return white, (ON_WHITE,) if transparent else ()
 
 
 def _declared_bits(image: ImageFile.ImageFile, format: formats.Format) -> int | None:

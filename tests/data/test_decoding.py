@@ -147,6 +147,15 @@ def test_half_transparent_pixels_are_mixed_with_white() -> None:
         assert (pixels == 127).all()
 
 
+def test_transparency_is_laid_on_white_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    colors = np.random.default_rng(0).integers(0, 256, (30, 20, 4)).astype(np.uint8)
+    data = saved(Image.fromarray(colors), "PNG")
+    whole = SPEC.decode(data)
+    for pixels in (1, 20, 70):
+        monkeypatch.setattr(decoding, "_BAND_PIXELS", pixels)
+        assert (SPEC.decode(data) == whole).all()
+
+
 def test_an_opaque_picture_keeps_its_colors() -> None:
     colors = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
     opaque = Image.fromarray(colors)
@@ -275,7 +284,7 @@ def test_copies_count_too() -> None:
     for data in (plain, turned, saved(Image.new("LA", (600, 500)), "PNG")):
         with _opened(formats.PNG, data) as image:
             estimates.append(decoding._size_bytes(image, image.size, formats.PNG, data))
-    assert estimates == [300_000 * 5, 300_000 * 6, 300_000 * 17]
+    assert estimates == [300_000 * 5, 300_000 * 6, 300_000 * 8]
 
 
 def _opened(format: formats.Format, data: bytes) -> ImageFile.ImageFile:
