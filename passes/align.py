@@ -12,12 +12,9 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from pbc import parallel
-from pbc.calibration import Calibration
-from pbc.distillation import Distillation, adopt, replace_tensor, unaugmented
-from pbc.interface import Tapped, sample_fidelity, standards
-from pbc.ladder import ALIGNED, INT8
-from pbc.program import (
+from pbc.bundle.ladder import ALIGNED, INT8
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import (
     Program,
     body,
     get_tensor,
@@ -25,7 +22,10 @@ from pbc.program import (
     prefix,
     tensor_names,
 )
-from pbc.work import work_file
+from pbc.ir.work import work_file
+from pbc.proxies import parallel
+from pbc.proxies.distillation import Distillation, adopt, replace_tensor, unaugmented
+from pbc.proxies.fidelity import Tapped, sample_fidelity, standards
 
 STATISTICS_BATCHES = 16
 LEARNING_RATE = 5e-4

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc import registry
-from pbc.autodiff import Gradient, differentiate
-from pbc.lowering import Lowering
-from pbc.optimizers import OPTIMIZERS, with_update
-from pbc.program import (
+from pbc import plugins
+from pbc.ir.program import (
     Program,
     body,
     copy_graph,
@@ -24,8 +21,10 @@ from pbc.program import (
     step_update,
     tensor_names,
 )
-from pbc.progress import report
-from pbc.step_check import (
+from pbc.lower.lowering import Lowering
+from pbc.training_graph.autodiff import Gradient, differentiate
+from pbc.training_graph.optimizers import OPTIMIZERS, with_update
+from pbc.training_graph.step_check import (
     TOLERANCE,
     GraphStep,
     in_float64,
@@ -33,6 +32,7 @@ from pbc.step_check import (
     starting_parameters,
     step_errors,
 )
+from pbc.util.progress import report
 
 CHECK = "train_step"
 
@@ -46,7 +46,7 @@ class DeriveTrainStep:
         graph body/0 takes %flatten, θ… does
           %linear: [b, 10] = linear(%flatten, θ[fc.weight], θ[fc.bias])
 
-    After, beside it (pbc.autodiff, pbc.optimizers)::
+    After, beside it (pbc.training_graph.autodiff, pbc.training_graph.optimizers)::
 
         graph forward/0 takes %flatten, θ…, %labels, %label_smoothing …
           returns the mean loss, losses [b], logits, and what the backward needs
@@ -66,7 +66,7 @@ class DeriveTrainStep:
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
-        lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
         if not lowering.derives_steps:
             return program
         derived: list[tuple[GraphModule, Gradient, dict[str, GraphModule]]] = []

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pbc.calibration import Calibration
-from pbc.interface import BATCH, dtype_of, precision_of
-from pbc.ladder import ALIGNED
+from pbc.bundle.ladder import ALIGNED
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
 from pbc.passes.learn_policy import affordable
-from pbc.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
-from pbc.progress import report
+from pbc.proxies.fidelity import BATCH, dtype_of, precision_of
+from pbc.util.progress import report
 
 Point = tuple[float, float]
 

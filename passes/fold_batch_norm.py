@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc.program import POLICY, Program, get_tensor, op_name, put_tensor
+from pbc.ir.program import POLICY, Program, get_tensor, op_name, put_tensor
 
 FOLDABLE = ("aten.conv2d.default", "aten.linear.default")
 

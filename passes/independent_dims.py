@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pbc.dim_rules import analyse
-from pbc.program import Program
+from pbc.ir.dim_rules import analyse
+from pbc.ir.program import Program
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from pbc.calibration import Calibration
-from pbc.capture import capture
+from pbc.bundle.ladder import ALIGNED, Ladder
 from pbc.data import pooled_view
-from pbc.interface import sample_fidelity
-from pbc.ladder import ALIGNED, Ladder
+from pbc.frontend.capture import capture
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import POLICY, Program, body, prefix
 from pbc.passes.fold_batch_norm import fold
-from pbc.program import POLICY, Program, body, prefix
-from pbc.progress import report
+from pbc.proxies.fidelity import sample_fidelity
+from pbc.util.progress import report
 
 VIEW = (3, 32, 32)
 SAMPLES = 4000

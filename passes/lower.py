@@ -7,13 +7,14 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pbc import parallel, registry
+from pbc import plugins
+from pbc.bundle.ladder import LATENCY, PROFILE, Ladder
 from pbc.errors import PbcError
-from pbc.interface import precision_of
-from pbc.ladder import LATENCY, PROFILE, Ladder
-from pbc.lowering import Candidate, Lowering, Tunes
-from pbc.program import Program, body, prefix, step_forward, step_update
-from pbc.step_check import (
+from pbc.ir.program import Program, body, prefix, step_forward, step_update
+from pbc.lower.lowering import Candidate, Lowering, Tunes
+from pbc.proxies import parallel
+from pbc.proxies.fidelity import precision_of
+from pbc.training_graph.step_check import (
     LOWERED_TOLERANCE,
     TOLERANCE,
     random_batches,
@@ -41,7 +42,7 @@ class Lower:
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
-        lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
         if self.tune is not None:
             program = self._tuned(program, lowering, self.tune * 60)
         if program.target.local and program.ladder.cost_model != PROFILE:

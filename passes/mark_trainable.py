@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pbc.program import MODEL, PARAMETER, Program, get_tensor, placeholders
+from pbc.ir.program import MODEL, PARAMETER, Program, get_tensor, placeholders
 
 
 @dataclass(frozen=True)

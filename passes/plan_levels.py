@@ -14,14 +14,8 @@ from typing import ClassVar
 import numpy as np
 from torch.fx import GraphModule
 
-from pbc import parallel, registry
-from pbc.atomic import replace_bytes
-from pbc.cost_profile import CostProfile
-from pbc.dims import HEADS, Dimension, Dims
-from pbc.emit import emit
-from pbc.errors import UsageError, suggest
-from pbc.interface import precision_of
-from pbc.ladder import (
+from pbc import plugins
+from pbc.bundle.ladder import (
     FLOAT32,
     INT8,
     LATENCY,
@@ -32,11 +26,18 @@ from pbc.ladder import (
     Ladder,
     Level,
 )
-from pbc.lowering import Candidate, Lowering
-from pbc.program import Program, body, op_name, prefix, shape_of
-from pbc.quantization import quantized
-from pbc.resolution import Size, macs, reduced, reducible
-from pbc.work import work_file
+from pbc.errors import UsageError, suggest
+from pbc.ir.dims import HEADS, Dimension, Dims
+from pbc.ir.program import Program, body, op_name, prefix, shape_of
+from pbc.ir.slice_graph import emit
+from pbc.ir.work import work_file
+from pbc.lower.cost_profile import CostProfile
+from pbc.lower.lowering import Candidate, Lowering
+from pbc.proxies import parallel
+from pbc.proxies.fidelity import precision_of
+from pbc.proxies.quantization import quantized
+from pbc.proxies.resolution import Size, macs, reduced, reducible
+from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
 
@@ -80,9 +81,9 @@ class PlanLevels:
 
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
     down to `min_cost`, or to the cheapest cost in reach. Cost is what the device's own profile
-    predicts, where there is one (`cost`, see `pbc.cost_profile`); else the latency of one training
-    visit measured here when this machine is the target; else MACs. Then int8 is planned for
-    convolutional networks without depthwise layers, which gain little by it, and a note says what
+    predicts, where there is one (`cost`, see `pbc.lower.cost_profile`); else the latency of one
+    training visit measured here when this machine is the target; else MACs. Then int8 is planned
+    for convolutional networks without depthwise layers, which gain little, and a note says what
     was assumed; bfloat16 is not planned, since few devices multiply it, unless it was profiled.
     Graphs stay as they are; `program.ladder` and `program.sizes` are filled. A level that rounding
     makes equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the
@@ -251,7 +252,7 @@ class _Planner:
     def precisions(self) -> list[str]:
         """The cheaper precisions to try: those that the engine offers and the program can have."""
         program = self._program
-        lowering: Lowering = registry.load("pbc.lowerings", program.engine)
+        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)
         offered = [p for p in lowering.precisions if p != INT8 or prefix(0) in program.graphs]
         if self.cost_model == LATENCY:
             return offered
@@ -308,7 +309,7 @@ class _Planner:
                 with contextlib.suppress(ValueError):  # damaged: measure again
                     measured = json.loads(kept.read_text())
                     return measured
-            lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+            lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
             measured = lowering.latency_ms(program, [self._candidate(form) for form in forms])
             if kept is not None:
                 replace_bytes(kept, json.dumps(measured).encode())

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pbc.dims import Dims, atoms
-from pbc.emit import emit
-from pbc.program import Program, body, get_tensor, prefix, tensor_names
-from pbc.resolution import reduced
+from pbc.ir.dims import Dims, atoms
+from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.slice_graph import emit
+from pbc.proxies.resolution import reduced
 
 
 @dataclass(frozen=True)

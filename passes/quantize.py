@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc import parallel
-from pbc.calibration import Calibration
-from pbc.distillation import Distillation, adopt, alignment_loss, unaugmented
-from pbc.interface import Standard, Tapped, sample_fidelity, standards
-from pbc.ladder import ALIGNED, INT8
+from pbc.bundle.ladder import ALIGNED, INT8
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import Program, body, prefix
+from pbc.ir.work import work_file
 from pbc.passes.align import MINUTES, STATISTICS_BATCHES
-from pbc.program import Program, body, prefix
-from pbc.quantization import (
+from pbc.proxies import parallel
+from pbc.proxies.distillation import Distillation, adopt, alignment_loss, unaugmented
+from pbc.proxies.fidelity import Standard, Tapped, sample_fidelity, standards
+from pbc.proxies.quantization import (
     calibrated,
     correct_biases,
     folded,
@@ -29,7 +30,6 @@ from pbc.quantization import (
     scheme,
     simulated,
 )
-from pbc.work import work_file
 
 # Of what alignment takes, as much again is added for the int8 levels together.
 SHARE = 0.25
@@ -57,8 +57,8 @@ class Quantize:
         %relu: [b, 16, 8, 8] = relu(%batch_norm)
         … and the same pair for %relu
 
-    Ranges, biases, then weights (pbc.quantization): each tensor's range is the one with the least
-    error relative to each image; the layers' biases take the usual error out; distillation, as
+    Ranges, biases, then weights (pbc.proxies.quantization): each tensor's range is the one with
+    the least error relative to each image; biases take the usual error out; distillation, as
     `align` does it, learns with straight-through gradients. Biases and distilled weights are kept
     only where they bring images of the alignment set nearer to the original. Bodies stay float32:
     gradients pass through them. Fidelities are measured on the rounded graphs.

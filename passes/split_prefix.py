@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.program import (
+from pbc.ir.program import (
     MODEL,
     PARAMETER,
     Program,

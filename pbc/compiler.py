@@ -12,20 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from pbc import manifest, models, parallel, pipeline, registry, self_test_numbers, strategy
+from pbc import plugins
 from pbc.bundle import Bundle, write
-from pbc.calibration import Calibration
-from pbc.capture import capture
-from pbc.cost_profile import CostProfile
+from pbc.bundle.ladder import Ladder
 from pbc.data import labelled
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.extras import EXTRAS
-from pbc.ladder import Ladder
-from pbc.lowering import Lowering, Tunes, missing_packages
-from pbc.program import MODEL, Head, Program, Provenance
-from pbc.progress import tell
+from pbc.frontend import models, strategy
+from pbc.frontend.capture import capture
+from pbc.ir import pipeline
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import MODEL, Head, Program, Provenance
+from pbc.ir.work import clear
+from pbc.lower import manifest, self_test_numbers
+from pbc.lower.cost_profile import CostProfile
+from pbc.lower.lowering import Lowering, Tunes, missing_packages
+from pbc.proxies import parallel
 from pbc.target import Target, load_target
-from pbc.work import clear
+from pbc.util.extras import EXTRAS
+from pbc.util.progress import tell
 
 DEFAULT_ENGINE = "pytorch"
 UP_TO_PLAN = pipeline.STAGES.index("plan")
@@ -107,7 +111,7 @@ class Plan:
 
 
 def compile(model: str, output: Path | str, options: Options = Options()) -> Bundle:
-    """Compile a model (see pbc.models.load for its names) into a bundle at `output`.
+    """Compile a model (see pbc.frontend.models.load for its names) into a bundle at `output`.
 
     Under torchrun every process calls this, aligns together with the others, and gets the bundle
     that the first one writes. Long work is kept beside the output while it runs, so that the same
@@ -176,7 +180,7 @@ def begin(model: str | models.Source, options: Options) -> Program:
         CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)
     engine, notes = choose_engine(target, options.engine)
-    registry.load("pbc.lowerings", engine)().check(target)
+    plugins.load("pbc.lowerings", engine)().check(target)
     if options.tune is not None:
         require_tuning(target, engine)
     chosen = strategy.parse(options.strategy)
@@ -259,7 +263,7 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
     Raises UsageError for an engine that was asked for and that the target or pbc does not have, and
     PbcError for one whose packages are not installed here.
     """
-    available = registry.entries("pbc.lowerings")
+    available = plugins.entries("pbc.lowerings")
     if asked is not None:
         if asked in target.refused:
             raise UsageError(
@@ -296,9 +300,9 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
 
 def require_tuning(target: Target, engine: str) -> None:
     """Raise UsageError where an engine's code for a target cannot be tuned here."""
-    lowering = registry.load("pbc.lowerings", engine)()
+    lowering = plugins.load("pbc.lowerings", engine)()
     if not isinstance(lowering, Tunes):
-        entries = registry.entries("pbc.lowerings")
+        entries = plugins.entries("pbc.lowerings")
         able = ", ".join(name for name in entries if issubclass(entries[name].load(), Tunes))
         raise UsageError(
             f"--tune does nothing for engine {engine!r}, whose code is not made here; engines with "
@@ -309,7 +313,7 @@ def require_tuning(target: Target, engine: str) -> None:
         raise UsageError(reason)
 
 
-def _needs(entry: registry.Entry) -> str | None:
+def _needs(entry: plugins.Entry) -> str | None:
     """What is missing here to lower to this engine, in words; None where nothing is."""
     missing = missing_packages(entry.load())
     if not missing:
@@ -345,7 +349,7 @@ def _resize_classifier(module: nn.Module, name: str, count: int) -> None:
 
 def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest and the files of a lowered program."""
-    lowering = registry.load("pbc.lowerings", program.engine)()
+    lowering = plugins.load("pbc.lowerings", program.engine)()
     assert program.dims is not None
     files = {
         **program.artifacts,
@@ -359,5 +363,5 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def _requires(program: Program) -> dict[str, str]:
     """What the board must have: its target says so, and the lowering to its engine."""
-    lowering: Lowering = registry.load("pbc.lowerings", program.engine)()
+    lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
     return program.target.requirements(program.engine, lowering.requires())

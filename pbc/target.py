@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pbc import registry
+from pbc import plugins
 from pbc.errors import PbcError
 
 Arch = Literal["x86_64", "aarch64", "armv7l", "any"]
@@ -93,7 +93,7 @@ def load_target(name: str) -> Target:
 
     The entry point is a `Target`, or a function that reads the facts and returns one.
     """
-    loaded = registry.load("pbc.targets", name)
+    loaded = plugins.load("pbc.targets", name)
     found = loaded() if callable(loaded) else loaded
     if not isinstance(found, Target):
         raise PbcError(f"target {name!r} is a {type(found).__name__}, not a pbc.target.Target")

@@ -19,10 +19,11 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from pbc import compiler, models
+from pbc import compiler
 from pbc.data import InputSpec
-from pbc.pipeline import Pass, PassPipeline
-from pbc.program import MODEL, Program, body
+from pbc.frontend import models
+from pbc.ir.pipeline import Pass, PassPipeline
+from pbc.ir.program import MODEL, Program, body
 
 TARGET = "generic-x86-64"
 """Not this machine, so that nothing is measured and a test gives the same result everywhere."""

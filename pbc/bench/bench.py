@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 
 import pbc
-from pbc import registry
+from pbc import plugins
 from pbc.bench import photos, sweep, tuning
 from pbc.bench.cells import Cell, Work
 from pbc.bench.energy import find_meter
-from pbc.bench.machine import processor
 from pbc.bench.match import GROUP, Plan, play
 from pbc.bench.results import REFERENCE, Standing, standings
+from pbc.bundle.ladder import BFLOAT16, Ladder
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
-from pbc.extras import missing
-from pbc.ladder import BFLOAT16, Ladder
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output import Output
+from pbc.runtime.output.output import Output
 from pbc.runtime.parameters import labelled_as, labelled_for
 from pbc.runtime.runtime import Runtime
+from pbc.util.extras import missing
+from pbc.util.machine import processor
 
 RIVALS = ("full", "pet", "pet-bf16", "pet-cache", "piebridge", "pbc-nocache", "pbc")
 FORMAT = 1
@@ -126,7 +126,7 @@ def bench(bundle: Path, data: Path, options: Options, folder: Path, tell: Tell) 
     """
     runtime = Runtime.open(bundle)
     for name in options.rivals:
-        registry.find(GROUP, name)
+        plugins.find(GROUP, name)
     options, not_installed = _installed(options)
     for line in not_installed:
         tell(line)
@@ -243,7 +243,7 @@ def _installed(options: Options) -> tuple[Options, list[str]]:
 def _needs(rival: str) -> str | None:
     """Return the package that a rival's module misses, and how to install it."""
     try:
-        registry.load(GROUP, rival)
+        plugins.load(GROUP, rival)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "pbc":
             raise  # not a package that somebody could install

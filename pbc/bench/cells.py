@@ -13,9 +13,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from pbc.atomic import replace_bytes
 from pbc.bench import Arrays
 from pbc.errors import PbcError
+from pbc.util.atomic import replace_bytes
 
 FORMAT = 1
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pbc import registry
+from pbc import plugins
 from pbc.bench import Rival, Setting
 from pbc.bench.cells import Cell, Progress, Work
 from pbc.bench.energy import Meter, NoMeter
 from pbc.bench.evaluator import Evaluator
 from pbc.data import Samples
 from pbc.errors import PbcError
-from pbc.extras import missing
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
+from pbc.util.extras import missing
 
 GROUP = "pbc.rivals"
 
@@ -153,7 +153,7 @@ def play(
                 continue
             setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
             try:
-                rival: Rival = registry.load(GROUP, name)(setting)
+                rival: Rival = plugins.load(GROUP, name)(setting)
                 contestant = Contestant(name, seed, rival, progress)
                 contestant.prepare(progress, meter)
             except PbcError as error:

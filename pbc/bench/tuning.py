@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pbc.bench import order
 from pbc.bench.photos import split
+from pbc.bench.rivals import order
 from pbc.data import Samples
 from pbc.runtime.evaluation import log_softmax
 from pbc.runtime.objective import default_rate

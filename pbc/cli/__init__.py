@@ -16,8 +16,8 @@ import click
 
 from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.extras import DEVICE_EXTRAS, EXTRAS, missing
-from pbc.registry import summary
+from pbc.plugins import summary
+from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 
 
 @dataclass(frozen=True)

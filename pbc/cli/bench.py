@@ -10,16 +10,17 @@ from typing import Any
 
 import click
 
-from pbc.atomic import replace_bytes
-from pbc.bench import report, tables
 from pbc.bench.bench import RIVALS, Options
 from pbc.bench.bench import bench as play
+from pbc.bench.report import html as report
+from pbc.bench.report import tables
 from pbc.bench.results import FULL
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
 from pbc.errors import UsageError
-from pbc.registry import entries
+from pbc.plugins import entries
 from pbc.runtime.options import TrainOptions
+from pbc.util.atomic import replace_bytes
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS = TrainOptions()

@@ -18,7 +18,7 @@ from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli.inspect import show_levels
 from pbc.errors import UsageError
-from pbc.progress import reporting_to, telling
+from pbc.util.progress import reporting_to, telling
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pbc.runtime.export import export as write
+from pbc.runtime.output.export import export as write
 
 _PATH = click.Path(path_type=Path)
 

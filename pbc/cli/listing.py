@@ -10,9 +10,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pbc import registry
+from pbc import plugins
 from pbc.cli.tables import console
-from pbc.registry import Entry
+from pbc.plugins import Entry
 from pbc.target import Target, load_target
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -25,7 +25,7 @@ def targets(name: str | None, as_json: bool) -> None:
     """List the devices that a bundle can be compiled for, or all that is known of one."""
     if name is not None:
         target = load_target(name)
-        row = {**target.to_json(), **_origin(registry.entries("pbc.targets")[name])}
+        row = {**target.to_json(), **_origin(plugins.entries("pbc.targets")[name])}
         if as_json:
             click.echo(json.dumps(row, indent=2, ensure_ascii=False))
         else:
@@ -33,7 +33,7 @@ def targets(name: str | None, as_json: bool) -> None:
         return
     rows = [
         {**load_target(entry.name).to_json(), **_origin(entry)}
-        for entry in registry.entries("pbc.targets").values()
+        for entry in plugins.entries("pbc.targets").values()
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -58,10 +58,10 @@ def strategies(as_json: bool) -> None:
 def _show_entries(group: str, as_json: bool) -> None:
     rows = [
         {"name": entry.name, "description": entry.summary(), **_origin(entry)}
-        for entry in registry.entries(group).values()
+        for entry in plugins.entries(group).values()
     ]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        registry.kind(group): lambda row: row["name"],
+        plugins.kind(group): lambda row: row["name"],
         "description": lambda row: row["description"],
         "from": _from,
     }
@@ -121,7 +121,7 @@ def _show_target(target: Target, row: dict[str, Any]) -> None:
     to.print(grid)
     table = Table("engine", "runs there", "needs there", box=None, pad_edge=False,
                   header_style="bold")  # fmt: skip
-    installed = registry.entries("pbc.lowerings")
+    installed = plugins.entries("pbc.lowerings")
     for engine in dict.fromkeys((target.engine, *target.engines)):
         words = "preferred" if engine == target.engine else "yes"
         if engine not in installed:
@@ -154,7 +154,7 @@ def _gibibytes(memory_bytes: int | None) -> str:
 
 
 def _engines(preferred: str, allowed: Sequence[str]) -> str:
-    installed = registry.entries("pbc.lowerings")
+    installed = plugins.entries("pbc.lowerings")
     first = [preferred, *(name for name in allowed if name != preferred)]
     return ", ".join(name if name in installed else f"({name})" for name in first)
 

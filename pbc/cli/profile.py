@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pbc.atomic import replace_bytes
-from pbc.bench.profile import Options, Profile, best_prefix, visit_ms
-from pbc.bench.profile import profile as measure
-from pbc.bench.remote import profile_on
-from pbc.bench.stages import COMPILED, EAGER, level_name
-from pbc.bench.tables import aligned
+from pbc.bench.report.tables import aligned
 from pbc.cli.tables import console
 from pbc.errors import UsageError
+from pbc.profile.profile import Options, Profile, best_prefix, visit_ms
+from pbc.profile.profile import profile as measure
+from pbc.profile.remote import profile_on
+from pbc.profile.stages import COMPILED, EAGER, level_name
+from pbc.util.atomic import replace_bytes
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS = Options()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pbc import registry
+from pbc import plugins
 from pbc.deploy.wheels import BoardPython, collect
 from pbc.errors import PbcError
 
@@ -46,7 +46,7 @@ def libraries(
     manifest: Mapping[str, Any], python: BoardPython, *, wheels: Path | None, offline: bool
 ) -> list[Library]:
     """Take what the bundle's engine needs out of the wheel for the board."""
-    entry = registry.entries(GROUP).get(manifest["engine"])
+    entry = plugins.entries(GROUP).get(manifest["engine"])
     if entry is None:
         return []
     wanted = entry.load()

@@ -14,12 +14,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pbc.atomic import replacing
 from pbc.bundle import Bundle
 from pbc.deploy.deployment import prepared
 from pbc.deploy.payload import PROBE, SCRIPT
 from pbc.deploy.wheels import BoardPython
 from pbc.errors import PbcError, UsageError
+from pbc.util.atomic import replacing
 
 ACTIVATE = "activate.sh"
 _OLDEST = (3, 10)

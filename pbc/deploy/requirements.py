@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from pbc import registry
+from pbc import plugins
 from pbc.errors import PbcError
 
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?P<rest>[^;]*)(?:;(?P<marker>.*))?")
@@ -22,7 +22,7 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
     `requires`; the versions that the manifest asks for count too. An engine that another
     distribution brings needs that one, which says itself what it needs.
     """
-    entry = registry.find("pbc.engines", manifest["engine"])
+    entry = plugins.find("pbc.engines", manifest["engine"])
     core, extras = _own_requirements()
     if entry.distribution != "pbc":
         return [*core, f"{entry.distribution}=={entry.version}"]

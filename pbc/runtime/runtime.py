@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pbc import registry
+from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
 from pbc.runtime.engines import Engine
 from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Report, silent
-from pbc.runtime.interrupt import deferred_interrupt
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output import Output
+from pbc.runtime.output.output import Output
 from pbc.runtime.stream import Stream, StreamTraining
 from pbc.runtime.trainer import Trainer
+from pbc.util.interrupt import deferred_interrupt
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Runtime:
     def open(cls, path: Path | str) -> Runtime:
         """Verify the bundle's manifest and find its engine."""
         bundle = Bundle.open(path)
-        engine: Engine = registry.load("pbc.engines", bundle.manifest["engine"])()
+        engine: Engine = plugins.load("pbc.engines", bundle.manifest["engine"])()
         return cls(bundle, engine, InputSpec.from_json(bundle.manifest["input"]))
 
     def trainer(

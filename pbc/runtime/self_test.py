@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pbc import registry
+from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
@@ -108,7 +108,7 @@ def run(bundle: Bundle, engine: Engine | None = None) -> Outcome:
         raise PbcError(f"{bundle.path} has no self-test: compile it again with this pbc")
     start = time.perf_counter()
     bundle.verify()
-    engine = engine or registry.load("pbc.engines", bundle.manifest["engine"])()
+    engine = engine or plugins.load("pbc.engines", bundle.manifest["engine"])()
     executable = engine.load(bundle)
     errors: dict[str, float] = {}
     tolerances: dict[str, float] = {}

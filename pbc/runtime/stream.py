@@ -16,20 +16,20 @@ import numpy as np
 from PIL import Image
 
 from pbc.bundle import Bundle
+from pbc.bundle.ladder import Ladder
 from pbc.data import InputSpec, Inventory, Samples
 from pbc.errors import PbcError
-from pbc.ladder import Ladder
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import EpochReport, Progress, Report, silent
-from pbc.runtime.interrupt import Interrupt
 from pbc.runtime.meter import Meter, peak_memory_bytes
-from pbc.runtime.metrics import Metrics
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output import Output
+from pbc.runtime.output.metrics import Metrics
+from pbc.runtime.output.output import Output
+from pbc.runtime.output.personal import write_model
 from pbc.runtime.parameters import initial_parameters, labelled_for
-from pbc.runtime.personal import write_model
-from pbc.runtime.preparation import Preparation, Prepared
+from pbc.runtime.routing.preparation import Preparation, Prepared
+from pbc.util.interrupt import Interrupt
 
 Stream = Iterable[tuple[np.ndarray, int | str]]
 

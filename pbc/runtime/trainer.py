@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.bundle.ladder import Ladder
 from pbc.data import Samples
 from pbc.errors import PbcError
-from pbc.ladder import Ladder
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.checkpoint import Checkpoint, difference, join
 from pbc.runtime.engines import Engine
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
-from pbc.runtime.interrupt import Interrupt
 from pbc.runtime.meter import Meter, peak_memory_bytes
-from pbc.runtime.metrics import Metrics
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output import Output
+from pbc.runtime.output.checkpoint import Checkpoint, difference, join
+from pbc.runtime.output.metrics import Metrics
+from pbc.runtime.output.output import Output
+from pbc.runtime.output.personal import write_model
 from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
-from pbc.runtime.personal import write_model
-from pbc.runtime.preparation import Decisions, Preparation, Prepared
+from pbc.runtime.routing.preparation import Decisions, Preparation, Prepared
+from pbc.util.interrupt import Interrupt
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
 # share a checkpoint.

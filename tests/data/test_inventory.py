@@ -13,11 +13,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from pbc.calibration import Calibration
 from pbc.cli import main
 from pbc.data import ImageFolder, Inventory
 from pbc.errors import PbcError
-from pbc.progress import telling
+from pbc.ir.calibration import Calibration
+from pbc.util.progress import telling
 
 Run = Callable[..., click.testing.Result]
 

@@ -26,8 +26,8 @@ from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.data import ImageFolder, read_image
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.personal import Personal
 from pbc.runtime.parameters import initial_parameters
-from pbc.runtime.personal import Personal
 from pbc.runtime.runtime import Runtime
 
 pytestmark = pytest.mark.emulated

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.estimate import NEVER, Rest, Workload, cheapest, full_epochs
+from pbc.runtime.routing.estimate import NEVER, Rest, Workload, cheapest, full_epochs
 from pbc.runtime.schedulers import Batch, Setting
 
 # Measured on MobileNetV3, Caltech-101, 3 seeds: 0.6 to 0.7 of the visits at the accuracy of all.

@@ -1,0 +1,1 @@
+"""What `pbc bench` found, for people: tables, charts, a page."""

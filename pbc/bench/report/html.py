@@ -1,0 +1,264 @@
+"""The results as one self-contained HTML file: tables and inline SVG, no script, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from pbc.bench.bench import Results
+from pbc.bench.report import charts, tables
+from pbc.bench.report.charts import Part, Series
+from pbc.bench.results import BASELINES, REFERENCE, Standing
+from pbc.bench.sweep import Study
+from pbc.bundle.ladder import UNALIGNED
+
+_COLOURS = 9
+_LEVELS = 8
+# A ladder that is nearly exact must not look steep.
+_LEAST_FIDELITY = 0.9
+_WORDS = {
+    "cost_model": "costs of levels are",
+    "trained_values": "trainable values",
+    "train_samples": "photos to train on",
+    "test_samples": "photos to test on",
+    "test_photos": "test photos are",
+    "learning_rate_from": "that rate is",
+    "rates_of_their_own": "rates of their own",
+}
+
+
+def html(results: Results, with_budgets: bool) -> str:
+    """Return the page."""
+    bundle = results.about["bundle"]
+    title = f"pbc bench: {bundle['model']}, {bundle['strategy']}"
+    sections = [
+        f"<header><h1>{escape(title)}</h1>{_summary(results)}</header>",
+        _section("Results", _table(tables.headline(results)), _reading(results)),
+        _section("Accuracy over time", _accuracy(results)),
+        _section("Routing: visits per level and epoch", _routing(results)),
+        _section("The ladder: what a level costs, and how faithful it is", _ladder(results)),
+        _section("Where the time goes", _stages(results)),
+    ]
+    if with_budgets:
+        rows = tables.budgets(results)
+        what = "Seconds until a share of full training's accuracy is first reached."
+        sections.append(_section("Accuracy budgets", _table(rows), f"<p>{what}</p>"))
+    studies = zip(results.sweeps, tables.sweeps(results), strict=True)
+    sections += [_study(study, rows, results) for study, rows in studies]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in results.notes)
+    sections.append(_section("Notes", f"<ul>{notes}</ul>" if notes else "<p>None.</p>"))
+    sections.append(_section("Protocol and machine", _facts(results)))
+    style = files("pbc.bench.report").joinpath("report.css").read_text()
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, *content: str) -> str:
+    inside = "".join(content)
+    return f"<section><h2>{escape(title)}</h2>{inside}</section>" if inside else ""
+
+
+def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
+    """Return a table; the first `names` columns are words, the others figures."""
+    if len(rows) < 2:
+        return ""
+
+    def line(kind: str, cells: Sequence[str]) -> str:
+        tags = [f'{kind} class="name"'] * names + [kind] * (len(cells) - names)
+        marked = zip(tags, cells, strict=True)
+        return "".join(f"<{tag}>{escape(cell)}</{kind}>" for tag, cell in marked)
+
+    head = line("th", rows[0])
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _summary(results: Results) -> str:
+    """Say the main thing in one sentence, as cautiously as the figures allow."""
+    ours, reference = tables.ours(results), results.standing(REFERENCE)
+    data, protocol = results.about["data"], results.about["protocol"]
+    setting = (
+        f"<p>{data['train_samples']} photos of {data['classes']} classes, tested on "
+        f"{data['test_samples']}; {protocol['epochs']} epochs, {protocol['seeds']} "
+        f"seed{'s' if protocol['seeds'] > 1 else ''}, batch {protocol['batch']}.</p>"
+    )
+    if ours is None or reference is None or not ours.faster:
+        return setting
+    times = " and ".join(
+        f"<b>{tables.ratio(ours.faster[name])}</b> as fast as {name}"
+        for name in BASELINES
+        if name in ours.faster
+    )
+    return (
+        f'<p class="lead">{escape(ours.rival)} is {times}, at '
+        f"<b>{tables.percent(ours.accuracy)}</b> final test accuracy "
+        f"({REFERENCE}: {tables.percent(reference.accuracy)}).</p>{setting}"
+    )
+
+
+def _reading(results: Results) -> str:
+    text = (
+        "Accuracy is the final epoch's on the test photos, never the best one. Times are all that "
+        "training needs; evaluation is outside. Ratios are taken seed by seed"
+    )
+    if results.about["protocol"]["seeds"] > 1:
+        text += "; ± is the standard deviation over the seeds"
+    return f"<p>{text}.</p>"
+
+
+def _accuracy(results: Results) -> str:
+    series = [
+        Series(
+            standing.label,
+            _colour(index),
+            [(seconds, 100 * accuracy) for seconds, accuracy in standing.curve if seconds > 0],
+        )
+        for index, standing in enumerate(results.standings)
+    ]
+    chart = charts.lines(
+        series,
+        "seconds of training (logarithmic)",
+        "test accuracy, %",
+        lambda x: f"{x:.3g} s",
+        logarithmic=True,
+    )
+    return chart and charts.legend(series) + chart
+
+
+def _routing(results: Results) -> str:
+    routed = [standing for standing in results.standings if len(standing.levels[0]) > 1]
+    if not routed:
+        return ""
+    count = max(len(standing.levels[0]) for standing in routed)
+    parts = [
+        Part(f"level {level}" + (" (the original)" if level == 0 else ""), _level(level))
+        for level in range(count)
+    ]
+    figures = "".join(
+        f"<figure><figcaption>{escape(standing.label)}</figcaption>"
+        f"{charts.columns(standing.levels, parts, 'visits')}</figure>"
+        for standing in routed
+    )
+    return f'{charts.legend(parts)}<div class="pair">{figures}</div>'
+
+
+def _ladder(results: Results) -> str:
+    known = [level for level in results.ladder if level["fidelity"] is not None]
+    points = [
+        (
+            f"level {level['level']}",
+            f"level {level['level']}: cost {level['cost']:.3f}, fidelity {level['fidelity']:.3f}"
+            f"{_how(level)}",
+            level["cost"],
+            level["fidelity"],
+        )
+        for level in known
+    ]
+    chart = charts.scatter(
+        points,
+        f"cost relative to level 0 ({results.about['bundle']['cost_model']})",
+        "fidelity",
+        _LEAST_FIDELITY,
+    )
+    unaligned = [str(row["level"]) for row in results.ladder if row["status"] == UNALIGNED]
+    if unaligned:
+        chart += f"<p>Never aligned, and not shown: level {', '.join(unaligned)}.</p>"
+    return chart
+
+
+def _how(level: Mapping[str, Any]) -> str:
+    resolution = level.get("resolution")
+    at = f" at {'x'.join(map(str, resolution))} pixels" if resolution else ""
+    return f", {level.get('precision', 'float32')}{at}"
+
+
+def _stages(results: Results) -> str:
+    names = tables.stages(results)[0][1:]
+    parts = [Part(name, _colour(index)) for index, name in enumerate(names)]
+    rows = [
+        (standing.rival, [standing.stages.get(name, 0.0) for name in names])
+        for standing in results.standings
+    ]
+    if not rows:
+        return ""
+    return charts.legend(parts) + charts.shares(rows, parts) + _table(tables.stages(results))
+
+
+def _study(study: Study, rows: Sequence[Sequence[str]], results: Results) -> str:
+    """Return a section; a rival has the colour that it has in all other charts."""
+    known = [standing.rival for standing in results.standings]
+    everybody = list(dict.fromkeys([*known, *(point.rival for point in study.points)]))
+    rivals = dict.fromkeys(point.rival for point in study.points)
+    place = {value: float(index) for index, value in enumerate(study.values)}
+    accuracies, ratios = [], []
+    for rival in rivals:
+        colour = _colour(everybody.index(rival))
+        mine = [point for point in study.points if point.rival == rival]
+        accuracies.append(
+            Series(
+                rival,
+                colour,
+                [(place[point.value], 100 * point.accuracy.mean) for point in mine],
+            )
+        )
+        if rival != REFERENCE:
+            faster = [(place[p.value], p.faster.mean) for p in mine if p.faster is not None]
+            ratios.append(Series(rival, colour, faster))
+    kwargs: dict[str, Any] = {"height": 260, "x_names": study.values}
+    return _section(
+        f"Sweep: {study.title}",
+        charts.legend(accuracies),
+        charts.lines(accuracies, study.title, "test accuracy, %", str, **kwargs),
+        charts.lines(ratios, study.title, "times as fast as pet", str, **kwargs),
+        _table(rows, names=2),
+    )
+
+
+def _facts(results: Results) -> str:
+    blocks = []
+    for name, facts in results.about.items():
+        shown = dict(facts)
+        if name == "machine":
+            shown["peak memory of the process"] = tables.megabytes(results.peak_memory_bytes)
+            shown["energy"] = results.energy
+        rows = "".join(
+            f"<dt>{escape(_WORDS.get(key, key.replace('_', ' ')))}</dt>"
+            f"<dd>{escape(_text(value))}</dd>"
+            for key, value in shown.items()
+            if value not in (None, {}, False)
+        )
+        blocks.append(f"<div><h3>{escape(name)}</h3><dl>{rows}</dl></div>")
+    variants = "".join(
+        f"<li>{escape(standing.rival)}: {escape(_variant(standing))}</li>"
+        for standing in results.standings
+        if _variant(standing)
+    )
+    contestants = f"<h3>variants that ran</h3><ul>{variants}</ul>" if variants else ""
+    return f'<div class="facts">{"".join(blocks)}</div>{contestants}'
+
+
+def _variant(standing: Standing) -> str:
+    return str(standing.facts.get("variant", ""))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return "yes" if value is True else str(value)
+
+
+def _colour(index: int) -> str:
+    return f"c{index % _COLOURS}"
+
+
+def _level(level: int) -> str:
+    return f"l{min(level, _LEVELS - 1)}"

@@ -1,0 +1,1 @@
+"""The rivals of `pbc bench`, pbc among them."""

@@ -1,0 +1,329 @@
+"""The bundle: what the compiler ships to a device, one `.pbc` file (a stored zip) or a folder.
+
+Every file is named in manifest.json with its sha256 and size, and the manifest carries its own
+digest, which names the bundle. Nothing in a bundle is ever executed or unpickled: weights are
+safetensors, graphs are JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from pbc.errors import PbcError
+from pbc.util.atomic import cannot_write, replacing, sync_folder
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_REQUIRED = {
+    "model": str,
+    "strategy": str,
+    "engine": str,
+    "input": dict,
+    "batch": int,
+    "head": dict,
+    "parameters": dict,
+    "features": dict,
+    "levels": list,
+    "graphs": dict,
+    "trainable": str,
+}
+# A flipped bit in a zip's own headers surfaces as almost any of these, depending on the field.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    OverflowError,
+)
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: the manifest is verified, files are verified when they are read."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Bundle:
+        """Read and verify the manifest; check that the entries are exactly those it names."""
+        path = Path(path)
+        if not path.exists():
+            raise PbcError(f"no bundle at {path}; `pbc compile … -o {path}` makes one")
+        names = _entry_names(path)
+        if MANIFEST not in names:
+            raise PbcError(f"{path} is not a bundle: it has no {MANIFEST}")
+        with _archive(path) as archive:
+            manifest = _parse_manifest(path, _read_entry(path, MANIFEST, None, archive))
+        named = set(manifest["files"])
+        for name in sorted(named - names):
+            raise PbcError(f"{path} is incomplete: {name} is missing; copy or compile it again")
+        for name in sorted(names - named - {MANIFEST}):
+            raise PbcError(f"{path} holds {name}, which its manifest does not name; remove it")
+        return cls(path, manifest)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the manifest, which covers every file: the bundle's identity."""
+        return str(self.manifest["digest"])
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of one file."""
+        with _archive(self.path) as archive:
+            return self._read(name, archive)
+
+    def _read(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
+        facts = self._facts(name)
+        data = _read_entry(self.path, name, facts["size_bytes"], archive)
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise PbcError(
+                f"{self.path} is damaged: the sha256 of {name} is not "
+                f"{facts['sha256'][:12]}…; copy or compile it again"
+            )
+        return data
+
+    def json(self, name: str) -> Any:
+        """The verified content of one JSON file."""
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            raise PbcError(f"{self.path}: {name} is not JSON: {error}") from error
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The verified content of one safetensors file, in the dtypes it was stored in."""
+        try:
+            return safetensors.numpy.load(self.read(name))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise PbcError(f"{self.path}: {name} is not a safetensors file: {error}") from error
+
+    def sha256(self, name: str) -> str:
+        """The manifest's sha256 (hex) of one file."""
+        return str(self._facts(name)["sha256"])
+
+    def verify(self) -> None:
+        """Read every file and compare it with the manifest."""
+        with _archive(self.path) as archive:
+            for name in self.manifest["files"]:
+                self._read(name, archive)
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        facts: dict[str, Any] | None = self.manifest["files"].get(name)
+        if facts is None:
+            raise PbcError(f"{self.path} has no file {name}")
+        return facts
+
+
+def write(
+    path: Path | str,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, bytes | Path],
+    *,
+    as_folder: bool = False,
+) -> Bundle:
+    """Write a bundle at `path` in one step and return it opened.
+
+    `files`, `schema` and `digest` of the manifest are filled in here. The bytes of the result
+    depend on the arguments alone (entries are sorted, timestamps fixed). If anything fails, what
+    was at `path` stays.
+    """
+    path = Path(path)
+    for name in files:
+        _check_name(path, name)
+    full = dict(manifest)
+    full["schema"] = SCHEMA
+    full["files"] = {name: _measure(source) for name, source in sorted(files.items())}
+    full["digest"] = manifest_digest(full)
+    text = (json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    entries: dict[str, bytes | Path] = {MANIFEST: text, **dict(sorted(files.items()))}
+    if as_folder:
+        _write_folder(path, entries)
+    else:
+        _write_zip(path, entries)
+    return Bundle.open(path)
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 (hex) over the canonical JSON of the manifest without its `digest`."""
+    bare = {key: value for key, value in manifest.items() if key != "digest"}
+    canonical = json.dumps(
+        bare, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise PbcError(f"{path} is damaged: its {MANIFEST} is not JSON ({error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+        raise PbcError(f"{path} is not a bundle: its {MANIFEST} has no schema number")
+    # The schema comes first: a newer one may compute its digest in another way.
+    if manifest["schema"] > SCHEMA:
+        raise PbcError(
+            f"{path} was written by a newer pbc (schema {manifest['schema']}; "
+            f"this one reads up to {SCHEMA}): upgrade pbc"
+        )
+    if manifest.get("digest") != manifest_digest(manifest):
+        raise PbcError(
+            f"{path} is damaged: {MANIFEST} does not match its digest; copy or compile it again"
+        )
+    for key, kind in {"files": dict, **_REQUIRED}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise PbcError(f"{path}: {MANIFEST} has no valid {key!r} (a JSON {kind.__name__})")
+    for name, facts in manifest["files"].items():
+        _check_name(path, name)
+        if not isinstance(facts, dict) or not {"sha256", "size_bytes"} <= facts.keys():
+            raise PbcError(f"{path}: {MANIFEST} gives no sha256 and size_bytes for {name}")
+    return manifest
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Refuse what could leave the bundle's folder: absolute names, `..`, drives, backslashes."""
+    parts = PurePosixPath(name).parts
+    safe = parts and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
+    if not safe or set(name) & set("\\:\0"):
+        raise PbcError(f"{path}: unsafe file name {name!r}; names are relative, without '..'")
+
+
+# ---- reading -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
+    """Open a bundle once for all entries that are read; None for a bundle that is a folder."""
+    if path.is_dir():
+        yield None
+        return
+    try:
+        archive = zipfile.ZipFile(path)
+    except (*_ZIP_ERRORS, OSError) as error:
+        raise PbcError(
+            f"{path} is not a bundle (a zip file) or is truncated: {error}; "
+            "copy or compile it again"
+        ) from error
+    with archive:
+        yield archive
+
+
+def _entry_names(path: Path) -> set[str]:
+    with _archive(path) as archive:
+        if archive is None:
+            return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        infos = archive.infolist()
+    names: set[str] = set()
+    for info in infos:
+        _check_name(path, info.filename)
+        if info.filename in names:
+            raise PbcError(f"{path} holds {info.filename} twice; compile it again")
+        names.add(info.filename)
+    return names
+
+
+def _read_entry(
+    path: Path, name: str, size_bytes: int | None, archive: zipfile.ZipFile | None
+) -> bytes:
+    try:
+        if archive is None:
+            data = (path / name).read_bytes()
+        else:
+            info = archive.getinfo(name)
+            # Stored only: the size is then bounded by the file's, whatever a header claims.
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("the entry is compressed; a bundle stores it as is")
+            data = archive.read(info)
+    except (*_ZIP_ERRORS, KeyError, OSError) as error:
+        raise PbcError(
+            f"{path} is damaged: cannot read {name} ({error}); copy or compile it again"
+        ) from error
+    if size_bytes is not None and len(data) != size_bytes:
+        raise PbcError(
+            f"{path} is damaged: {name} has {len(data)} bytes instead of {size_bytes}; "
+            "copy or compile it again"
+        )
+    return data
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def _chunks(source: bytes | Path) -> Iterator[bytes]:
+    if isinstance(source, bytes):
+        yield source
+        return
+    with source.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _measure(source: bytes | Path) -> dict[str, Any]:
+    digest, size_bytes = hashlib.sha256(), 0
+    for chunk in _chunks(source):
+        digest.update(chunk)
+        size_bytes += len(chunk)
+    return {"sha256": digest.hexdigest(), "size_bytes": size_bytes}
+
+
+def _write_zip(path: Path, entries: Mapping[str, bytes | Path]) -> None:
+    if path.is_dir():
+        raise PbcError(f"cannot write the bundle {path}: it is a folder; give a file name")
+    with replacing(path, mode=0o644) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, source in entries.items():
+            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            info.external_attr = 0o644 << 16
+            with archive.open(info, "w", force_zip64=True) as entry:
+                for chunk in _chunks(source):
+                    entry.write(chunk)
+
+
+def _write_folder(path: Path, entries: Mapping[str, bytes | Path]) -> None:
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise PbcError(f"cannot write the bundle {path}: something that is no bundle is there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise PbcError(cannot_write(path, error)) from error
+    new, old = temporary / "new", temporary / "old"
+    try:
+        for name, source in entries.items():
+            target = new / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as file:
+                for chunk in _chunks(source):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        # A folder cannot be exchanged in one call; between the two renames neither is there,
+        # but both are complete.
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise PbcError(cannot_write(path, error)) from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""The PyTorch network that a bundle was compiled from, rebuilt from the bundle's provenance."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.functional import cross_entropy
+
+from pbc.bundle import Bundle
+from pbc.compiler import Options, begin
+from pbc.errors import PbcError
+from pbc.frontend import models, strategy
+from pbc.ir.program import PARAMETER, body, placeholders, prefix
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.split_prefix import SplitPrefix
+from pbc.runtime.objective import Objective
+
+Features = tuple[Tensor, ...]
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The network cut where the first trainable parameter is read, as by hand.
+
+    frozen: images to a tuple of features; None where nothing comes before the trainable part.
+    body: its inputs are the features and θ, in the order of `inputs`: (name, whether it is of θ).
+    theta: values of the right shapes. shape: of an image, (channels, height, width).
+    """
+
+    frozen: GraphModule | None
+    body: GraphModule
+    inputs: tuple[tuple[str, bool], ...]
+    theta: Mapping[str, Tensor]
+    shape: tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=1)
+def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) -> Parts:
+    """Return the network's parts in eval mode and channels_last, no gradient on frozen tensors.
+
+    digest: the bundle's, so that another bundle at the same path is never mistaken for it.
+    Raises PbcError where the network cannot be rebuilt.
+    """
+    bundle = _open(bundle_path, digest)
+    source = _source(bundle, weights)
+    options = Options(
+        target="host",
+        strategy=bundle.manifest["strategy"],
+        classes=classes,
+        shape=_shape(bundle),
+        seed=bundle.manifest["provenance"]["seed"],
+    )
+    program = SplitPrefix()(MarkTrainable()(begin(source, options)))
+    if sorted(program.parameters) != sorted(bundle.manifest["parameters"]):
+        raise PbcError(
+            f"the rebuilt {source.name} trains other parameters than {bundle_path}; "
+            "compile the bundle again with this pbc"
+        )
+    frozen = program.graphs.get(prefix(0))
+    inputs = tuple(
+        (node.meta.get(PARAMETER, node.name), PARAMETER in node.meta)
+        for node in placeholders(program.graphs[body(0)])
+    )
+    return Parts(
+        None if frozen is None else _channels_last(frozen),
+        _channels_last(program.graphs[body(0)]),
+        inputs,
+        program.parameters,
+        _shape(bundle),
+    )
+
+
+def module(bundle: Bundle, weights: Path | None, theta: dict[str, np.ndarray]) -> nn.Module:
+    """Return the eager module with its classifier and insertions, θ set to the given values."""
+    source = _source(bundle, weights)
+    network = source.module
+    torch.manual_seed(bundle.manifest["provenance"]["seed"])
+    strategy.parse(bundle.manifest["strategy"]).insert(network, torch.zeros(2, *source.input.shape))
+    for name, value in theta.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(torch.from_numpy(value.copy())))
+    classifier = network.get_submodule(source.classifier)
+    assert isinstance(classifier, nn.Linear)
+    classifier.out_features = len(classifier.weight)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _channels_last(graph: GraphModule) -> GraphModule:
+    for parameter in graph.parameters():
+        parameter.requires_grad_(False)
+    return graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _open(path: Path, digest: str) -> Bundle:
+    bundle = Bundle.open(path)
+    if bundle.digest != digest:
+        raise PbcError(f"{path} changed while it was in use; start again")
+    return bundle
+
+
+def _shape(bundle: Bundle) -> tuple[int, int, int]:
+    channels, height, width = bundle.manifest["input"]["shape"]
+    return channels, height, width
+
+
+def _source(bundle: Bundle, weights: Path | None) -> models.Source:
+    """Load the model with the very weights of the bundle."""
+    known = bundle.manifest["provenance"]
+    if not known.get("model"):
+        raise PbcError(f"{bundle.path} does not say which model it was compiled from")
+    named, digest = known["weights"], known["weights_sha256"]
+    if digest is None:
+        return models.load(known["model"], named, _shape(bundle), known["seed"])
+    refused = f"no file {named} was found"
+    for path in _candidates(bundle, weights):
+        if path.is_file():
+            source = models.load(known["model"], str(path), _shape(bundle), known["seed"])
+            if source.weights_sha256 == digest:
+                return source
+            refused = f"{path} holds other weights"
+    raise PbcError(
+        f"{known['model']} cannot be rebuilt: {refused}; "
+        f"--weights names the file {named} that the bundle was compiled from"
+    )
+
+
+def _candidates(bundle: Bundle, weights: Path | None) -> Iterator[Path]:
+    """Yield where the weights may be: as told, as at compile time, beside the bundle."""
+    if weights is not None:
+        yield weights
+        return
+    words = shlex.split(bundle.manifest["provenance"].get("command", ""))
+    for index, word in enumerate(words):
+        if word == "--weights" and index + 1 < len(words):
+            yield Path(words[index + 1])
+        elif word.startswith("--weights="):
+            yield Path(word.partition("=")[2])
+    yield bundle.path.parent / bundle.manifest["provenance"]["weights"]
+
+
+def without_gradient(call: Call, bfloat16: bool) -> Call:
+    """Return the frozen prefix as PET runs it: nothing is recorded, features are float32."""
+
+    def run(images: Tensor) -> Features:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return tuple(value.float() for value in call(images))
+
+    return run
+
+
+def logits(parts: Parts, call: Call, features: Features, theta: Mapping[str, Tensor]) -> Tensor:
+    """Call a body with its inputs in its own order."""
+    values = iter(features)
+    (result,) = call(
+        *(theta[name] if of_theta else next(values) for name, of_theta in parts.inputs)
+    )
+    answer: Tensor = result
+    return answer
+
+
+def not_compiled(error: Exception) -> str:
+    """Say in a line that torch.compile failed; what it raises is torch's own affair."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    return f"torch.compile is not possible here ({type(error).__name__}: {reason})"
+
+
+def optimizer(objective: Objective, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return torch's own optimizer for the objective of all rivals."""
+    rate, decay = objective.learning_rate, objective.weight_decay
+    if objective.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=objective.momentum, weight_decay=decay)
+    if objective.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+
+def loss(objective: Objective, logits: Tensor, labels: np.ndarray) -> Tensor:
+    """Return the mean cross-entropy of a mini-batch."""
+    return cross_entropy(
+        logits, torch.from_numpy(labels), label_smoothing=objective.label_smoothing
+    )
+
+
+def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Flatten the optimizer's state to arrays named `optimizer/INDEX/KEY`."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"optimizer/{index}/{key}": value.numpy().copy()
+        for index, entry in state.items()
+        for key, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_arrays(optimizer: torch.optim.Optimizer, arrays: dict[str, np.ndarray]) -> None:
+    """Set what `optimizer_arrays` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            index, _, key = rest.partition("/")
+            state.setdefault(int(index), {})[key] = torch.from_numpy(value.copy())
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

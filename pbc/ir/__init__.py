@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, their graphs and dimensions (compile side)."""

@@ -1,0 +1,453 @@
+"""Dimension rules: what each operator says about the sizes of its inputs and outputs.
+
+Each rule joins the variables that the operator ties together, fixes those that it needs whole, and
+returns the axes of the result. A reshape splits a variable: fused qkv becomes [3, heads, head
+size]. An operator without a rule fixes everything it touches, so an unknown model is never pruned
+wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from pbc.ir.dims import (
+    CHANNELS,
+    HEAD_SIZE,
+    HEADS,
+    WINDOW,
+    Axis,
+    Cost,
+    Dims,
+    Variable,
+    atoms,
+    fix,
+    join,
+    size,
+    split,
+)
+from pbc.ir.program import PARAMETER, Program, body, op_name, output_nodes, prefix, shape_of
+
+Rule = Callable[["Analysis", Node, list[Any]], Any]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of one or more operators."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update({f"aten.{name}": function for name in names})
+        return function
+
+    return register
+
+
+class Analysis:
+    """Walks a program's level-0 graphs and fills a `Dims`."""
+
+    def __init__(self, program: Program) -> None:
+        example = program.graphs.get(prefix(0), program.graphs[body(0)])
+        first = next(node for node in example.graph.nodes if node.op == "placeholder")
+        self.dims = Dims(Variable(shape_of(first)[0], "the batch", WINDOW))
+        sent: list[list[Axis]] | None = None
+        for graph in (program.graphs.get(prefix(0)), program.graphs[body(0)]):
+            if graph is not None:
+                self.walk(graph, sent)
+                sent = [self.dims.axes[node.name] for node in output_nodes(graph)]
+        for axes in sent or []:
+            for axis in axes:
+                fix(axis, "it shapes the logits")
+        self.dims.number_dimensions()
+
+    def walk(self, graph: GraphModule, received: list[list[Axis]] | None) -> None:
+        position = 0
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and PARAMETER not in node.meta:
+                if received is None:
+                    axes = self.fresh(shape_of(node), "it is the model's input", WINDOW)
+                    axes[0] = [self.dims.batch]
+                else:
+                    axes = received[position]
+                position += 1
+                self.dims.axes[node.name] = axes
+            elif node.op == "placeholder":
+                self.dims.axes[node.name] = self.fresh(
+                    shape_of(node), f"{node.meta[PARAMETER]} is trained", CHANNELS
+                )
+            elif node.op == "get_attr":
+                name = str(node.target)
+                if name not in self.dims.tensors:
+                    self.dims.tensors[name] = self.fresh(shape_of(node), None, CHANNELS)
+                self.dims.axes[node.name] = self.dims.tensors[name]
+            elif node.op == "call_function":
+                self.visit(node)
+
+    def visit(self, node: Node) -> None:
+        name = op_name(node)
+        found = _RULES.get(name)
+        inputs = [self.axes_of(argument) for argument in node.args]
+        result = None
+        if found is not None:
+            try:
+                result = found(self, node, inputs)
+            except _CannotFollow:
+                found = None
+        if found is None:
+            result = self.unknown(node, name)
+        if result is not None:
+            self.dims.axes[node.name] = result
+        trained = [a for a in node.all_input_nodes if PARAMETER in a.meta]
+        if trained:
+            why = f"{trained[0].meta[PARAMETER]} is trained and reads or writes it"
+            for touched in (*node.all_input_nodes, node):
+                for axis in self.dims.axes.get(touched.name, []):
+                    fix(axis, why)
+
+    def axes_of(self, argument: Any) -> Any:
+        if isinstance(argument, Node):
+            return self.dims.axes.get(argument.name)
+        if isinstance(argument, (list, tuple)):
+            return [self.axes_of(item) for item in argument]
+        return argument
+
+    def unknown(self, node: Node, name: str) -> list[Axis] | None:
+        """Fix everything that an operator without a rule touches."""
+        value = node.meta.get("val")
+        if not isinstance(value, (Tensor, tuple, list)):
+            return None
+        why = f"{name} has no dimension rule"
+        for source in node.all_input_nodes:
+            for axis in self.dims.axes.get(source.name, []):
+                fix(axis, why)
+        self.dims.unknown.setdefault(name, node.name)
+        return self.fresh(shape_of(node), why, CHANNELS) if isinstance(value, Tensor) else None
+
+    def fresh(self, shape: Iterable[int], why: str | None, kind: str) -> list[Axis]:
+        return [[] if extent == 1 else [Variable(extent, why, kind)] for extent in shape]
+
+    def window(self, axis: Axis) -> None:
+        """Fix an axis over positions: pixels, kernel taps, tokens."""
+        fix(axis, "it counts positions, not channels")
+        for variable in atoms(axis):
+            variable.kind = WINDOW
+
+    def cost(self, node: Node, constant: float, *axes: Axis) -> None:
+        flat = [variable for axis in axes for variable in axis if variable is not self.dims.batch]
+        self.dims.costs.append(Cost(node.name, constant, flat))
+
+
+class _CannotFollow(Exception):
+    """A rule met a case that it does not cover."""
+
+
+def analyse(program: Program) -> Dims:
+    """Find the dimension variables of a program that was split into prefix/0 and body/0."""
+    return Analysis(program).dims
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+@rule(
+    "relu.default", "relu6.default", "hardswish.default", "hardsigmoid.default", "hardtanh.default",
+    "gelu.default", "silu.default", "mish.default", "sigmoid.default", "tanh.default",
+    "exp.default", "neg.default", "rsqrt.default", "sqrt.default", "elu.default",
+    "leaky_relu.default", "clamp.default", "pow.Tensor_Scalar", "_to_copy.default", "to.dtype",
+    "contiguous.default",
+    "dropout.default", "softplus.default", "add.Scalar", "mul.Scalar", "sub.Scalar", "div.Scalar",
+)  # fmt: skip
+def _elementwise(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    return inputs[0]
+
+
+@rule("add.Tensor", "mul.Tensor", "sub.Tensor", "div.Tensor", "maximum.default", "minimum.default")
+def _broadcast(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    left, right = inputs[0], inputs[1]
+    if not isinstance(left, list) or not isinstance(right, list):
+        return left if isinstance(left, list) else right
+    result: list[Axis] = []
+    for position in range(1, len(shape_of(node)) + 1):
+        one = left[-position] if position <= len(left) else []
+        other = right[-position] if position <= len(right) else []
+        if size(one) > 1 and size(other) > 1:
+            join(one, other)
+        result.insert(0, one if size(one) > 1 else other)
+    return result
+
+
+@rule("conv2d.default")
+def _conv2d(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    source, weight, *rest = inputs
+    bias = rest[0] if rest else None
+    groups = node.args[6] if len(node.args) > 6 else 1
+    _, channels, height, width = shape_of(node)
+    assert isinstance(groups, int)
+    if groups == 1:
+        join(source[1], weight[1])
+    elif groups == channels == size(source[1]):
+        join(source[1], weight[0])
+    else:
+        fix(source[1], f"a convolution in {groups} groups reads it")
+        fix(weight[0], f"a convolution in {groups} groups writes it")
+        fix(weight[1], f"a convolution in {groups} groups reads it")
+    if bias:
+        join(weight[0], bias[0])
+    analysis.window(weight[2])
+    analysis.window(weight[3])
+    taps = size(weight[2]) * size(weight[3])
+    analysis.cost(node, float(height * width * taps), weight[0], weight[1])
+    pixels = analysis.fresh((height, width), "it counts positions, not channels", WINDOW)
+    return [source[0], weight[0], *pixels]
+
+
+@rule("batch_norm.default")
+def _batch_norm(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    for statistic in inputs[1:5]:
+        if statistic:
+            join(inputs[0][1], statistic[0])
+    return inputs[0]
+
+
+@rule("layer_norm.default")
+def _layer_norm(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    for affine in inputs[2:4]:
+        if isinstance(affine, list):
+            for position in range(1, len(affine) + 1):
+                join(inputs[0][-position], affine[-position])
+    return inputs[0]
+
+
+@rule("group_norm.default")
+def _group_norm(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    for affine in inputs[2:4]:
+        if isinstance(affine, list):
+            join(inputs[0][1], affine[0])
+    fix(inputs[0][1], "a group norm divides it into groups")
+    return inputs[0]
+
+
+@rule("linear.default")
+def _linear(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    source, weight, *rest = inputs
+    join(source[-1], weight[1])
+    if rest and rest[0]:
+        join(weight[0], rest[0][0])
+    rows = [v for axis in source[:-1] for v in atoms(axis)]
+    analysis.cost(node, 1.0, rows, weight[0], weight[1])
+    return [*source[:-1], weight[0]]
+
+
+@rule("matmul.default", "bmm.default")
+def _matmul(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    left, right = inputs[0], inputs[1]
+    if len(left) != len(right):
+        raise _CannotFollow
+    for one, other in zip(left[:-2], right[:-2], strict=True):
+        if size(one) != size(other):
+            raise _CannotFollow
+        join(one, other)
+    join(left[-1], right[-2])
+    analysis.cost(node, 1.0, *[atoms(axis) for axis in left], right[-1])
+    return [*left[:-1], right[-1]]
+
+
+@rule("scaled_dot_product_attention.default")
+def _attention(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    query, key, value = inputs[:3]
+    for q, k, v in zip(query[:-2], key[:-2], value[:-2], strict=True):
+        join(q, k)
+        join(k, v)
+    join(query[-1], key[-1])
+    join(key[-2], value[-2])
+    for variable in atoms(query[1]) if len(query) == 4 else []:
+        variable.kind = HEADS
+    for variable in (*atoms(query[-1]), *atoms(value[-1])):
+        variable.kind = HEAD_SIZE
+    tokens = float(size(query[-2]) * size(key[-2]))
+    heads = [v for axis in query[:-2] for v in atoms(axis)]
+    analysis.cost(node, tokens, heads, query[-1])
+    analysis.cost(node, tokens, heads, value[-1])
+    return [*query[:-1], value[-1]]
+
+
+@rule("softmax.int", "_softmax.default")
+def _softmax(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    axis = node.args[1]
+    assert isinstance(axis, int)
+    fix(inputs[0][axis], "a softmax normalises over it")
+    return inputs[0]
+
+
+@rule(
+    "adaptive_avg_pool2d.default", "avg_pool2d.default", "max_pool2d.default",
+    "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
+)  # fmt: skip
+def _pool(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    pixels = analysis.fresh(shape_of(node)[2:], "it counts positions, not channels", WINDOW)
+    return [*inputs[0][:2], *pixels]
+
+
+@rule("mean.dim", "sum.dim_IntList", "amax.default")
+def _reduce(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    rank = len(inputs[0])
+    given = node.args[1] if len(node.args) > 1 else range(rank)
+    reduced = {int(a) % rank for a in ([given] if isinstance(given, int) else given)}  # type: ignore[union-attr, arg-type]
+    keepdim = len(node.args) > 2 and bool(node.args[2])
+    for position in reduced:
+        if any(v.kind != WINDOW for v in atoms(inputs[0][position])):
+            fix(inputs[0][position], "a reduction runs over it")
+    return [
+        [] if position in reduced else axis
+        for position, axis in enumerate(inputs[0])
+        if keepdim or position not in reduced
+    ]
+
+
+@rule("reshape.default", "flatten.using_ints", "unflatten.int")
+def _reshape(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    rest = [v for axis in inputs[0] for v in atoms(axis)]
+    result: list[Axis] = []
+    for extent in shape_of(node):
+        axis: Axis = []
+        need = extent
+        while need > 1:
+            if not rest:
+                raise _CannotFollow
+            variable = rest.pop(0)
+            if need % variable.size == 0:
+                axis.append(variable)
+                need //= variable.size
+            elif variable.size % need == 0:
+                outer, inner = split(variable, need)
+                axis.append(outer)
+                rest.insert(0, inner)
+                need = 1
+            else:
+                raise _CannotFollow
+        result.append(axis)
+    return result
+
+
+@rule("transpose.int")
+def _transpose(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    axes, one, other = list(inputs[0]), inputs[1], inputs[2]
+    axes[one], axes[other] = axes[other], axes[one]
+    return axes
+
+
+@rule("permute.default")
+def _permute(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    return [inputs[0][position] for position in inputs[1]]
+
+
+@rule("unsqueeze.default")
+def _unsqueeze(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    axes, position = list(inputs[0]), inputs[1]
+    axes.insert(position if position >= 0 else len(axes) + 1 + position, [])
+    return axes
+
+
+@rule("squeeze.dim", "squeeze.dims")
+def _squeeze(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    given = [inputs[1]] if isinstance(inputs[1], int) else inputs[1]
+    gone = {position % len(inputs[0]) for position in given}
+    return [
+        axis for position, axis in enumerate(inputs[0]) if position not in gone or size(axis) > 1
+    ]
+
+
+@rule("expand.default")
+def _expand(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    shape = shape_of(node)
+    axes = [[]] * (len(shape) - len(inputs[0])) + list(inputs[0])
+    return [
+        axis
+        if size(axis) == extent
+        else [analysis.dims.batch]
+        if extent == analysis.dims.batch.size
+        else analysis.fresh((extent,), "a tensor is repeated along it", WINDOW)[0]
+        for axis, extent in zip(axes, shape, strict=True)
+    ]
+
+
+@rule("cat.default")
+def _cat(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    parts = inputs[0]
+    along = int(inputs[1] if len(inputs) > 1 else 0) % len(parts[0])
+    for other in parts[1:]:
+        for position, (one, two) in enumerate(zip(parts[0], other, strict=True)):
+            if position != along:
+                join(one, two)
+    windows = all(v.kind == WINDOW for part in parts for v in atoms(part[along]))
+    for part in parts:
+        fix(part[along], "a concatenation joins it to others")
+    kind = WINDOW if windows else CHANNELS
+    result = list(parts[0])
+    result[along] = analysis.fresh(
+        (shape_of(node)[along],), "it is a concatenation of others", kind
+    )[0]
+    return result
+
+
+@rule("select.int")
+def _select(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    axes = list(inputs[0])
+    fix(axes[inputs[1]], "one index of it is selected")
+    del axes[inputs[1]]
+    return axes
+
+
+@rule("slice.Tensor")
+def _slice(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    along = inputs[1] if len(inputs) > 1 else 0
+    extent = shape_of(node)[along]
+    if extent == size(inputs[0][along]):
+        return inputs[0]
+    axes = list(inputs[0])
+    fix(axes[along], "a range of it is taken")
+    axes[along] = analysis.fresh((extent,), "it is a range of another", CHANNELS)[0]
+    return axes
+
+
+@rule("unbind.int")
+def _unbind(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    axes = list(inputs[0])
+    along = inputs[1] if len(inputs) > 1 else 0
+    fix(axes[along], "it is taken apart index by index")
+    del axes[along]
+    return axes
+
+
+@rule("chunk.default", "split.Tensor", "split_with_sizes.default")
+def _chunk(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    along = inputs[2] if len(inputs) > 2 else 0
+    axes = list(inputs[0])
+    pieces = [int(value.shape[along]) for value in node.meta["val"]]
+    whole = atoms(axes[along])
+    if len(set(pieces)) != 1 or len(whole) != 1:
+        raise _CannotFollow
+    outer, inner = split(whole[0], len(pieces)) if pieces[0] > 1 else (whole[0], None)
+    fix([outer], "it is taken apart piece by piece")
+    axes[along] = [] if inner is None else [inner]
+    return axes
+
+
+def _getitem(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    if inputs[0] is None:  # of an operator that could not be followed
+        raise _CannotFollow
+    return inputs[0]
+
+
+_RULES["operator.getitem"] = _getitem
+
+
+@rule("sym_size.int")
+def _sym_size(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    return None
+
+
+for _name in ("operator.mul", "operator.add", "operator.sub", "operator.floordiv"):
+    _RULES[_name] = _sym_size

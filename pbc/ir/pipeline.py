@@ -1,0 +1,149 @@
+"""The pipeline: orders passes, runs them, and checks the program after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from pbc import plugins
+from pbc.errors import PbcError, UsageError, suggest
+from pbc.ir.program import Program, prefix
+from pbc.util.atomic import replace_bytes
+from pbc.util.progress import report
+
+STAGES = (
+    "mark",
+    "analyse",
+    "plan",
+    "prune",
+    "align",
+    "fold",
+    "quantize",
+    "route",
+    "derive",
+    "lower",
+)
+"""In this order: alignment recalibrates the statistics that folding makes constant; quantisation
+rounds what is folded, since an engine runs no batch norm between a layer and its rounding; routing
+judges the proxies as they will run, after both.
+"""
+
+EQUIVALENCE = 1e-4
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options; entry point group `pbc.passes`.
+
+    stage: one of STAGES. Within a stage, `after` and `before` name passes (both optional).
+    default: False for a pass that runs only when it is asked for by name (optional, True).
+    """
+
+    stage: ClassVar[str]
+
+    def __call__(self, program: Program) -> Program:
+        """Return a new program; the given one stays as it is."""
+
+
+@dataclass(frozen=True)
+class PassPipeline:
+    """Passes by name, in the order in which they run."""
+
+    passes: tuple[tuple[str, Pass], ...]
+
+    def run(self, program: Program, dump: Path | None = None) -> Program:
+        """Run all; `dump` receives the program's text after each pass.
+
+        A program that is not well formed after a pass is that pass's bug: RuntimeError names it.
+        """
+        for number, (name, step) in enumerate(self.passes):
+            report(name, 0.0)
+            try:
+                program = step(program)
+                program.check()
+                program = replace(program, history=(*program.history, name))
+                error = equivalence_error(program)
+            except PbcError:
+                raise
+            except Exception as failure:
+                raise RuntimeError(f"pass {name} failed: {failure}") from failure
+            if not error <= EQUIVALENCE:
+                raise RuntimeError(
+                    f"pass {name} changed level 0: its logits differ from the original's by "
+                    f"{error:.1e} (relative; at most {EQUIVALENCE:.0e})"
+                )
+            program.checks["level_0_error"] = error
+            if dump is not None:
+                text = program.text() + "\n"
+                replace_bytes(dump / f"{number:02}-{name}.txt", text.encode(), mode=0o644)
+            report(name, 1.0)
+        return program
+
+
+def equivalence_error(program: Program) -> float:
+    """Largest difference of level 0's logits from the original's, relative to the largest logit.
+
+    Also holds every proxy to the shapes that the body reads; raises ValueError where one differs.
+    """
+    with torch.no_grad():
+        logits = program.logits(0, program.example)
+        expected = [f.shape for f in program.features(0, program.example)]
+        for level in program.levels:
+            got = [f.shape for f in program.features(level, program.example)]
+            if prefix(level) in program.graphs and got != expected:
+                raise ValueError(f"level {level} sends {got}; the trainable part reads {expected}")
+    scale = max(1.0, float(program.reference.abs().max()))
+    return float((logits - program.reference).abs().max()) / scale
+
+
+def build(
+    options: Mapping[str, Any], extra: Iterable[str] = (), without: Iterable[str] = ()
+) -> PassPipeline:
+    """The installed passes that run by default, and those asked for, in order.
+
+    options: values for the passes' fields, by field name; a pass takes those it declares.
+    """
+    available = plugins.entries("pbc.passes")
+    for name in (*extra, *without):
+        if name not in available:
+            raise UsageError(suggest("pass", name, available))
+    chosen: dict[str, Callable[..., Pass]] = {}
+    for name, entry in available.items():
+        kind = entry.load()
+        if name not in without and (getattr(kind, "default", True) or name in extra):
+            chosen[name] = kind
+    return PassPipeline(tuple((name, _make(chosen[name], options)) for name in order(chosen)))
+
+
+def _make(kind: Callable[..., Pass], options: Mapping[str, Any]) -> Pass:
+    declared = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []  # type: ignore[arg-type]
+    given = {n: options[n] for n in declared if options.get(n, MISSING) not in (MISSING, None)}
+    return kind(**given)
+
+
+def order(kinds: Mapping[str, Any]) -> list[str]:
+    """Sort passes by stage, then so that `after` and `before` hold, then by name."""
+    for name, kind in kinds.items():
+        if kind.stage not in STAGES:
+            raise PbcError(
+                f"pass {name} is of stage {kind.stage!r}; stages are {', '.join(STAGES)}"
+            )
+    ordered: list[str] = []
+    for stage in STAGES:
+        waiting = {n: set(getattr(k, "after", ())) for n, k in kinds.items() if k.stage == stage}
+        for name in list(waiting):
+            for later in getattr(kinds[name], "before", ()):
+                if later in waiting:
+                    waiting[later].add(name)
+        while waiting:
+            ready = sorted(n for n, needs in waiting.items() if not needs & waiting.keys())
+            if not ready:
+                raise PbcError(
+                    f"passes {', '.join(sorted(waiting))} each want to run after another"
+                )
+            ordered.append(ready[0])
+            del waiting[ready[0]]
+    return ordered

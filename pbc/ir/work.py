@@ -1,0 +1,54 @@
+"""Work in progress: what long passes keep, so that an interrupted compilation can continue."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from pbc.ir.program import Program, get_tensor, tensor_names
+
+TRIALS = "trials.jsonl"
+"""What tuning measured: it stays when the bundle is written, for the next compilation."""
+
+
+def clear(folder: Path) -> None:
+    """Remove what only this compilation could go on from."""
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if file.name != TRIALS:
+            file.unlink()
+    with contextlib.suppress(OSError):  # what stays keeps its folder
+        folder.rmdir()
+
+
+def work_file(
+    program: Program, name: str, decided_by: Any, graphs: Iterable[str], suffix: str
+) -> Path | None:
+    """Where the work called `name` is kept; None when the program has no folder for it.
+
+    The file's name holds a hash of all that decides the work: the input, the code and tensors of
+    the graphs named, and `decided_by`, which must be JSON. Work of another compilation is never
+    found.
+    """
+    if program.work is None:
+        return None
+    everything = [decided_by, program.input.to_json()]
+    identity = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
+    for graph in graphs:
+        if graph in program.graphs:
+            _add(identity, program.graphs[graph])
+    return program.work / f"{name}-{identity.hexdigest()[:16]}{suffix}"
+
+
+def _add(identity: Any, graph: GraphModule) -> None:
+    identity.update(graph.code.encode())
+    for name in tensor_names(graph):
+        identity.update(name.encode())
+        identity.update(get_tensor(graph, name).detach().numpy().tobytes())

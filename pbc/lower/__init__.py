@@ -1,0 +1,1 @@
+"""The way out: a program becomes the files of a bundle, whatever its engine (compile side)."""

@@ -1,0 +1,1 @@
+"""`pbc profile`: what each stage of each level costs on this machine."""

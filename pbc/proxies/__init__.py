@@ -1,0 +1,1 @@
+"""Proxies of the frozen part: how they are made, aligned and judged (compile side)."""

@@ -1,0 +1,232 @@
+"""Distillation: a proxy learns, on calibration data, to send what level 0 sends."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from pbc.errors import PbcError
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import Program, body, get_tensor, prefix, put_tensor, tensor_names
+from pbc.proxies import parallel
+from pbc.proxies.fidelity import BATCH, Standard, Tapped
+from pbc.util.atomic import replacing
+from pbc.util.interrupt import Interrupt, deferred_interrupt
+from pbc.util.progress import report
+
+SAVE_SECONDS = 60.0
+
+
+@dataclass
+class Distillation:
+    """One level learns to send what level 0 sends; it can be saved at any step and continued.
+
+    The loss is that of `alignment_loss`; AdamW with cosine decay from `rate`.
+
+    steps, seconds: the budget, whichever ends first; None leaves it to the other.
+    saved: where the state is kept between interruptions; None where it is not.
+    begin: what is done to the proxy before its first step.
+    task: the pass's name, for its progress; label: the level's, for progress and errors.
+    autocast: compute in bfloat16 on a GPU.
+    """
+
+    original: Tapped
+    proxy: Tapped
+    standard: list[Standard]
+    calibration: Calibration
+    seed: int
+    steps: int | None
+    seconds: float | None
+    saved: Path | None
+    rate: float
+    task: str
+    label: str
+    begin: Callable[[], None] | None = None
+    autocast: bool = True
+    step: int = 0
+    elapsed: float = 0.0
+
+    def train(self) -> None:
+        weights = list(self.proxy.parameters())
+        for weight in weights:
+            weight.requires_grad_(True)
+        self._forward = self._distributed()
+        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=1e-4)
+        if not self._resume(optimizer):
+            if self.step == 0 and self.begin is not None:
+                self.begin()
+            with deferred_interrupt() as interrupt:
+                self._steps(optimizer, interrupt)
+            self._save(optimizer, done=True)
+        for weight in weights:
+            weight.requires_grad_(False)
+
+    def _distributed(self) -> Callable[[Tensor], list[Tensor]]:
+        """The proxy's forward; among several processes its gradients are averaged."""
+        if parallel.size() == 1:
+            return self.proxy
+        return nn.parallel.DistributedDataParallel(self.proxy)
+
+    def _steps(self, optimizer: torch.optim.Optimizer, interrupt: Interrupt) -> None:
+        last = saved_at = time.monotonic()
+        while parallel.once(self.fraction) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * self._decay()
+            loss = self._step(optimizer)
+            if not math.isfinite(loss):
+                raise PbcError(
+                    f"alignment of {self.label} diverged: the loss is {loss} at step {self.step}; "
+                    "check the calibration images and the weights"
+                )
+            self.step += 1
+            now = time.monotonic()
+            self.elapsed += now - last
+            last = now
+            report(self.task, self.fraction(), f"{self.label}, step {self.step}, loss {loss:.3f}")
+            if interrupt.requested or now - saved_at > SAVE_SECONDS:
+                self._save(optimizer, done=False)
+                saved_at = now
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+    def fraction(self) -> float:
+        """How much of the budget is used: of steps or time, whichever is nearer its end."""
+        by_steps = self.step / self.steps if self.steps else 0.0
+        by_time = self.elapsed / self.seconds if self.seconds else 0.0
+        return max(by_steps, by_time)
+
+    def _decay(self) -> float:
+        warm_up = min(1.0, (self.step + 1) / 20)
+        return warm_up * 0.5 * (1 + math.cos(math.pi * min(self.fraction(), 1.0)))
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> float:
+        device = self.standard[0].mean.device
+        seed = (self.seed * 1_000_003 + self.step) * parallel.size() + parallel.rank()
+        generator = torch.Generator().manual_seed(seed)
+        count = max(2, BATCH // parallel.size())
+        chosen = torch.randint(len(self.calibration.align), (count,), generator=generator)
+        images = self.calibration.batch(self.calibration.align[chosen.numpy()]).to(device)
+        images = augment(images, generator)
+        low = self.autocast and device.type == "cuda"
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            with torch.no_grad():
+                targets = self.original(images)
+            outputs = self._forward(images)
+        loss = alignment_loss(outputs, targets, self.standard)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.proxy.parameters(), 5.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    def _save(self, optimizer: torch.optim.Optimizer, done: bool) -> None:
+        if self.saved is None or parallel.rank() > 0:
+            return
+        tensors = {f"proxy/{n}": t.contiguous() for n, t in self.proxy.state_dict().items()}
+        if not done:
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"adam/{number}/{k}": v.contiguous() for k, v in state.items()}
+        facts = {"step": self.step, "elapsed": self.elapsed, "done": done}
+        data = safetensors.torch.save(tensors, {"run": json.dumps(facts)})
+        with replacing(self.saved) as file:
+            file.write(data)
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Continue from what an interrupted compilation saved; True if it had finished."""
+        facts, tensors = parallel.once(self._kept)
+        if not facts:
+            return False
+        self.step, self.elapsed = facts["step"], facts["elapsed"]
+        self.proxy.load_state_dict(
+            {n.removeprefix("proxy/"): t for n, t in tensors.items() if n.startswith("proxy/")}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("adam/"):
+                _, number, key = name.split("/")
+                state.setdefault(int(number), {})[key] = tensor
+        if state:
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
+        return bool(facts["done"])
+
+    def _kept(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Facts and tensors that `_save` wrote; none where there are none, or damaged ones."""
+        if self.saved is None or not self.saved.is_file():
+            return {}, {}
+        try:
+            with safe_open(self.saved, "pt") as file:
+                facts = json.loads(file.metadata()["run"])
+                return facts, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError):
+            self.saved.unlink()  # what it held is computed again
+            return {}, {}
+
+
+def alignment_loss(
+    outputs: list[Tensor], targets: list[Tensor], standard: list[Standard]
+) -> Tensor:
+    """Mean over interface tensors of squared error plus one minus cosine, both standardised."""
+    total = torch.zeros((), device=outputs[0].device)
+    for output, target, normal in zip(outputs, targets, standard, strict=True):
+        z, goal = normal(output.float()).flatten(1), normal(target.float()).flatten(1)
+        total = total + functional.mse_loss(z, goal) + 1 - torch.cosine_similarity(z, goal).mean()
+    return total / len(outputs)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip half of the batch, and resize one random crop of it to the full size."""
+    flip = torch.rand(len(images), generator=generator) < 0.5
+    images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(3), images)
+    height, width = images.shape[2:]
+    scale = 0.6 + 0.4 * float(torch.rand((), generator=generator))
+    crop = [max(1, round(height * scale)), max(1, round(width * scale))]
+    top = int(torch.randint(height - crop[0] + 1, (), generator=generator))
+    left = int(torch.randint(width - crop[1] + 1, (), generator=generator))
+    images = images[:, :, top : top + crop[0], left : left + crop[1]]
+    images = functional.interpolate(images, (height, width), mode="bilinear", align_corners=False)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def unaugmented(calibration: Calibration, count: int) -> Iterator[Tensor]:
+    """At most `count` batches, evenly spread over the alignment images."""
+    chosen = calibration.align
+    if len(chosen) > count * BATCH:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, count * BATCH).astype(int)]
+    for start in range(0, len(chosen), BATCH):
+        yield calibration.batch(chosen[start : start + BATCH])
+
+
+def replace_tensor(graph: GraphModule, name: str, tensor: Tensor) -> None:
+    """Put a tensor in another's place, as a parameter or buffer like it.
+
+    Graphs share tensors, so none is changed in place.
+    """
+    if isinstance(get_tensor(graph, name), nn.Parameter):
+        tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+    owner, _, leaf = name.rpartition(".")
+    delattr(graph.get_submodule(owner), leaf)
+    put_tensor(graph, name, tensor)
+
+
+def adopt(program: Program, level: int, proxy: Tapped) -> None:
+    """Take a trained proxy's tensors over into the program's graphs."""
+    for kind, trained in ((prefix, proxy.prefix), (body, proxy.body)):
+        if trained is not None:
+            for name in tensor_names(trained):
+                value = get_tensor(trained, name).detach().contiguous().clone()
+                replace_tensor(program.graphs[kind(level)], name, value)

@@ -1,0 +1,221 @@
+"""The interface between what is frozen and what trains, and how faithful a proxy is there.
+
+The interface is the tensors that cross from frozen computation into a trainable operator.
+Fidelity of a level: over held-out calibration images, subtract level 0's per-channel mean, divide
+by its standard deviation, take the cosine per sample over the flattened tensor, the mean over
+samples, and the minimum over the interface's tensors, all at the initial trainable parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from pbc.bundle.ladder import FLOAT32, INT8
+from pbc.ir.calibration import Calibration
+from pbc.ir.program import (
+    PARAMETER,
+    Program,
+    body,
+    copy_graph,
+    output_node,
+    parameter_names,
+    placeholders,
+    prefix,
+)
+
+BATCH = 64
+
+
+class Tapped(nn.Module):
+    """One level cut off at the interface: images in, the interface's tensors out, in float32.
+
+    Its graph modules are copies that share their tensors with the program until they are trained.
+    """
+
+    def __init__(self, program: Program, level: int) -> None:
+        super().__init__()
+        before = program.graphs.get(prefix(level))
+        self.prefix = None if before is None else copy_graph(before)
+        self.body: GraphModule | None = None
+        self.theta: list[Tensor] = []
+        taps = body_taps(program.graphs[body(0)])
+        if taps:
+            self.body = _cut_at(program.graphs[body(level)], taps)
+            names = parameter_names(self.body)
+            self.theta = [program.parameters[name].detach() for name in names]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = [images] if self.prefix is None else list(self.prefix(images))
+        tensors = [] if self.prefix is None else features
+        if self.body is not None:
+            theta = [value.to(images.device) for value in self.theta]
+            tensors = [*tensors, *self.body(*features, *theta)]
+        return tensors
+
+
+def precision_of(program: Program, graph: str, precision: str) -> str:
+    """In what a graph of a level of this precision computes.
+
+    A body of nothing but trainable layers is the same at every level: it stays in float32. So does
+    every body of an int8 level: gradients pass through it.
+    """
+    if precision == INT8:
+        return precision if graph.startswith("prefix/") else FLOAT32
+    alone = prefix(0) not in program.graphs
+    frozen = graph.startswith("prefix/") or alone or bool(body_taps(program.graphs[body(0)]))
+    return precision if frozen else FLOAT32
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What a graph's real numbers are; an int8 graph rounds by its own operators."""
+    dtype: torch.dtype = torch.float32 if precision == INT8 else getattr(torch, precision)
+    return dtype
+
+
+def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor]]:
+    """A level as it runs on the device: in its precision, on a copy; float32 in and out.
+
+    The graphs of an int8 level round by themselves, and only where they are quantised.
+    """
+    if precision in (FLOAT32, INT8):
+        return tapped
+    dtype = dtype_of(precision)
+    low = copy.deepcopy(tapped).to(dtype)
+    low.theta = [value.to(dtype) for value in low.theta]
+    return lambda images: [tensor.float() for tensor in low(images.to(dtype))]
+
+
+def body_taps(graph: GraphModule) -> list[str]:
+    """The nodes of the body that a trainable operator reads after frozen layers changed them."""
+    changed: dict[Node, bool] = {}
+    taps: list[str] = []
+    for node in graph.graph.nodes:
+        if node.op != "call_function":
+            changed[node] = node.op == "get_attr" and _is_weight(graph, node)
+            continue
+        sources = node.all_input_nodes
+        trained = any(PARAMETER in source.meta for source in sources)
+        if trained:
+            taps += [s.name for s in sources if s.op == "call_function" and changed[s]]
+        changed[node] = not trained and any(changed[source] for source in sources)
+    return list(dict.fromkeys(taps))
+
+
+def _is_weight(graph: GraphModule, node: Node) -> bool:
+    return str(node.target) in dict(graph.named_parameters())
+
+
+def _cut_at(graph: GraphModule, names: Sequence[str]) -> GraphModule:
+    """A copy that returns the named nodes; what only later nodes need is gone, inputs stay."""
+    cut = copy_graph(graph)
+    by_name = {node.name: node for node in cut.graph.nodes}
+    output_node(cut).args = (tuple(by_name[name] for name in names),)
+    cut.graph.eliminate_dead_code()
+    for node in placeholders(cut):
+        if PARAMETER in node.meta and not node.users:
+            cut.graph.erase_node(node)
+    for name in [n for n, _ in (*cut.named_parameters(), *cut.named_buffers())]:
+        if not any(n.op == "get_attr" and n.target == name for n in cut.graph.nodes):
+            owner, _, leaf = name.rpartition(".")
+            delattr(cut.get_submodule(owner), leaf)
+    cut.recompile()
+    return cut
+
+
+@dataclass(frozen=True)
+class Standard:
+    """Per-channel mean and standard deviation of one interface tensor at level 0, broadcastable."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return (tensor - self.mean) / self.std
+
+
+def channel_axis(tensor: Tensor) -> int:
+    """[b, c], [b, c, h, w] or [b, tokens, c]."""
+    return 1 if tensor.dim() in (2, 4) else tensor.dim() - 1
+
+
+def standards(level0: Tapped, batches: Iterator[Tensor]) -> list[Standard]:
+    """Measure level 0's statistics at the interface."""
+    sums: list[_Sums] = []
+    with torch.no_grad():
+        for images in batches:
+            tensors = level0(images)
+            sums = sums or [_Sums() for _ in tensors]
+            for total, tensor in zip(sums, tensors, strict=True):
+                total.add(tensor)
+    return [total.standard() for total in sums]
+
+
+@dataclass
+class _Sums:
+    """Running sums of one tensor, its square and its size per channel, in float64."""
+
+    count: int = 0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
+
+    def add(self, tensor: Tensor) -> None:
+        axes = [axis for axis in range(tensor.dim()) if axis != channel_axis(tensor)]
+        values = tensor.double()
+        self.count += tensor.numel() // tensor.shape[channel_axis(tensor)]
+        self.first = self.first + values.sum(axes, keepdim=True)
+        self.second = self.second + values.square().sum(axes, keepdim=True)
+
+    def standard(self) -> Standard:
+        assert isinstance(self.first, Tensor)
+        assert isinstance(self.second, Tensor)
+        mean = self.first / self.count
+        variance = (self.second / self.count - mean.square()).clamp_min(0)
+        # A channel that hardly moves carries nothing; do not let its noise dominate.
+        std = variance.sqrt().clamp_min(float(variance.mean().sqrt()) * 1e-2 + 1e-8)
+        return Standard(mean.float(), std.float())
+
+
+def cosine(proxy: Tensor, original: Tensor, standard: Standard) -> Tensor:
+    """[batch]: cosine of two interface tensors, centred and standardised."""
+    return torch.cosine_similarity(standard(proxy).flatten(1), standard(original).flatten(1), dim=1)
+
+
+def held_out_batches(calibration: Calibration) -> Iterator[Tensor]:
+    for start in range(0, len(calibration.held_out), BATCH):
+        yield calibration.batch(calibration.held_out[start : start + BATCH])
+
+
+def sample_fidelity(
+    program: Program, levels: Sequence[int], calibration: Calibration, indices: np.ndarray
+) -> np.ndarray:
+    """float32 [samples, levels]: the fidelity of single samples.
+
+    Each is the cosine at the interface tensor where the level is weakest on average, so that the
+    mean over held-out samples is the level's fidelity.
+    """
+    original = Tapped(program, 0).eval()
+    proxies = [
+        rounded_to(Tapped(program, level).eval(), program.ladder.precision(level))
+        for level in levels
+    ]
+    standard = standards(original, held_out_batches(calibration))
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(indices), BATCH):
+            images = calibration.batch(indices[start : start + BATCH])
+            target = original(images)
+            per_level = []
+            for proxy in proxies:
+                triples = zip(proxy(images), target, standard, strict=True)
+                per_level.append(torch.stack([cosine(p, t, s) for p, t, s in triples], dim=-1))
+            rows.append(torch.stack(per_level, dim=1))
+    values = torch.cat(rows)
+    weakest = values.mean(0).argmin(-1)
+    return values[:, torch.arange(len(levels)), weakest].numpy()

@@ -1,0 +1,1 @@
+"""Features: what the frozen prefix sends, computed ahead and kept."""

@@ -1,0 +1,1 @@
+"""What a run leaves: the personal model, its checkpoint, metrics and exports."""

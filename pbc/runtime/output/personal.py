@@ -1,0 +1,100 @@
+"""A personal model: a bundle and the parameters that were trained on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from pbc import plugins
+from pbc.bundle import Bundle
+from pbc.data import InputSpec, Samples
+from pbc.errors import PbcError, UsageError
+from pbc.runtime.engines import Executable
+from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
+from pbc.runtime.objective import Objective
+from pbc.runtime.output.output import Output
+from pbc.runtime.parameters import labelled_as
+from pbc.util.atomic import replace_bytes
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What `pbc train` left in its output folder, loaded and ready."""
+
+    bundle: Bundle
+    model: dict[str, Any]
+    spec: InputSpec
+    executable: Executable
+
+    @classmethod
+    def open(cls, root: Path | str, *, threads: int | None = None) -> Personal:
+        """Load the folder; refuses one whose training has not ended."""
+        bundle, model, parameters = stored(root)
+        engine = plugins.load("pbc.engines", bundle.manifest["engine"])()
+        executable: Executable = engine.load(bundle, threads=threads)
+        # The optimizer is never stepped; an executable takes parameters in no other way.
+        executable.start(parameters, Objective())
+        return cls(bundle, model, InputSpec.from_json(bundle.manifest["input"]), executable)
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the class names by label."""
+        return list(self.model["classes"])
+
+    def evaluate(self, samples: Samples, *, level: int = 0) -> Evaluation:
+        """Accuracy and loss on labelled samples, which need not cover every class."""
+        labelled = labelled_as(self.classes, samples)
+        return evaluate(self.executable, labelled, self._checked(level), self.model["batch"])
+
+    def predict(
+        self, image: np.ndarray, *, top: int = 5, level: int = 0
+    ) -> list[tuple[str, float]]:
+        """Return the likeliest (class, probability) for uint8[H, W, 3], best first."""
+        features = self.executable.prefix(self._checked(level), self.spec.normalise(image[None]))
+        shares = np.exp(log_softmax(self.executable.logits(level, features))[0])
+        best = np.argsort(-shares, kind="stable")[:top]
+        return [(self.classes[index], float(shares[index])) for index in best]
+
+    def _checked(self, level: int) -> int:
+        count = len(self.bundle.manifest["levels"])
+        if not 0 <= level < count:
+            raise UsageError(f"no level {level}; this model has levels 0 to {count - 1}")
+        return level
+
+
+def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarray]]:
+    """Read a personal model's bundle, model.json and trained parameters; no engine is needed."""
+    output = Output(Path(root))
+    if not output.model.exists():
+        unfinished = output.checkpoint.exists()
+        hint = "finish it with pbc train … --resume" if unfinished else "pbc train makes one"
+        raise PbcError(f"{root} holds no personal model; {hint}")
+    try:
+        model = json.loads(output.model.read_bytes())
+        parameters = safetensors.numpy.load_file(output.trainable)
+        digest = model["bundle"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise PbcError(f"the personal model in {root} is damaged: {error}") from error
+    bundle = Bundle.open(output.bundle)
+    if bundle.digest != digest:
+        raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
+    return bundle, model, parameters
+
+
+def write_model(
+    output: Output, bundle: Bundle, theta: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+) -> None:
+    """Write the trained parameters, then model.json with `facts`: its presence says all is there.
+
+    facts: `classes`, `batch` and what else is worth knowing about the run.
+    """
+    replace_bytes(output.trainable, safetensors.numpy.save(dict(theta)))
+    model = {"format": 1, "bundle": bundle.digest, **facts}
+    replace_bytes(output.model, (json.dumps(model, indent=1) + "\n").encode())

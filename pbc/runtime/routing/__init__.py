@@ -1,0 +1,1 @@
+"""Routing: which level each sample runs at, from measured costs and the bounds set."""

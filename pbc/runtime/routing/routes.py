@@ -1,0 +1,99 @@
+"""Where a bundle and a user's bounds let samples run: the floor, and the levels above it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pbc.bundle.ladder import Ladder
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.routing.audit import Finding
+from pbc.runtime.routing.bounds import fidelity_floor, lost_at
+from pbc.runtime.routing.router import Routing, routable, route
+from pbc.runtime.schedulers import Fallback
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The levels that a manifest's ladder and the options of a run leave open."""
+
+    manifest: Mapping[str, Any]
+    ladder: Ladder
+    options: TrainOptions
+
+    @property
+    def floor(self) -> float:
+        """Return the fidelity below which nobody runs."""
+        return fidelity_floor(self.manifest, self.options)[0]
+
+    @property
+    def note(self) -> str | None:
+        """Return what the user should know about the floor, where one decides anything."""
+        proxies = routable(self.ladder, 0.0)[1:].any()
+        if not self.options.routing or not proxies:
+            return None
+        return fidelity_floor(self.manifest, self.options)[1]
+
+    @property
+    def policy(self) -> Mapping[str, Any] | None:
+        """Return what the manifest says about the policy."""
+        return self.manifest.get("policy")
+
+    @property
+    def ships_means(self) -> bool:
+        """Return whether the policy predicts no better than each level's mean: none is needed."""
+        report = (self.policy or {}).get("report") or {}
+        return bool(report.get("shipped") == "means")
+
+    def usable(self, floor: float, findings: tuple[Finding, ...] = ()) -> np.ndarray:
+        """Return bool[levels]: what any sample may use at a floor, after an audit."""
+        if not self.options.routing:
+            return np.asarray(np.arange(len(self.ladder)) == 0)
+        usable = routable(self.ladder, floor, self.options.max_level)
+        for finding in findings:
+            usable[finding.level] &= finding.kept
+        return usable
+
+    def usable_ever(self, findings: tuple[Finding, ...] = ()) -> np.ndarray:
+        """Return bool[levels]: what any sample may use, also if a time budget lowers the floor."""
+        return self.usable(min([self.floor, *self._lower_floors()]), findings)
+
+    def route(
+        self, predicted: np.ndarray, findings: tuple[Finding, ...], floor: float | None = None
+    ) -> Routing:
+        """Route by f[n, N] predictions; at a lower floor than the bound's without margins."""
+        if floor is None:
+            floor = self.floor
+            if not self.ships_means and "margins" in (self.policy or {}):
+                predicted = predicted - np.array((self.policy or {})["margins"])
+        return route(predicted, self.usable(floor, findings), floor)
+
+    def fallbacks(
+        self, predicted: np.ndarray, findings: tuple[Finding, ...]
+    ) -> tuple[Fallback, ...]:
+        """Return what a time budget may fall back to, the most faithful first."""
+        points = self.manifest.get("accuracy_map")
+        return tuple(
+            Fallback(
+                self.route(predicted, findings, floor).allowed,
+                floor,
+                lost_at(points, floor) if points else None,
+            )
+            for floor in self._lower_floors()
+        )
+
+    def _lower_floors(self) -> list[float]:
+        """Return the fidelities of the levels below the floor; none below an explicit one."""
+        options = self.options
+        if options.time_budget is None or options.fidelity_floor is not None:
+            return []
+        usable = routable(self.ladder, 0.0, options.max_level)
+        fidelities = {
+            level.fidelity
+            for level in self.ladder.levels[1:]
+            if usable[level.level] and level.fidelity is not None and level.fidelity < self.floor
+        }
+        return sorted(fidelities, reverse=True)

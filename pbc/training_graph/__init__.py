@@ -1,0 +1,1 @@
+"""The derived training step: gradients and optimizers as graphs (compile side)."""

@@ -1,0 +1,260 @@
+"""Verify a derived training step against torch: autograd's gradients, torch.optim's updates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from pbc.ir.program import (
+    Program,
+    body,
+    feature_names,
+    graph_inputs,
+    graph_outputs,
+    parameter_names,
+)
+from pbc.training_graph.autodiff import LABELS, LOSSES
+from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
+
+STEPS = 5
+TOLERANCE = 1e-4
+# A lowered step has float32 alone, in which one ReLU whose input is zero but for rounding may be
+# on in one engine and off in another: more than TOLERANCE is told, more than this is refused.
+LOWERED_TOLERANCE = 1e-2
+
+# Neither zero nor one, so that every term shows.
+MOMENTUM, SMOOTHING_SHARE = 0.9, 0.1
+# Of the parameters' own size, per step: few networks blow up, and rounding stays rounding. Where
+# torch itself does, as deep untrained ones may, the steps are made smaller.
+CHANGES = (1e-2, 1e-3, 1e-4)
+# Of the gradients' root mean square.
+_NO_GRADIENT = 1e-2
+
+Tensors = Mapping[str, Tensor]
+
+
+class Step(Protocol):
+    """Something that runs a derived step: by name, tensors in and tensors out."""
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        """Run `forward/k`: losses, logits and what is saved."""
+
+    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
+        """Run `update/k/<optimizer>`: new parameters and state."""
+
+
+def step_errors(
+    body: GraphModule,
+    parameters: Tensors,
+    batches: Sequence[tuple[Tensors, Tensor]],
+    step: Step,
+    optimizers: Sequence[str] = tuple(OPTIMIZERS),
+) -> dict[str, float]:
+    """By optimizer the largest relative error of any parameter or state over one step per batch.
+
+    body: takes features and parameters in their order of placeholders. batches: features by name,
+    and labels int64 [b]. Every step starts from where torch is, so that a network that amplifies
+    rounding does not pass for a wrong derivative. A tensor's error is the largest difference of one
+    of its values, against its largest value; that of the losses counts likewise. State counts since
+    it is made of gradients alone, which a small step hides in the rounding of a parameter.
+    """
+    return {name: _error(body, parameters, batches, step, name) for name in optimizers}
+
+
+def _error(
+    body: GraphModule,
+    parameters: Tensors,
+    batches: Sequence[tuple[Tensors, Tensor]],
+    step: Step,
+    optimizer: str,
+) -> float:
+    found = (_error_at(change, body, parameters, batches, step, optimizer) for change in CHANGES)
+    return next((error for error in found if error is not None), math.nan)
+
+
+def _error_at(
+    change: float,
+    body: GraphModule,
+    parameters: Tensors,
+    batches: Sequence[tuple[Tensors, Tensor]],
+    step: Step,
+    optimizer: str,
+) -> float | None:
+    """The error of steps that change parameters by so much; None where torch's own blow up."""
+    theta = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+    settings = _settings(change, optimizer, body, theta, *batches[0])
+    rule = _torch_optimizer(optimizer, list(theta.values()), settings)
+    worst = 0.0
+    for number, (features, labels) in enumerate(batches, 1):
+        known: dict[str, Tensor] = {**features, **_state(optimizer, rule, theta), LABELS: labels}
+        known |= {name: value.detach().clone() for name, value in theta.items()}
+        corrections = {
+            "mean_correction": 1 - BETA_MEAN**number,
+            "square_correction": 1 - BETA_SQUARE**number,
+        }
+        dtype = next(iter(theta.values())).dtype
+        known |= {
+            name: torch.tensor(value, dtype=dtype)
+            for name, value in (settings | corrections).items()
+        }
+        known |= step.forward(known)
+        # What the step leaves out stays where it is.
+        new = {name: known[name] for name in theta} | {
+            name.removeprefix(NEW): value for name, value in step.update(optimizer, known).items()
+        }
+        losses = _losses(body, {**features, **theta}, labels)
+        rule.zero_grad()
+        losses.mean().backward()
+        rule.step()
+        expected = {**theta, **_state(optimizer, rule, theta)}
+        if not all(value.isfinite().all() for value in (losses, *expected.values())):
+            return None
+        errors = [_relative(known[LOSSES], losses, 1e-6)]
+        for name, value in new.items():
+            # A gradient that is zero but for rounding has no digits to compare.
+            least = 1e-6 if name in theta else _NO_GRADIENT * settings["epsilon"]
+            if name.startswith("exp_avg_sq/"):
+                least = least**2
+            errors.append(_relative(value, expected[name], least))
+        worst = float(torch.tensor([worst, *errors], dtype=torch.float64).max())  # keeps a NaN
+    return worst
+
+
+def _state(
+    optimizer: str, rule: torch.optim.Optimizer, theta: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What torch's optimizer keeps, under our names; zeros before its first step."""
+    of_torch = {"momentum": "momentum_buffer"}
+    return {
+        f"{part}/{name}": rule.state[value]
+        .get(of_torch.get(part, part), torch.zeros_like(value))
+        .detach()
+        .clone()
+        for part in OPTIMIZERS[optimizer].state
+        for name, value in theta.items()
+    }
+
+
+def _losses(body: GraphModule, inputs: Tensors, labels: Tensor) -> Tensor:
+    (logits,) = body(*[inputs[name] for name in graph_inputs(body)])
+    return torch.nn.functional.cross_entropy(
+        logits, labels, reduction="none", label_smoothing=SMOOTHING_SHARE
+    )
+
+
+def _settings(
+    change: float,
+    optimizer: str,
+    body: GraphModule,
+    parameters: Tensors,
+    features: Tensors,
+    labels: Tensor,
+) -> dict[str, float]:
+    """Hyperparameters of the size of this body's values and gradients.
+
+    Adam's usual epsilon, 1e-8, is below the rounding of a gradient: where that is zero but for
+    rounding (the bias of an attention's keys, say), two right implementations move by up to the
+    learning rate in any direction. The gradients' own size is an epsilon that hides no error.
+    """
+    theta = list(parameters.values())
+    loss = _losses(body, {**features, **parameters}, labels).mean()
+    gradients = [g for g in torch.autograd.grad(loss, theta, allow_unused=True) if g is not None]
+    size, slope = _root_mean_square(theta), _root_mean_square(gradients)
+    # Adam's step per value is about the rate, whatever the gradient.
+    rate = change * size if optimizer.startswith("adam") else change * size / slope
+    return {
+        "learning_rate": rate,
+        "momentum": MOMENTUM,
+        # AdamW's is multiplied by the rate, which would hide it in the tolerance.
+        "weight_decay": change / rate if optimizer == "adamw" else change * slope / size,
+        "label_smoothing": SMOOTHING_SHARE,
+        "epsilon": slope,
+    }
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    total = sum(float(tensor.detach().square().sum()) for tensor in tensors)
+    return float((total / sum(tensor.numel() for tensor in tensors)) ** 0.5)
+
+
+def _torch_optimizer(
+    name: str, parameters: list[Tensor], settings: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    if name == "sgd":
+        return torch.optim.SGD(parameters, rate, settings["momentum"], weight_decay=decay)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(parameters, rate, eps=settings["epsilon"], weight_decay=decay)
+
+
+def _relative(value: Tensor, expected: Tensor, least: float) -> float:
+    difference = (value.detach() - expected.detach()).abs().max()
+    return float(difference / expected.detach().abs().max().clamp_min(least))
+
+
+class GraphStep:
+    """Runs the derived graphs themselves."""
+
+    def __init__(self, forward: GraphModule, updates: Mapping[str, GraphModule]) -> None:
+        self._forward, self._updates = forward, updates
+
+    def forward(self, inputs: Tensors) -> Tensors:
+        return _run("forward/0", self._forward, inputs)
+
+    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
+        return _run(f"update/0/{optimizer}", self._updates[optimizer], inputs)
+
+
+def _run(name: str, graph: GraphModule, inputs: Tensors) -> dict[str, Tensor]:
+    with torch.no_grad():
+        results = graph(*[inputs[title] for title in graph_inputs(graph)])
+    return dict(zip(graph_outputs(name, graph), results, strict=True))
+
+
+def in_float64(graph: GraphModule) -> GraphModule:
+    """A copy that computes in float64, with the constants that it makes."""
+    graph = copy.deepcopy(graph).double()
+    for node in graph.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+    graph.recompile()
+    return graph
+
+
+def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
+    """What a body reads of θ, f32, at the values that a device would begin with."""
+    head = {program.head.weight, program.head.bias}
+    generator = torch.Generator().manual_seed(program.seed)
+    theta = {}
+    for name in parameter_names(program.graphs[body(level)]):
+        value = program.parameters[name].detach()
+        if name in head and program.class_count is None:
+            bound = program.head.in_features**-0.5
+            shape = (_OPEN_CLASSES, *value.shape[1:])
+            value = (2 * torch.rand(shape, generator=generator) - 1) * bound
+        theta[name] = value
+    return theta
+
+
+# Where the device decides how many classes there are, any count checks as well as another.
+_OPEN_CLASSES = 5
+
+
+def random_batches(program: Program, level: int, classes: int) -> list[tuple[Tensors, Tensor]]:
+    """Features of random images by name, and random labels int64 [b]: a mini-batch per step."""
+    generator = torch.Generator().manual_seed(program.seed)
+    names = feature_names(program.graphs[body(level)])
+    batches: list[tuple[Tensors, Tensor]] = []
+    for number in range(STEPS):
+        count = 2 + number % 2  # no batch size is special
+        images = torch.randn(count, *program.input.shape, generator=generator)
+        with torch.no_grad():
+            values = dict(zip(names, program.features(level, images), strict=True))
+        batches.append((values, torch.randint(classes, (count,), generator=generator)))
+    return batches

@@ -1,0 +1,1 @@
+"""Small things that either side uses and that know nothing of the rest."""

@@ -1,0 +1,1 @@
+"""Boards: facts about devices, as data."""

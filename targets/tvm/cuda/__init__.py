@@ -1,0 +1,1 @@
+"""CUDA: schedules for GPUs, and their machine code."""

@@ -1,0 +1,1 @@
+"""Tuning: other schedules are tried, and what is faster is kept."""

@@ -1,0 +1,193 @@
+"""Tune a program for TVM: search schedules, and keep a library only if its graphs got faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pbc.ir.program import POLICY, Program
+from pbc.ir.work import TRIALS
+from pbc.lower.lowering import Candidate
+from pbc.lower.visit import PREFIX_BATCHES, at_level_0
+from pbc.lower.weights import level_of
+from pbc.target import Target
+from pbc.targets.tvm.tuning.records import Record, Records
+
+if TYPE_CHECKING:
+    import tvm
+
+    from pbc.targets.tvm.build import Platform
+    from pbc.targets.tvm.lowering import TvmLowering
+    from pbc.targets.tvm.tuning.search import Search, Tuned
+
+# How many classes a head has while it is tuned, where the device decides that.
+CLASSES = 100
+ROUNDS = 12
+WHOLE = {"functions": "all"}
+
+
+def untunable(target: Target) -> str | None:
+    """Why this machine cannot measure code for a target, in words."""
+    from pbc.targets.tvm.build import platform_of, runs_here
+
+    if runs_here(target):
+        return None
+    is_gpu = platform_of(target).sm is not None
+    what = "a GPU's code" if is_gpu else f"code for {target.name}"
+    return (
+        f"--tune measures on this machine, which does not run {what}; compile on the board itself "
+        "with --target host, or here without --tune"
+    )
+
+
+@dataclass(frozen=True)
+class _Library:
+    """A module, the first level that has it, and whether it is a prefix or a body."""
+
+    module: tvm.IRModule
+    level: int
+    is_prefix: bool
+    number: int
+
+
+def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, Any]:
+    """Search for so long; what the lowering makes from now on has what is faster."""
+    from pbc.targets.tvm.build import platform_of
+    from pbc.targets.tvm.tuning.search import Search
+
+    start = time.monotonic()
+    where = platform_of(program.target)
+    records = Records(None if program.work is None else program.work / TRIALS)
+    search = Search(where, records)
+    libraries = _libraries(lowering, program, search)
+    search.run(seconds)
+    comparison = _Comparison(program, where, records, search)
+    levels: dict[str, dict[str, float]] = {}
+    for level in sorted({library.level for library in libraries}):
+        own = [library for library in libraries if library.level == level]
+        measured = comparison.seconds(level, own)
+        for library, record in zip(own, measured, strict=True):
+            content = comparison.content(library, better=record.gain > 1)
+            lowering.keep(where, library.module, content)
+        levels[str(level)] = {
+            "before_ms": round(sum(r.baseline for r in measured) * 1000, 3),
+            "after_ms": round(sum(min(r.baseline, r.seconds) for r in measured) * 1000, 3),
+        }
+    before = sum(level["before_ms"] for level in levels.values())
+    after = sum(level["after_ms"] for level in levels.values())
+    found = {
+        "seconds": round(time.monotonic() - start, 1),
+        "trials": search.trials,
+        "functions": search.functions,
+        "faster": search.faster,
+        "share": round(search.share(), 3),
+        "levels": levels,
+    }
+    notes: tuple[str, ...] = (
+        f"tuned {search.faster} of {search.functions} functions in {found['seconds']:.0f} s "
+        f"({search.trials} trials): a training visit takes {after / before:.2f} of its time",
+    )
+    if records.damaged:
+        lines, were = ("line", "was") if records.damaged == 1 else ("lines", "were")
+        notes += (f"{records.damaged} damaged {lines} of {TRIALS} {were} dropped",)
+    return {**found, "notes": notes}
+
+
+def _libraries(lowering: TvmLowering, program: Program, search: Search) -> list[_Library]:
+    from tvm_ffi import structural_equal
+
+    from pbc.targets.tvm.lowering import function_of
+    from pbc.targets.tvm.tuning.search import Use
+
+    libraries: list[_Library] = []
+    for names in lowering.groups(program).values():
+        if POLICY in names:
+            continue
+        module, _ = lowering.converted(program, {function_of(n): program.graphs[n] for n in names})
+        if any(structural_equal(module, other.module) for other in libraries):
+            continue
+        is_prefix = names[0].startswith("prefix/")
+        updates = [name for name in names if name.startswith("update/")]
+        visited = [name for name in names if name.startswith(("prefix/", "forward/"))] or names
+        calls = PREFIX_BATCHES[-1] if is_prefix else 1
+        classes = CLASSES if program.class_count is None else program.class_count
+        uses = {
+            function_of(name): Use(times / calls, calls * program.batch, classes)
+            for group, times in ((visited, 1.0), (updates, 1 / max(1, len(updates))))
+            for name in group
+        }
+        number = search.add(module, uses)
+        libraries.append(_Library(module, level_of(names[0]), is_prefix, number))
+    return libraries
+
+
+class _Comparison:
+    """Builds of each library with its faster functions and without, and what both take.
+
+    What is faster alone need not be among the others, whose weights take its place in the caches.
+    """
+
+    def __init__(self, program: Program, where: Platform, records: Records, search: Search) -> None:
+        from pbc.targets.tvm.lowering import TvmLowering
+
+        self._program, self._where, self._records, self._search = program, where, records, search
+        self._sides = {better: TvmLowering() for better in (False, True)}
+        self._tuned: dict[int, Tuned] = {}
+        self._contents: dict[tuple[int, bool], bytes] = {}
+
+    def tuned(self, library: _Library) -> Tuned:
+        if library.number not in self._tuned:
+            self._tuned[library.number] = self._search.result(library.number)
+        return self._tuned[library.number]
+
+    def content(self, library: _Library, better: bool) -> bytes:
+        """The library, with its faster functions or without."""
+        from pbc.targets.tvm.build import compiled
+
+        tuned = self.tuned(library)
+        place = (library.number, better and bool(tuned.faster))
+        if place not in self._contents:
+            module = tuned.replaced() if place[1] else tuned.module
+            self._contents[place] = compiled(module, self._where)
+        return self._contents[place]
+
+    def seconds(self, level: int, libraries: Sequence[_Library]) -> list[Record]:
+        """What a mini-batch takes in the libraries that a level is the first to have."""
+        known = [self._records.find(self.tuned(library).key, WHOLE) for library in libraries]
+        if None in known:
+            known = list(self._measured(level, libraries))
+        return [record for record in known if record is not None]
+
+    def _measured(self, level: int, libraries: Sequence[_Library]) -> Iterator[Record]:
+        visits = {}
+        for better, lowering in self._sides.items():
+            for library in libraries:
+                lowering.keep(self._where, library.module, self.content(library, better))
+            visits[better] = lowering.visit(self._program, _candidate(self._program, level))
+        for turn in range(ROUNDS):
+            for visit in visits.values():
+                visit.measure(warm_up=turn == 0)
+        for library in libraries:
+            plain, fast = (
+                visits[better].prefix_seconds()
+                if library.is_prefix
+                else visits[better].step_seconds()
+                for better in (False, True)
+            )
+            if not self.tuned(library).faster:
+                fast = plain
+            key = self.tuned(library).key
+            record = Record(key, WHOLE, key, fast, plain)
+            self._records.add(record)
+            yield record
+
+
+def _candidate(program: Program, level: int) -> Candidate:
+    graphs = {
+        at_level_0(name): graph
+        for name, graph in program.graphs.items()
+        if name != POLICY and level_of(name) == level
+    }
+    return Candidate(graphs, {})

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import AttentionNet, ConvNet, Kind, captured
+from torch import Tensor, nn
+
+from pbc.errors import PbcError
+from pbc.frontend.capture import capture
+from pbc.ir.program import graph_text, op_name, tensor_names
+
+SHAPE = (3, 16, 16)
+
+
+class Functional(nn.Module):
+    """A model that is one function of the image and a linear layer."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        super().__init__()
+        self.function = function
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self, x)
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3))
+
+
+def test_in_place_operators_dropout_and_copies_are_gone() -> None:
+    def forward(module: Functional, x: Tensor) -> Tensor:
+        y = x.clone()
+        y += 1
+        y.relu_().mul_(2)
+        y = nn.functional.dropout(y, 0.5, module.training)
+        y[:, 0] = 0
+        logits: Tensor = module.fc(pooled(y.contiguous()).view(-1, 3))
+        return logits
+
+    module = Functional(forward)
+    graph = capture(module, SHAPE)
+    operators = [op_name(node) for node in graph.graph.nodes if node.op == "call_function"]
+    for operator in operators:
+        assert not operator.partition(".")[2].partition(".")[0].endswith("_"), operator
+    assert not {"aten.clone.default", "aten.dropout.default", "aten.view.default"} & set(operators)
+    x = torch.randn(5, *SHAPE)
+    untouched = x.clone()
+    assert torch.allclose(graph(x)[0], module(x))
+    assert torch.equal(x, untouched)
+
+
+@pytest.mark.parametrize("kind", [ConvNet, AttentionNet])
+def test_any_batch_runs(kind: Kind) -> None:
+    module, program = captured(kind)
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *SHAPE)
+        with torch.no_grad():
+            assert torch.allclose(program.logits(0, x), module(x), atol=1e-6)
+
+
+def test_tensors_keep_the_module_s_names_and_memory() -> None:
+    module, program = captured(ConvNet)
+    graph = program.graphs["model"]
+    assert tensor_names(graph)[:3] == ["conv1.weight", "bn1.weight", "bn1.bias"]
+    for name, tensor in module.state_dict().items():
+        if name in tensor_names(graph):
+            assert tensor.data_ptr() == graph.state_dict()[name].data_ptr()
+
+
+def test_the_text_is_the_same_in_every_run() -> None:
+    module = captured(AttentionNet).module
+    first, second = (graph_text("model", capture(module, SHAPE)) for _ in range(2))
+    assert first == second
+
+
+def test_symbols_of_the_batch_are_called_b() -> None:
+    def forward(module: Functional, x: Tensor) -> Tensor:
+        rows = x.flatten(2).transpose(1, 2).reshape(-1, 3)
+        logits: Tensor = module.fc(rows).reshape(-1, 256, 4).mean(1)
+        return logits
+
+    text = graph_text("model", capture(Functional(forward), SHAPE))
+    assert "%reshape_1: [256*b, 3]" in text
+
+
+def data_dependent(module: Functional, x: Tensor) -> object:
+    return module.fc(pooled(x)) if float(x.sum()) > 0 else module.fc(-pooled(x))
+
+
+def fixed_batch(module: Functional, x: Tensor) -> object:
+    return module.fc(pooled(x)) + torch.zeros(13, 4)
+
+
+def in_numpy(module: Functional, x: Tensor) -> object:
+    raise ValueError("this model\nneeds two lines to say so")
+
+
+@pytest.mark.parametrize("function", [data_dependent, fixed_batch, in_numpy])
+def test_a_model_that_cannot_be_captured_is_one_clear_line(function: Callable[..., object]) -> None:
+    with pytest.raises(PbcError) as caught:
+        capture(Functional(function), SHAPE)
+    message = str(caught.value)
+    assert message.startswith("Functional cannot be captured for inputs of shape (3, 16, 16): ")
+    assert "\n" not in message
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits: Tensor = self.fc(pooled(x + y))
+        return logits
+
+
+def test_a_model_of_two_inputs() -> None:
+    with pytest.raises(PbcError, match="TwoInputs cannot be captured") as caught:
+        capture(TwoInputs(), SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        (lambda module, x: (module.fc(pooled(x)), pooled(x)), 2),
+        (lambda module, x: {"out": module.fc(pooled(x)), "aux": pooled(x)}, 2),
+    ],
+)
+def test_a_model_that_returns_several_values(function: Callable[..., object], count: int) -> None:
+    with pytest.raises(PbcError, match=f"returns {count} values; pbc trains one logits tensor"):
+        capture(Functional(function), SHAPE)

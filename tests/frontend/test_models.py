@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pbc.compiler import Options, begin
+from pbc.errors import PbcError, UsageError
+from pbc.frontend import models
+from pbc.testing import TARGET
+
+WEIGHTS = "weights/mobilenet_v3_large.safetensors"
+MODEL = "mobilenet_v3_large"
+
+
+@pytest.fixture(scope="module")
+def state(examples: Path) -> dict[str, Tensor]:
+    return load_file(examples / WEIGHTS)
+
+
+@pytest.fixture
+def weights(tmp_path: Path, state: dict[str, Tensor]) -> Path:
+    """A copy to spoil."""
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo[PbcError]) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", ["", "torchvision:"])
+def test_an_unknown_model_gets_a_short_suggestion(kind: str) -> None:
+    with pytest.raises(UsageError, match="model named 'resnet5'; did you mean 'resnet") as error:
+        models.load(f"{kind}resnet5", "random")
+    assert len(one_line(error)) < 400
+
+
+def test_an_unknown_timm_model_gets_a_short_suggestion() -> None:
+    with pytest.raises(UsageError, match="did you mean 'deit_tiny_patch16_224'") as error:
+        models.load("timm:deit_tiny_patch16_22", "random")
+    assert len(one_line(error)) < 400
+
+
+def test_the_weights_file_decides_the_class_count(examples: Path, state: dict[str, Tensor]) -> None:
+    source = models.load(MODEL, str(examples / WEIGHTS), (3, 64, 64))
+    classifier = source.module.get_submodule(source.classifier)
+    assert isinstance(classifier, nn.Linear)
+    assert (source.classifier, classifier.out_features) == ("classifier.3", 200)
+    assert source.weights == "mobilenet_v3_large.safetensors"
+    assert source.weights_sha256 is not None
+    assert source.input.shape == (3, 64, 64)
+    # float16 is how they are stored, float32 how they compute.
+    assert state["classifier.3.weight"].dtype == torch.float16
+    assert {p.dtype for p in source.module.parameters()} == {torch.float32}
+    assert torch.equal(classifier.weight, state["classifier.3.weight"].float())
+    with torch.no_grad():
+        assert source.module(torch.randn(1, 3, 64, 64)).shape == (1, 200)
+
+
+def test_a_classifier_may_be_missing(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({k: v for k, v in state.items() if not k.startswith("classifier.3")}, path)
+    source = models.load(MODEL, str(path), (3, 64, 64))
+    assert source.module.get_parameter("classifier.3.weight").shape == (1000, 1280)
+
+
+def test_wrong_weights_name_the_first_three(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    spoilt = dict(state)
+    spoilt["features.0.0.weight"] = torch.zeros(8, 3, 3, 3)
+    del spoilt["features.0.1.bias"]
+    spoilt["features.1.block.0.0.weight"] = torch.zeros(2)
+    spoilt["features.1.block.0.1.weight"] = torch.zeros(2)
+    spoilt["surprise"] = torch.zeros(1)
+    save_file(spoilt, path)
+    with pytest.raises(PbcError, match="do not fit the model") as error:
+        models.load(MODEL, str(path), (3, 64, 64))
+    message = one_line(error)
+    assert message.endswith(
+        "features.0.0.weight is [8, 3, 3, 3] (expected [16, 3, 3, 3]); "
+        "features.0.1.bias is missing (expected [16]); "
+        "features.1.block.0.0.weight is [2] (expected [16, 1, 3, 3]), and 2 more"
+    )
+
+
+def test_weights_of_another_model(examples: Path) -> None:
+    with pytest.raises(PbcError, match=r"do not fit the model: conv1.weight is missing") as error:
+        models.load("resnet50", str(examples / WEIGHTS), (3, 64, 64))
+    assert len(one_line(error)) < 500
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(
+        PbcError, match=r"no weights file nowhere.safetensors; expected a .safetens"
+    ):
+        models.load(MODEL, "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+def test_a_corrupt_file(weights: Path, kept: int) -> None:
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(PbcError, match="is not a readable safetensors file: ") as error:
+        models.load(MODEL, str(weights))
+    one_line(error)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(PbcError, match="is not a readable safetensors file"):
+        models.load(MODEL, str(path))
+
+
+@pytest.mark.parametrize("name", [MODEL, "timm:deit_tiny_patch16_224"])
+def test_default_weights_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", no_network)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", no_network)
+    with pytest.raises(PbcError, match=r"could not be downloaded .*no network.*--weights") as error:
+        models.load(name, "default", (3, 224, 224))
+    assert "--weights random" in one_line(error)
+
+
+def test_random_weights_follow_the_seed() -> None:
+    name = "timm:deit_tiny_patch16_224"
+    one, same, other = (models.load(name, "random", (3, 32, 32), seed) for seed in (0, 0, 1))
+    weight = "blocks.0.attn.qkv.weight"
+    assert torch.equal(one.module.get_parameter(weight), same.module.get_parameter(weight))
+    assert not torch.equal(one.module.get_parameter(weight), other.module.get_parameter(weight))
+    # The input size reached the positions: 4 patches and the class token.
+    assert one.module.get_parameter("pos_embed").shape == (1, 5, 192)
+    assert (one.weights, one.weights_sha256) == ("random", None)
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 32), (3, 224, 224)])
+def test_the_input_size_reaches_a_vit(shape: tuple[int, int, int]) -> None:
+    source = models.load("timm:deit_tiny_patch16_224", "random", shape)
+    positions = shape[1] // 16 * (shape[2] // 16) + 1
+    assert source.module.get_parameter("pos_embed").shape[1] == positions
+
+
+def test_a_convolutional_timm_model_takes_any_size() -> None:
+    source = models.load("timm:resnet10t", "random", (3, 48, 64))
+    with torch.no_grad():
+        assert source.module(torch.randn(1, 3, 48, 64)).shape == (1, 1000)
+
+
+def test_a_size_that_does_not_divide_is_one_line() -> None:
+    with pytest.raises(PbcError, match=r"vit_b_16 cannot be built .*\(3, 40, 40\): ") as error:
+        models.load("vit_b_16", "random", (3, 40, 40))
+    one_line(error)
+
+
+def user_model(tmp_path: Path, source: str) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text("from torch import nn\n" + source)
+    return f"{path}:factory"
+
+
+def test_a_user_s_file(examples: Path) -> None:
+    source = models.load(f"{examples / 'custom_model.py'}:factory", "random", (3, 32, 32))
+    assert type(source.module).__name__ == "SmallResNet"
+    assert source.classifier == "classifier"
+    assert source.input.shape == (3, 32, 32)
+
+
+def test_a_user_s_file_takes_its_class_count_from_the_weights(
+    examples: Path, tmp_path: Path
+) -> None:
+    name = f"{examples / 'custom_model.py'}:factory"
+    module = models.load(name, "random", (3, 32, 32)).module
+    state = module.state_dict()
+    state["classifier.weight"] = torch.zeros(7, state["classifier.weight"].shape[1])
+    state["classifier.bias"] = torch.zeros(7)
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = models.load(name, str(tmp_path / "w.safetensors"), (3, 32, 32)).module
+    assert loaded.get_parameter("classifier.weight").shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("def other(): ...", UsageError, "no function in .* named 'factory'"),
+        ("def factori(): ...", UsageError, "named 'factory'; did you mean 'factori'"),
+        ("1 / 0", PbcError, "mine.py failed to run: ZeroDivisionError: division by zero"),
+        ("def factory(:", PbcError, "mine.py failed to run: SyntaxError"),
+        ("import acme_nowhere", PbcError, "mine.py failed to run: ModuleNotFoundError"),
+        ("def factory(): return 3", PbcError, "mine.py:factory returned int; expected a torch.nn"),
+        ("def factory(): return 1 / 0", PbcError, "factory failed: ZeroDivisionError"),
+        ("def factory(size): return nn.Linear(3, 3)", PbcError, "factory failed: TypeError"),
+        ("def factory(): return nn.Conv2d(3, 3, 1)", PbcError, "has no linear layer to use as a"),
+    ],
+)
+def test_a_user_s_file_that_is_broken(
+    tmp_path: Path, source: str, error: type[PbcError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        models.load(user_model(tmp_path, source), "random", (3, 32, 32))
+    one_line(caught)
+
+
+def test_a_user_s_file_that_is_not_there_or_has_no_default_weights(
+    examples: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        PbcError, match=r"no model file .*nowhere.py; expected path/to/file.py:fact"
+    ):
+        models.load(f"{tmp_path / 'nowhere.py'}:factory", "random")
+    with pytest.raises(PbcError, match="has no zoo to take default weights from; name a file with"):
+        models.load(f"{examples / 'custom_model.py'}:factory", "default")
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        ("return self.fc(x)", r"factory does not run on inputs of shape \[3, 16, 16\]: "),
+        (
+            "return x.mean((2, 3))",
+            r"puts out \[2, 3\] for two images, but its last linear layer fc",
+        ),
+        ("return self.fc(x.mean((2, 3))), x", "returns a tuple; pbc trains models that return one"),
+        ("raise KeyError", r"does not run on inputs of shape \[3, 16, 16\]: KeyError"),
+        ("y", "does not run on inputs .*: name 'y' is not defined"),
+    ],
+)
+def test_a_user_s_model_that_is_no_classifier(tmp_path: Path, forward: str, message: str) -> None:
+    source = f"""
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 5)
+
+    def forward(self, x):
+        {forward}
+
+factory = Net
+"""
+    options = Options(weights="random", target=TARGET, shape=(3, 16, 16))
+    with pytest.raises(PbcError, match=message) as error:
+        begin(user_model(tmp_path, source), options)
+    one_line(error)

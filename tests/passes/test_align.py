@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, pruned, settled
+
+from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.passes.align import Align
+from pbc.passes.independent_dims import IndependentDims
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.plan_levels import PlanLevels
+from pbc.passes.prune_dims import PruneDims
+from pbc.passes.split_prefix import SplitPrefix
+from pbc.proxies import distillation
+from pbc.proxies.distillation import alignment_loss, augment
+from pbc.proxies.fidelity import Standard, sample_fidelity
+from pbc.testing import (
+    assert_equivalent,
+    assert_gradients,
+    assert_same,
+    assert_unchanged,
+    gradients,
+    make_program,
+    run_passes,
+)
+from pbc.util.progress import reporting_to
+
+CASES = [(ConvNet, "linear-probe"), (ResidualNet, "adapters:2"), (AttentionNet, "linear-probe")]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("calibration")
+
+
+def trained_norms(folder: Path) -> Program:
+    """A network whose batch norms know the photos' statistics, as those of a trained one do."""
+    module = settled(ConvNet())
+    spec = pruned(ConvNet).input
+    data = calibration(folder, spec)
+    for norm in (module.get_submodule("bn1"), module.get_submodule("bn2")):
+        norm.momentum = None  # type: ignore[assignment]
+    with torch.no_grad():
+        module.train()(data.batch(data.align))
+    plan = PlanLevels(levels=2, min_cost=0.2, rounding=4)
+    passes = (MarkTrainable(), SplitPrefix(), IndependentDims(), plan, PruneDims())
+    return replace(make_program(module, passes=passes), calibration=data)
+
+
+def with_data(kind: Kind, strategy: str, folder: Path) -> Program:
+    program = pruned(kind, strategy)
+    return replace(program, calibration=calibration(folder, program.input))
+
+
+def weights(program: Program, level: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{kind(level)}: {name}": get_tensor(program.graphs[kind(level)], name)
+        for kind in (prefix, body)
+        if kind(level) in program.graphs
+        for name in tensor_names(program.graphs[kind(level)])
+    }
+
+
+@pytest.mark.parametrize(("kind", "strategy"), CASES)
+def test_alignment_brings_proxies_nearer_and_leaves_level_0_alone(
+    kind: Kind, strategy: str, photos: Path
+) -> None:
+    before = trained_norms(photos) if kind is ConvNet else with_data(kind, strategy, photos)
+    data = before.calibration
+    assert data is not None
+    unaligned = sample_fidelity(before, [1, 2], data, data.held_out).mean(0)
+    after = assert_unchanged(Align(align_steps=60), before)
+    assert after.text() == before.text()
+    assert_equivalent(before, after)
+    assert_gradients(gradients(after), gradients(before))
+    for name, tensor in weights(before, 0).items():
+        assert torch.equal(weights(after, 0)[name], tensor), name
+    levels = after.ladder.levels
+    assert [level.status for level in levels] == ["original", "aligned", "aligned"]
+    assert levels[0].fidelity == 1.0
+    for level, start in zip(levels[1:], unaligned, strict=True):
+        assert level.fidelity is not None
+        assert start < level.fidelity <= 1.0
+    measured = sample_fidelity(after, [1, 2], data, data.held_out).mean(0)
+    assert [level.fidelity for level in levels[1:]] == pytest.approx(measured, abs=1e-5)
+
+
+def test_gradients_still_reach_everything_that_trains(photos: Path) -> None:
+    after = Align(align_steps=2)(with_data(ResidualNet, "adapters:2", photos))
+    for level in after.levels:
+        assert gradients(after, level).keys() == after.parameters.keys()
+        assert all(not t.requires_grad for t in weights(after, level).values())
+
+
+def test_the_same_seed_gives_the_same_bits(photos: Path) -> None:
+    program = with_data(ConvNet, "linear-probe", photos)
+    first, second = (Align(align_steps=3)(program) for _ in range(2))
+    assert_same(first, second)
+    other = Align(align_steps=3)(replace(program, seed=1))
+    assert not torch.equal(
+        weights(first, 1)["prefix/1: conv2.weight"], weights(other, 1)["prefix/1: conv2.weight"]
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("reports", [3, 8, 14])
+def test_an_interrupted_alignment_continues_to_the_same_bits(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reports: int
+) -> None:
+    """Stopped in the first level, in the second, and near the end."""
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
+    program = with_data(ConvNet, "linear-probe", photos)
+    whole = Align(align_steps=8)(program)
+    program = replace(program, work=tmp_path / "work")
+    count = 0
+
+    def stop(stage: str, fraction: float, text: str) -> None:
+        nonlocal count
+        count += stage == "align"
+        if count == reports:
+            raise Interrupted
+
+    with pytest.raises(Interrupted), reporting_to(stop):
+        Align(align_steps=8)(program)
+    before = count
+    count = -(10**6)
+    with reporting_to(stop):
+        resumed = Align(align_steps=8)(program)
+    assert count + 10**6 < 20 - before + 4  # what was done is not done again
+    assert_same(whole, resumed)
+
+
+def test_ctrl_c_ends_after_the_step_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    program = with_data(ConvNet, "linear-probe", photos)
+    whole = Align(align_steps=6)(program)
+    program = replace(program, work=tmp_path / "work")
+    original = signal.getsignal(signal.SIGINT)
+
+    def press(stage: str, fraction: float, text: str) -> None:
+        if "level 1" in text and "step 3," in text:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), reporting_to(press):
+        Align(align_steps=6)(program)
+    assert signal.getsignal(signal.SIGINT) is original
+    steps = []
+    with reporting_to(lambda stage, fraction, text: steps.append(text)):
+        assert_same(whole, Align(align_steps=6)(program))
+    assert "step 4," in steps[0]
+
+
+def test_what_was_saved_for_another_alignment_is_not_used(photos: Path, tmp_path: Path) -> None:
+    program = replace(with_data(ConvNet, "linear-probe", photos), work=tmp_path / "work")
+    Align(align_steps=2)(program)
+    assert_same(Align(align_steps=3)(program), Align(align_steps=3)(replace(program, work=None)))
+
+
+def test_a_time_budget_ends(photos: Path) -> None:
+    program = with_data(ConvNet, "linear-probe", photos)
+    steps = 0
+
+    def count(stage: str, fraction: float, text: str) -> None:
+        nonlocal steps
+        steps += ", step " in text
+
+    start = time.monotonic()
+    with reporting_to(count):
+        Align(align_time=0.3 / 60)(program)
+    assert steps >= 2  # at least one for each level
+    assert time.monotonic() - start < 30
+
+
+def test_progress_reaches_the_end_of_every_level(photos: Path) -> None:
+    seen: list[tuple[float, str]] = []
+
+    def keep(stage: str, fraction: float, text: str) -> None:
+        if stage == "align" and text:
+            seen.append((fraction, text.partition(",")[0]))
+
+    with reporting_to(keep):
+        Align(align_steps=3)(with_data(ConvNet, "linear-probe", photos))
+    for level in ("level 1 of 2", "level 2 of 2"):
+        fractions = [fraction for fraction, text in seen if text == level]
+        assert fractions == sorted(fractions)
+        assert fractions[-1] == pytest.approx(1.0)
+
+
+def test_the_loss_is_zero_where_nothing_differs() -> None:
+    standard = Standard(torch.zeros(1, 4), torch.ones(1, 4))
+    tensor = torch.randn(6, 4)
+    assert float(alignment_loss([tensor], [tensor], [standard])) == pytest.approx(0, abs=1e-6)
+    assert float(alignment_loss([-tensor], [tensor], [standard])) > 2
+
+
+def test_augmented_images_keep_their_shape_and_are_repeatable() -> None:
+    images = torch.rand(4, 3, 16, 16)
+    one, other = (augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, other)
+    assert one.shape == images.shape
+    assert float(one.min()) >= 0
+    assert float(one.max()) <= 1
+
+
+def test_without_calibration_data_nothing_is_aligned() -> None:
+    program = pruned(ConvNet)
+    assert_same(program, assert_unchanged(Align(align_steps=1), program))
+    assert {level.status for level in program.ladder.levels[1:]} == {"unaligned"}
+
+
+def test_without_proxies_there_is_nothing_to_align(photos: Path) -> None:
+    program = with_data(ConvNet, "norm", photos)
+    assert list(program.levels) == [0]
+    assert_same(program, run_passes(program, Align(align_steps=1)))

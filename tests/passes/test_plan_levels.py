@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed
+from torch import Tensor, nn
+
+from pbc import plugins
+from pbc.errors import PbcError, UsageError
+from pbc.ir.program import Program, op_name
+from pbc.lower.cost_profile import CostProfile, rising
+from pbc.lower.lowering import Candidate
+from pbc.passes.independent_dims import IndependentDims
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.plan_levels import INT8_COST, PlanLevels
+from pbc.passes.prune_dims import PruneDims
+from pbc.passes.split_prefix import SplitPrefix
+from pbc.testing import (
+    assert_equivalent,
+    assert_gradients,
+    assert_unchanged,
+    gradients,
+    make_program,
+    run_passes,
+)
+
+KINDS = [ConvNet, ResidualNet, AttentionNet]
+
+
+def costs(program: Program) -> list[float]:
+    return [level.cost for level in program.ladder.levels]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_fall_in_even_steps(kind: Kind) -> None:
+    before = analysed(kind)
+    after = assert_unchanged(PlanLevels(levels=3, min_cost=0.5, rounding=1), before)
+    assert after.text() == before.text()
+    # As near as whole channels (of 16) allow.
+    assert costs(after) == pytest.approx([1, 1 - 0.5 / 3, 1 - 2 * 0.5 / 3, 0.5], abs=0.04)
+    assert after.ladder.cost_model == "macs"
+    assert [level.status for level in after.ladder.levels] == ["original"] + 3 * ["unaligned"]
+    assert [level.fidelity for level in after.ladder.levels] == [1.0, None, None, None]
+    assert_equivalent(before, after)
+    assert_gradients(gradients(after), gradients(before))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    levels=st.integers(1, 6),
+    min_cost=st.floats(0.05, 0.95),
+    rounding=st.sampled_from([1, 4, 8, 16]),
+)
+def test_any_ladder_descends_and_names_only_independent_dimensions(
+    kind: Kind, levels: int, min_cost: float, rounding: int
+) -> None:
+    program = PlanLevels(levels=levels, min_cost=min_cost, rounding=rounding)(analysed(kind))
+    assert program.dims is not None
+    free = {d.name: d for d in program.dims.independent()}
+    assert len(program.sizes) == len(program.ladder) <= levels + 1
+    assert program.sizes[0] == {}
+    assert costs(program) == sorted(costs(program), reverse=True)
+    for sizes, level in zip(program.sizes, program.ladder.levels, strict=True):
+        assert level.macs == program.dims.macs(sizes)
+        assert level.cost == pytest.approx(level.macs / program.dims.macs())
+        for name, size in sizes.items():
+            assert 0 < size < free[name].size
+            assert size % rounding == 0 or free[name].kind != "channels"
+    for above, below in zip(program.sizes, program.sizes[1:], strict=False):
+        assert below != above
+        for name, size in above.items():
+            assert below[name] <= size
+    if len(program.ladder) <= levels:
+        assert any("dropped" in note for note in program.notes)
+
+
+def test_what_planning_promises_pruning_delivers() -> None:
+    program = run_passes(analysed(ConvNet), PlanLevels(levels=2, min_cost=0.4), PruneDims())
+    for level, sizes in enumerate(program.sizes):
+        assert {n: len(stay) for n, stay in program.plan[level].items()} == sizes
+
+
+def test_a_cost_out_of_reach_is_said() -> None:
+    program = PlanLevels(levels=2, min_cost=0.01, rounding=4)(analysed(ConvNet))
+    assert any("0.01 is out of reach" in note for note in program.notes)
+    assert costs(program)[-1] > 0.01
+
+
+def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
+    """A program for a host that takes 10 ms for nothing, 1 ms per channel, less in bfloat16."""
+
+    class Fixed:
+        precisions = ("bfloat16",)
+
+        def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+            return [
+                (10.0 + c.graphs["prefix/0"].get_parameter("conv1.weight").shape[0])
+                * (bfloat16 if c.precisions["prefix/0"] == "bfloat16" else 1.0)
+                for c in candidates
+            ]
+
+    monkeypatch.setattr(plugins, "load", lambda group, name: Fixed)
+    before = analysed(ConvNet)
+    return replace(before, target=replace(before.target, local=True))
+
+
+def test_the_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measured_as(monkeypatch, bfloat16=1.5)
+    after = PlanLevels(levels=2, min_cost=0.7, rounding=1)(before)
+    assert after.ladder.cost_model == "latency"
+    widths = [sizes["conv1.weight:0"] for sizes in after.sizes[1:]]
+    assert widths == pytest.approx([12, 8], abs=1)  # (10 + 12) / 26 = 0.85, (10 + 8) / 26 = 0.7
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
+
+
+def test_a_faster_precision_is_given_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measured_as(monkeypatch, bfloat16=0.8)
+    after = PlanLevels(levels=2, min_cost=0.56, rounding=1)(before)
+    assert [level.precision for level in after.ladder.levels] == ["float32", *2 * ["bfloat16"]]
+    assert after.sizes[1] == {}
+    assert costs(after) == pytest.approx([1, 0.8, 0.56], abs=0.01)
+    assert after.sizes[2]["conv1.weight:0"] == pytest.approx(8, abs=1)  # (10 + 8) / 26 * 0.8
+    alone = PlanLevels(levels=1, min_cost=0.1, rounding=1)(before)
+    assert costs(alone) == pytest.approx([1, 0.8])
+    assert alone.notes == before.notes  # nothing further was asked for
+    without = PlanLevels(levels=2, min_cost=0.56, rounding=1, axes=("width",))(before)
+    assert {level.precision for level in without.ladder.levels} == {"float32"}
+
+
+def test_fewer_pixels_come_before_fewer_channels() -> None:
+    source = make_program(ConvNet(), shape=(3, 64, 64))
+    before = run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
+    after = run_passes(before, PlanLevels(levels=3, min_cost=0.1, rounding=1), PruneDims())
+    first, second, third = after.ladder.levels[1:]
+    assert after.sizes[1] == {}
+    assert first.resolution is not None
+    assert first.cost > second.cost > third.cost
+    assert len(after.sizes[3]) > 0
+    images = after.example
+    assert [f.shape for f in after.features(3, images)] == [
+        f.shape for f in after.features(0, images)
+    ]
+
+
+class OffersInt8:
+    """The lowering of an engine with integer kernels, which take half as long."""
+
+    precisions = ("int8",)
+
+    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+        times = []
+        for candidate in candidates:
+            graph = candidate.graphs["prefix/0"]
+            in_int8 = any("quantize_per_tensor" in op_name(node) for node in graph.graph.nodes)
+            assert in_int8 == (candidate.precisions["prefix/0"] == "int8")
+            assert candidate.precisions["body/0"] == "float32"
+            times.append(10.0 * (0.5 if in_int8 else 1.0))
+        return times
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_int8_is_planned_where_the_engine_offers_it(
+    monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    before = analysed(ConvNet)
+    before = replace(before, target=replace(before.target, local=local))
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    after = assert_unchanged(PlanLevels(levels=2, min_cost=0.1, rounding=1), before)
+    assert after.ladder.levels[1].precision == "int8"
+    assert after.sizes[1] == {}
+    assert {level.precision for level in after.ladder.levels[1:]} == {"int8"}
+    if local:
+        assert costs(after)[1] == pytest.approx(0.5)
+    else:
+        assert costs(after)[1] == pytest.approx(INT8_COST, abs=0.01)  # the head's MACs are few
+    assert any("assumed" in note for note in after.notes) == (not local)
+
+
+def test_int8_is_not_planned_unmeasured_where_it_gains_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = analysed(AttentionNet)
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    after = PlanLevels(levels=2, min_cost=0.1, rounding=1)(before)
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
+
+
+def test_int8_needs_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = analysed(ConvNet, "full")
+    assert "prefix/0" not in before.graphs
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    after = PlanLevels(levels=2)(before)
+    assert {level.precision for level in after.ladder.levels} == {"float32"}
+
+
+def test_an_unknown_axis_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"widht.*did you mean 'width'"):
+        PlanLevels(axes=("widht",))
+
+
+@pytest.mark.parametrize(("strategy", "levels"), [("norm", 4), ("linear-probe", 0)])
+def test_without_anything_to_shrink_level_0_is_the_only_one(strategy: str, levels: int) -> None:
+    before = analysed(ConvNet, strategy)
+    after = assert_unchanged(PlanLevels(levels=levels), before)
+    assert after.text() == before.text()
+    assert after.sizes == ({},)
+    assert [level.status for level in after.ladder.levels] == ["original"]
+    assert after.notes == before.notes
+
+
+# ---- a profile of the device ---------------------------------------------------------------
+
+
+class WideNet(nn.Module):
+    """Enough channels that a width is not much changed by rounding it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 512, 1)
+        self.conv2 = nn.Conv2d(512, 64, 1)
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu()).relu()
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
+
+
+def profiled(
+    program: Program, path: Path, milliseconds: Callable[[float, str], float], **facts: Any
+) -> Path:
+    """What `pbc profile` would write on a device where so much work takes so long."""
+    rows = program.ladder.to_json()
+    times = [milliseconds(row["macs"] / rows[0]["macs"], row["precision"]) for row in rows]
+    levels = [
+        {"level": n, "prefix_ms": 0.7 * ms, "chunk": 8, "forward_ms": 0.2 * ms,
+         "update_ms": 0.1 * ms}
+        for n, ms in enumerate(times)
+    ]  # fmt: skip
+    bundle = {
+        "model": program.provenance.model,
+        "strategy": program.strategy,
+        "target": program.target.name,
+        "engine": program.engine,
+        "input": list(program.input.shape),
+        "levels": rows,
+    }
+    slow = [{**row, "prefix_ms": 9.0} for row in levels]
+    costs = [
+        {"threads": 1, "batch": program.batch, "levels": slow},  # not what training uses
+        {"threads": 4, "batch": program.batch, "levels": levels},
+    ]
+    path.write_text(json.dumps({"schema": 1, "bundle": {**bundle, **facts}, "level_costs": costs}))
+    return path
+
+
+@functools.cache
+def wide() -> Program:
+    source = make_program(WideNet(), shape=(3, 8, 8))
+    return run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        lambda share, _: 3.0 + 9.0 * share**0.6,  # an overhead, and units that small work idles
+        lambda share, _: 12.0 * share**1.4,  # small work fits into the cache
+        lambda share, _: 12.0 * max(share, 0.27 + 0.5 * share),  # bound by memory below a point
+    ],
+)
+def test_two_profiles_make_the_steps_even(
+    tmp_path: Path, device: Callable[[float, str], float]
+) -> None:
+    before = wide()
+    goal = 0.45
+    planned = PlanLevels(levels=4, min_cost=goal, rounding=1)(before)
+
+    def steps(program: Program) -> list[float]:
+        rows = program.ladder.to_json()
+        taken = [device(row["macs"] / rows[0]["macs"], "float32") for row in rows]
+        return [float(step) for step in -np.diff(np.array(taken) / taken[0])]
+
+    even = (1 - goal) / 4
+    uneven = max(abs(step / even - 1) for step in steps(planned))
+    for number in range(2):
+        path = profiled(planned, tmp_path / f"{number}.json", device)
+        planned = PlanLevels(levels=4, min_cost=goal, rounding=1, cost=path)(before)
+        assert planned.ladder.cost_model == "profile"
+    assert len(planned.ladder) == 5
+    assert uneven > 0.1  # or there would have been nothing to do
+    assert steps(planned) == pytest.approx([even] * 4, rel=0.05)
+    # What the manifest promises is what the device takes.
+    predicted = [1 - sum(steps(planned)[:level]) for level in range(5)]
+    assert costs(planned) == pytest.approx(predicted, abs=0.01)
+    assert {level.latency_ms for level in planned.ladder.levels} == {None}  # nothing was measured
+
+
+def test_each_precision_has_a_curve_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def device(share: float, precision: str) -> float:
+        return {"float32": 10.0 * share, "int8": 2.0 + 4.0 * share}[precision]
+
+    before = wide()
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    plan = PlanLevels(levels=3, min_cost=0.3, rounding=1)
+    first = plan(before)
+    assert costs(first)[1] == pytest.approx(INT8_COST, abs=0.01)  # assumed; it is 0.6 there
+    path = profiled(first, tmp_path / "p.json", device)
+    second = replace(plan, cost=path)(before)
+    assert [level.precision for level in second.ladder.levels] == ["float32", *3 * ["int8"]]
+    assert costs(second) == pytest.approx([1, 0.6, 0.45, 0.3], abs=0.01)
+    assert not any("assumed" in note for note in second.notes)
+    unmeasured = profiled(
+        PlanLevels(levels=3, axes=("width",))(before), tmp_path / "q.json", device
+    )
+    assert any("assumed" in note for note in replace(plan, cost=unmeasured)(before).notes)
+
+
+def test_a_profile_goes_before_what_this_machine_measures(tmp_path: Path) -> None:
+    before = wide()
+    path = profiled(PlanLevels()(before), tmp_path / "p.json", lambda share, _: 1 + share)
+    local = replace(before, target=replace(before.target, local=True))
+    after = PlanLevels(cost=path, axes=("width",))(local)
+    assert after.ladder.cost_model == "profile"
+
+
+def test_costs_beyond_the_profile_are_said_to_be_extrapolated(tmp_path: Path) -> None:
+    before = wide()
+    path = profiled(
+        PlanLevels(levels=2, min_cost=0.8)(before), tmp_path / "p.json", lambda share, _: 1 + share
+    )
+    after = PlanLevels(levels=4, min_cost=0.6, cost=path)(before)
+    assert any(
+        note.startswith("costs of level 2, 3, 4 are extrapolated: the profile has none so cheap")
+        for note in after.notes
+    )
+    assert costs(after) == pytest.approx([1, 0.9, 0.8, 0.7, 0.6], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"model": "resnet50"}, "is of model resnet50, this compiles for"),
+        ({"strategy": "norm"}, "is of strategy norm, this compiles for linear-probe"),
+        ({"input": [3, 64, 64]}, "is of input 3x64x64, this compiles for 3x8x8"),
+        ({"target": "jetson-tx2"}, "is of target jetson-tx2, this compiles for"),
+        ({"engine": "tvm"}, "is of engine tvm, this compiles for"),
+        ({"levels": []}, "is no profile of a ladder"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(
+    tmp_path: Path, facts: dict[str, Any], words: str
+) -> None:
+    before = wide()
+    path = profiled(PlanLevels()(before), tmp_path / "p.json", lambda share, _: share, **facts)
+    with pytest.raises(PbcError, match=words):
+        PlanLevels(cost=path)(before)
+
+
+def test_what_is_no_profile_is_refused(tmp_path: Path) -> None:
+    for content, words in (
+        ("{", "cannot be read"),
+        ("[]", "is no profile of a ladder"),
+        ("{}", "is no profile of a ladder"),
+    ):
+        path = tmp_path / "p.json"
+        path.write_text(content)
+        with pytest.raises(PbcError, match=words):
+            CostProfile.open(path)
+    with pytest.raises(PbcError, match="cannot be read"):
+        CostProfile.open(tmp_path / "nowhere.json")
+    ladder = PlanLevels()(wide())
+    content = json.loads(profiled(ladder, tmp_path / "p.json", lambda share, _: share).read_text())
+    for run in content["level_costs"]:
+        del run["levels"][0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PbcError, match="has no level 0"):
+        CostProfile.open(path)
+
+
+@given(
+    points=st.lists(st.tuples(st.floats(0.05, 1), st.floats(0.01, 2)), min_size=1, max_size=8),
+    shares=st.lists(st.floats(0.01, 1), min_size=2, max_size=6),
+)
+def test_a_curve_never_falls_where_the_work_grows(
+    points: list[tuple[float, float]], shares: list[float]
+) -> None:
+    curve = rising(points)
+    assert sorted(curve) == curve
+    assert [time for _, time in curve] == sorted(time for _, time in curve)
+    profile = CostProfile(Path(), {}, {"float32": curve})
+    found = [profile.cost(share) for share in sorted(shares)]
+    assert all(cost > 0 for cost in found)
+    assert all(below <= above + 1e-9 for below, above in itertools.pairwise(found))

@@ -1,0 +1,62 @@
+"""The three architectures that everything has to work on, captured once per worker."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import NamedTuple
+
+from torch import nn
+
+from pbc import compiler
+from pbc.frontend import models, strategy
+from pbc.ir.program import Program
+from pbc.passes.independent_dims import IndependentDims
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.split_prefix import SplitPrefix
+from pbc.testing import TARGET, retarget
+
+Shape = tuple[int, int, int]
+
+SMALL: dict[str, Shape] = {
+    "resnet50": (3, 64, 64),
+    "mobilenet_v3_large": (3, 64, 64),
+    "vit_b_16": (3, 32, 32),
+}
+
+
+class Captured(NamedTuple):
+    """An eager module with random weights and the program that was captured from it."""
+
+    module: nn.Module
+    program: Program
+
+
+@cache
+def captured(model: str, shape: Shape) -> Captured:
+    source = models.load(model, models.RANDOM, shape)
+    options = compiler.Options(target=TARGET, weights=models.RANDOM, shape=shape)
+    return Captured(source.module, compiler.begin(source, options))
+
+
+def apply(text: str, model: str, shape: Shape) -> Captured:
+    """The program of a strategy; only one that inserts something needs a capture of its own."""
+    module, program = captured(model, shape)
+    chosen = strategy.parse(text)
+    classifier = program.head.weight.removesuffix(".weight")
+    if not isinstance(chosen, strategy.Adapters):
+        return Captured(module, retarget(program, text, chosen.trainable(module, classifier)))
+    module = copy.deepcopy(module)
+    source = models.Source(model, module, program.input, classifier, models.RANDOM, None)
+    options = compiler.Options(target=TARGET, strategy=text, shape=shape)
+    return Captured(module, compiler.begin(source, options))
+
+
+def split(program: Program) -> Program:
+    """Marked and split; whether that changes any value is what a test compares."""
+    return SplitPrefix()(MarkTrainable()(program))
+
+
+@cache
+def analysed(text: str, model: str, shape: Shape) -> Program:
+    return IndependentDims()(split(apply(text, model, shape).program))

@@ -1,0 +1,377 @@
+"""What TVM computes of a converted graph is what torch computes of the graph."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import ConvNet, pruned, settled
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pbc.errors import PbcError
+from pbc.frontend.capture import capture
+from pbc.ir.program import get_tensor, graph_inputs, output_names
+from pbc.runtime.engines.tvm.library import Graph as Runner
+from pbc.runtime.engines.tvm.library import Library
+from pbc.targets.tvm.build import build, this_machine
+from pbc.targets.tvm.convert import convert
+
+aten = torch.ops.aten
+
+
+def tensors(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(len(shapes))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+INDICES = torch.tensor([[2, 0], [1, 1]])
+MASK = torch.tensor([[True, False, True, True, False]])
+
+
+class Whole:
+    """An operator that tracing would take apart, with what it takes after its tensors."""
+
+    def __init__(self, target: torch._ops.OpOverload, *rest: Any, **named: Any) -> None:
+        self.target, self.rest, self.named = target, rest, named
+
+    def __call__(self, *given: Tensor) -> Any:
+        return self.target(*given, *self.rest, **self.named)
+
+    def graph(self, given: tuple[Tensor, ...]) -> GraphModule:
+        graph = Graph()
+        nodes = [graph.placeholder(f"given_{number}") for number in range(len(given))]
+        for node, value in zip(nodes, given, strict=True):
+            node.meta["val"] = value
+        called = graph.call_function(self.target, (*nodes, *self.rest), self.named)
+        called.meta["val"] = self(*given)
+        graph.output((called,))
+        return GraphModule(nn.Module(), graph)
+
+
+Case = tuple[Callable[..., Any], tuple[Tensor, ...]]
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = aten.native_layer_norm(x, [6], scale, shift, 1e-5)
+    return found
+
+
+CASES: dict[str, Case] = {
+    "add with alpha": (lambda x, y: aten.add.Tensor(x, y, alpha=2), tensors((3, 5), (5,))),
+    "sub of numbers": (lambda x: aten.rsub.Scalar(x, 1.5) - 2, tensors((4,))),
+    "mul of types": (lambda x: x * INDICES, tensors((2, 2))),
+    "div of integers": (lambda x: INDICES / 3 + x, tensors((2, 2))),
+    "exp and log": (lambda x: (x.exp() + 1).log(), tensors((3, 7))),
+    "sqrt and rsqrt": (lambda x: x.abs().sqrt() + (x.square() + 1).rsqrt(), tensors((3, 7))),
+    "erf": (lambda x: torch.erf(x * 3), tensors((5, 9))),
+    "tanh": (lambda x: torch.tanh(x), tensors((5, 9))),
+    "gelu": (lambda x: nn.functional.gelu(x * 3), tensors((5, 9))),
+    "gelu by tanh": (lambda x: nn.functional.gelu(x * 3, approximate="tanh"), tensors((5, 9))),
+    "silu": (lambda x: aten.silu(x), tensors((5, 9))),
+    "sigmoid": (lambda x: torch.sigmoid(x * 4), tensors((5, 9))),
+    "relu and relu6": (lambda x: aten.relu(x) + aten.hardtanh(x * 5, 0.0, 6.0), tensors((5, 9))),
+    "hardswish": (lambda x: aten.hardswish(x * 4), tensors((5, 9))),
+    "hardsigmoid": (lambda x: aten.hardsigmoid(x * 4), tensors((5, 9))),
+    "leaky relu": (lambda x: aten.leaky_relu(x, 0.2), tensors((5, 9))),
+    "elu": (lambda x: aten.elu(x, 0.5), tensors((5, 9))),
+    "clamp": (lambda x: torch.clamp(x, -0.5, 0.3), tensors((5, 9))),
+    "clamp on one side": (lambda x: torch.clamp(x, min=0.1), tensors((5, 9))),
+    "pow": (lambda x: x.abs() ** 1.5 + x**2, tensors((5, 9))),
+    "comparisons": (lambda x, y: ((x > y) & (x >= 0)) | (x == y), tensors((4, 5), (5,))),
+    "not": (lambda x: ~(x < 0), tensors((4, 5))),
+    "where": (lambda x: torch.where(MASK, x, 0.0), tensors((4, 5))),
+    "to": (lambda x: (x > 0).to(torch.float32) + (x * 3).to(torch.int64), tensors((4, 5))),
+    "full": (lambda x: x + torch.full((2, 3), 7.0) + torch.zeros(3), tensors((2, 3))),
+    "arange": (lambda x: torch.arange(0, 3) + x, tensors((2, 3))),
+    "reshape": (lambda x: x.reshape(2, -1).unsqueeze(1), tensors((4, 3, 2))),
+    "permute": (lambda x: x.permute(2, 0, 1).transpose(0, 1), tensors((4, 3, 2))),
+    "squeeze": (lambda x: x.squeeze(1) + x.squeeze(), tensors((4, 1, 3))),
+    "expand": (lambda x: x.expand(2, -1, 5), tensors((3, 1))),
+    "slice": (lambda x: x[:, 1:-1:2], tensors((3, 8))),
+    "select": (lambda x: x[:, -1] + x.select(1, 2), tensors((3, 8))),
+    "cat and stack": (lambda x, y: torch.cat([x, y], 1), tensors((3, 2), (3, 4))),
+    "stack": (lambda x, y: torch.stack([x, y], -1), tensors((3, 4), (3, 4))),
+    "split": (lambda x: torch.split(x, 3, 1)[2] + x[:, :2], tensors((3, 8))),
+    "unbind": (lambda x: torch.unbind(x, 1)[1], tensors((3, 4, 2))),
+    "flip": (lambda x: torch.flip(x, [0, -1]), tensors((3, 4, 2))),
+    "roll": (lambda x: torch.roll(x, [1, -2], [0, 1]), tensors((3, 5))),
+    "repeat": (lambda x: x.repeat(2, 1, 3), tensors((3, 2))),
+    "pad": (lambda x: aten.constant_pad_nd(x, [1, 0, 0, 2], 0.5), tensors((2, 3, 4))),
+    "negative pad": (lambda x: aten.constant_pad_nd(x, [-1, 1, 0, -1], 0.0), tensors((2, 3, 4))),
+    "slice_scatter": (
+        lambda x, y: aten.slice_scatter(x, y, 1, 1, 8, 3),
+        tensors((3, 9), (3, 3)),
+    ),
+    "select_scatter": (lambda x, y: aten.select_scatter(x, y, 0, -1), tensors((3, 4), (4,))),
+    "index": (lambda x: aten.index.Tensor(x, [None, INDICES]), tensors((2, 3, 4))),
+    "embedding": (lambda x: aten.embedding(x, INDICES), tensors((3, 4))),
+    "gather": (lambda x: torch.gather(x, 1, INDICES), tensors((2, 4))),
+    "sum": (lambda x: x.sum([0, 2], True) + x.sum(), tensors((3, 4, 2))),
+    "sum of truths": (lambda x: (x > 0).sum(1), tensors((3, 4))),
+    "mean": (lambda x: x.mean([-1, -2]) + x.mean(), tensors((3, 4, 2))),
+    "amax and amin": (lambda x: torch.amax(x, 1) - torch.amin(x, 1), tensors((3, 4))),
+    "var": (lambda x: torch.var(x, 1, keepdim=True), tensors((3, 8))),
+    "var_mean": (
+        lambda x: torch.cat(torch.var_mean(x, [1], correction=0)),
+        tensors((3, 8)),
+    ),
+    "cumsum": (lambda x: torch.cumsum(x, 1), tensors((3, 8, 2))),
+    "matmul": (lambda x, y: torch.matmul(x, y), tensors((2, 3, 4), (4, 5))),
+    "bmm": (lambda x, y: torch.bmm(x, y), tensors((2, 3, 4), (2, 4, 5))),
+    "linear": (nn.functional.linear, tensors((2, 3, 4), (5, 4), (5,))),
+    "addmm": (
+        lambda b, x, y: torch.addmm(b, x, y, beta=0.5, alpha=2),
+        tensors((5,), (2, 3), (3, 5)),
+    ),
+    "attention": (
+        Whole(aten.scaled_dot_product_attention.default),
+        tensors((2, 2, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)),
+    ),
+    "attention with a mask": (
+        Whole(aten.scaled_dot_product_attention.default, scale=0.2),
+        (*tensors((2, 2, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)), MASK.expand(5, 5).contiguous()),
+    ),
+    "convolution": (
+        lambda x, w, b: aten.convolution(x, w, b, [2, 1], [1, 2], [1, 2], False, [0, 0], 1),
+        tensors((2, 3, 9, 8), (4, 3, 3, 3), (4,)),
+    ),
+    "grouped convolution": (
+        lambda x, w: aten.convolution(x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 2),
+        tensors((2, 4, 7, 7), (6, 2, 3, 3)),
+    ),
+    "depthwise convolution": (
+        lambda x, w: aten.convolution(x, w, None, [2, 2], [2, 2], [1, 1], False, [0, 0], 4),
+        tensors((2, 4, 7, 7), (4, 1, 5, 5)),
+    ),
+    "transposed convolution": (
+        lambda x, w: aten.convolution(x, w, None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1),
+        tensors((2, 4, 5, 6), (4, 3, 3, 3)),
+    ),
+    "grouped transposed convolution": (
+        lambda x, w: aten.convolution(x, w, None, [2, 1], [1, 0], [1, 2], True, [0, 0], 2),
+        tensors((2, 4, 5, 6), (4, 3, 3, 3)),
+    ),
+    "layer norm": (
+        lambda *given: torch.cat([v.flatten() for v in layer_norm(*given)]),
+        tensors((3, 4, 6), (6,), (6,)),
+    ),
+    "group norm": (
+        lambda x, s, b: aten.native_group_norm(x, s, b, 2, 6, 20, 3, 1e-5)[0],
+        tensors((2, 6, 4, 5), (6,), (6,)),
+    ),
+    "softmax": (lambda x: aten._softmax(x * 30, 1, False), tensors((3, 5, 2))),
+    "log softmax": (lambda x: aten._log_softmax(x * 30, 1, False), tensors((3, 5))),
+    "max pool": (
+        lambda x: aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])[0],
+        tensors((2, 3, 8, 7)),
+    ),
+    "max pool with ceil_mode": (
+        lambda x: aten.max_pool2d_with_indices(x, [2, 2], [2, 2], [0, 0], [1, 1], True)[0],
+        tensors((2, 3, 7, 7)),
+    ),
+    "max pool, where": (
+        lambda x: aten.max_pool2d_with_indices(x.relu(), [3, 2], [2, 1], [1, 0], [2, 1])[1],
+        tensors((2, 3, 8, 7)),
+    ),
+    "max pool with ceil_mode, where": (
+        lambda x: aten.max_pool2d_with_indices(x, [2, 2], [2, 2], [0, 0], [1, 1], True)[1],
+        tensors((2, 3, 7, 7)),
+    ),
+    "scatter add": (
+        lambda x, y: aten.scatter_add(x, 1, INDICES, y),
+        tensors((2, 4), (2, 2)),
+    ),
+    "average pool": (
+        lambda x: aten.avg_pool2d(x, [3, 2], [2, 2], [1, 0], False, True),
+        tensors((2, 3, 8, 8)),
+    ),
+    "average pool that does not count its padding": (
+        lambda x: aten.avg_pool2d(x, [3, 3], [2, 2], [1, 1], False, False),
+        tensors((2, 3, 8, 8)),
+    ),
+    "adaptive average pool": (
+        lambda x: aten._adaptive_avg_pool2d(x, [3, 2]),
+        tensors((2, 3, 7, 6)),
+    ),
+    "bilinear, smaller": (
+        Whole(aten.upsample_bilinear2d.vec, [5, 4], False, None),
+        tensors((2, 3, 8, 8)),
+    ),
+    "bilinear, larger": (
+        Whole(aten.upsample_bilinear2d.vec, None, True, [2.0, 2.0]),
+        tensors((2, 3, 4, 5)),
+    ),
+    "nearest": (
+        Whole(aten.upsample_nearest2d.vec, [7, 10], None),
+        tensors((2, 3, 4, 5)),
+    ),
+}  # fmt: skip
+
+
+def traced(function: Callable[..., Any], given: tuple[Tensor, ...]) -> GraphModule:
+    """The function as a graph of the operators that it calls."""
+    if isinstance(function, Whole):
+        return function.graph(given)
+    trace = make_fx(
+        lambda *args: (function(*args),), tracing_mode="fake", _allow_non_fake_inputs=True
+    )
+    graph = trace(*given)
+    assert isinstance(graph, GraphModule)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+@cache
+def cases() -> tuple[dict[str, GraphModule], dict[str, Runner]]:
+    """The graphs of all cases, and one library of them."""
+    graphs = {f"case_{n}": traced(*case) for n, case in enumerate(CASES.values())}
+    return graphs, loaded(graphs)
+
+
+def loaded(graphs: dict[str, GraphModule], **options: Any) -> dict[str, Runner]:
+    module, reads = convert(graphs, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "library.so"
+        path.write_bytes(build(module, this_machine()))
+        library = Library(path)
+
+    def arrays(graph: GraphModule, names: tuple[str, ...]) -> list[np.ndarray]:
+        return [get_tensor(graph, name).detach().numpy() for name in names]
+
+    return {
+        name: library.graph(
+            name,
+            graph_inputs(graph),
+            output_names(graph),
+            arrays(graph, reads[name].tensors),
+            arrays(graph, reads[name].setup),
+        )
+        for name, graph in graphs.items()
+    }
+
+
+def run(graph: GraphModule, runner: Runner, given: tuple[Tensor, ...]) -> None:
+    """Compare what both make of the inputs."""
+    with torch.no_grad():
+        expected = graph(*given)
+    values = {n: value.detach().numpy() for n, value in zip(runner.inputs, given, strict=True)}
+    for found, value in zip(runner.run(values).values(), expected, strict=True):
+        array = found.numpy()
+        assert array.dtype == value.detach().numpy().dtype
+        np.testing.assert_allclose(array, value.detach().numpy(), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_an_operator(name: str) -> None:
+    graphs, runners = cases()
+    at = f"case_{list(CASES).index(name)}"
+    run(graphs[at], runners[at], CASES[name][1])
+
+
+class Shapes(nn.Module):
+    """Does with the batch axis what networks do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.scale = nn.Parameter(torch.rand(4))
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        rows = x.reshape(count, 5, 6)
+        rows = torch.cat([self.token.expand(count, -1, -1), rows], 1)
+        mixed = rows.reshape(count * 2, 3, 6).transpose(1, 2).reshape(count, 6, 6)
+        values = self.linear(mixed[:, 1:]) * torch.rsqrt(self.scale + 1.0)
+        first: Tensor = values.flip(1)[:, 0] + values.mean(1)
+        return first
+
+
+def test_any_batch() -> None:
+    graph = capture(Shapes(), (5, 2, 3))
+    (runner,) = loaded({"net": graph}).values()
+    for count in (1, 2, 5, 16):
+        run(graph, runner, tensors((count, 5, 2, 3)))
+
+
+class Pool(nn.Module):
+    """What sends a gradient back through a max pool: windows overlap, and zeros are as large."""
+
+    def forward(self, x: Tensor, grad: Tensor) -> Tensor:
+        x = x.relu()
+        _, places = aten.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])
+        count, channels, height, width = x.shape
+        zeros = torch.zeros(count, channels, height * width)
+        flat = places.reshape(count, channels, -1)
+        spread = aten.scatter_add(zeros, 2, flat, grad.reshape(count, channels, -1))
+        sent: Tensor = spread.reshape(x.shape)
+        return sent
+
+
+def test_the_gradient_of_a_max_pool() -> None:
+    pool = nn.MaxPool2d(3, 2, 1)
+    graphs = {}
+    for count in (2, 5):
+        x, grad = tensors((count, 3, 8, 7), (count, 3, 4, 4))
+        graphs[f"of_{count}"] = traced(Pool(), (x, grad))
+    runners = loaded(graphs)
+    for count in (2, 5):
+        x, grad = tensors((count, 3, 8, 7), (count, 3, 4, 4))
+        x = x.relu().requires_grad_()
+        (expected,) = torch.autograd.grad(pool(x), x, grad)
+        runner = runners[f"of_{count}"]
+        values = dict(zip(runner.inputs, (x.detach().numpy(), grad.numpy()), strict=True))
+        (found,) = runner.run(values).values()
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=2e-6)
+
+
+def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:
+    graph = capture(Shapes(), (5, 2, 3))
+    module, reads = convert({"net": graph})
+    names = {variable.name_hint for variable in module.get_global_vars()}
+    assert {"net", "net_setup"} <= names
+    assert reads["net"].setup == ("scale",)
+    assert set(reads["net"].tensors) == {"token", "linear.weight", "linear.bias"}
+
+
+def test_an_open_head_takes_any_number_of_classes() -> None:
+    program = pruned(ConvNet)
+    graph = program.graphs["body/0"]
+    head = [program.head.weight, program.head.bias]
+    (runner,) = loaded({"body": graph}, head=head, open_head=True).values()
+    features = torch.rand(3, program.head.in_features)
+    for classes in (2, 7):
+        weight, bias = tensors((classes, program.head.in_features), (classes,))
+        run(graph, runner, (features, weight, bias))
+
+
+class Unknown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cosh(x)
+
+
+def test_an_operator_without_a_conversion_is_named() -> None:
+    graph = capture(settled(nn.Sequential(Unknown(), nn.Flatten())), (1, 2, 2))
+    words = r"operator aten\.cosh\.default in 0 .*is not supported by the tvm engine; replace it"
+    with pytest.raises(PbcError, match=words):
+        convert({"net": graph})
+
+
+class Pooled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 2, divisor_override=3)
+
+
+def test_a_variant_without_a_conversion_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PbcError, match="not with a divisor of its own: replace it"):
+        convert({"net": capture(Pooled(), (1, 4, 4))})
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,384 @@
+"""Every decomposition of ours against torch's own autograd, over shapes that hypothesis picks."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+
+from pbc.training_graph import decompositions
+
+aten = torch.ops.aten
+
+settings.register_profile("quick", deadline=None, max_examples=40)
+settings.load_profile("quick")
+
+
+def random(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def assert_close(value: Tensor | None, expected: Tensor | None) -> None:
+    assert (value is None) == (expected is None)
+    if value is not None and expected is not None:
+        # A sixth in torch's own kernels is one of float32.
+        torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    outputs=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    bias=st.booleans(),
+    small=st.booleans(),
+    is_frozen=st.booleans(),
+)
+def test_convolution_backward(
+    batch: int,
+    groups: int,
+    per_group: int,
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, int],
+    bias: bool,
+    small: bool,
+    is_frozen: bool,
+) -> None:
+    x = random(batch, groups * per_group, *size)
+    weight = random(groups * outputs, per_group, *kernel)
+    result = functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    arguments = (
+        random(*result.shape),
+        x,
+        weight,
+        [groups * outputs] if bias else None,
+        stride,
+        padding,
+        dilation,
+        False,
+        (0, 0),
+        groups,
+        (True, True, bias),
+    )
+    expected = aten.convolution_backward.default(*arguments)
+    with (
+        mock.patch.object(decompositions, "_SMALL_PICTURE", 256 if small else 0),
+        mock.patch.object(decompositions, "_SMALL_ROW", 64 if small else 0),
+        decompositions.frozen([weight] if is_frozen else []),
+    ):
+        found = decompositions.convolution_backward(*arguments)
+    for value, goal in zip(found, expected, strict=True):
+        assert_close(value, goal)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_threshold_backward(threshold: float) -> None:
+    x, grad = random(7, 9), random(9, 7).t()
+    assert_close(
+        decompositions.threshold_backward(grad, x, threshold),
+        aten.threshold_backward.default(grad, x, threshold),
+    )
+
+
+@pytest.mark.parametrize("name", ["hardswish", "hardsigmoid"])
+def test_hard_activations_backward(name: str) -> None:
+    x, grad = 3 * random(7, 9), random(9, 7).t()
+    found = getattr(decompositions, f"{name}_backward")(grad, x)
+    assert_close(found, getattr(aten, f"{name}_backward").default(grad, x))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_backward(approximate: str) -> None:
+    x, grad = 3 * random(7, 9), random(9, 7).t()
+    assert_close(
+        decompositions.gelu_backward(grad, x, approximate),
+        aten.gelu_backward.default(grad, x, approximate=approximate),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(9,), (3, 5, 4)])
+def test_convolution_backward_over_other_numbers_of_axes(
+    size: tuple[int, ...], groups: int
+) -> None:
+    axes = len(size)
+    x, weight = random(2, 4, *size), random(4, 4 // groups, *[3] * axes)
+    stride, padding, one = (2,) * axes, (1,) * axes, (1,) * axes
+    result = aten.convolution.default(x, weight, None, stride, padding, one, False, [0], groups)
+    arguments = (
+        random(*result.shape), x, weight, None, stride, padding, one, False, (0,) * axes, groups,
+        (True, True, False),
+    )  # fmt: skip
+    expected = aten.convolution_backward.default(*arguments)
+    for value, goal in zip(decompositions.convolution_backward(*arguments), expected, strict=True):
+        assert_close(value, goal)
+
+
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False)])
+def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool, bool]) -> None:
+    x, weight = random(2, 3, 6), random(4, 3, 3)
+    grad = random(2, 4, 4)
+    found = decompositions.convolution_backward(
+        grad, x, weight, None, (1,), (0,), (1,), False, (0,), 1, wanted
+    )
+    assert tuple(value is not None for value in found) == wanted
+    expected = aten.convolution_backward.default(
+        grad, x, weight, None, (1,), (0,), (1,), False, (0,), 1, wanted
+    )
+    for value, goal in zip(found, expected, strict=True):
+        assert_close(value, goal)
+
+
+def test_a_transposed_convolution_is_refused() -> None:
+    x, weight = random(1, 2, 4, 4), random(2, 3, 3, 3)
+    with pytest.raises(NotImplementedError, match="a transposed convolution"):
+        decompositions.convolution_backward(
+            random(1, 3, 6, 6), x, weight, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1,
+            (True, True, False),
+        )  # fmt: skip
+
+
+@given(
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 1),
+    dilation=st.integers(1, 2),
+    ceil_mode=st.booleans(),
+    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+)
+def test_max_pool_backward(
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    ceil_mode: bool,
+    size: tuple[int, int],
+) -> None:
+    x = random(2, 3, *size)
+    window: Any = (
+        (kernel, kernel),
+        (stride, stride),
+        (min(padding, kernel // 2),) * 2,
+        (dilation, dilation),
+        ceil_mode,
+    )
+    result, indices = aten.max_pool2d_with_indices.default(x, *window)
+    arguments = (random(*result.shape), x, *window, indices)
+    expected = aten.max_pool2d_with_indices_backward.default(*arguments)
+    assert_close(decompositions.max_pool2d_with_indices_backward(*arguments), expected)
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    divisor=st.sampled_from([None, 5]),
+    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+)
+def test_avg_pool_backward(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padded: bool,
+    divisor: int | None,
+    size: tuple[int, int],
+) -> None:
+    x = random(2, 3, *size)
+    padding = tuple(k // 2 for k in kernel) if padded else (0, 0)
+    window = (kernel, stride, padding, False, True, divisor)
+    result = aten.avg_pool2d.default(x, *window)
+    arguments = (random(*result.shape), x, *window)
+    expected = aten.avg_pool2d_backward.default(*arguments)
+    assert_close(decompositions.avg_pool2d_backward(*arguments), expected)
+
+
+def test_an_average_over_a_part_of_a_window_is_refused() -> None:
+    x = random(1, 2, 5, 5)
+    with pytest.raises(NotImplementedError, match="ceil_mode or without its padding"):
+        decompositions.avg_pool2d_backward(
+            random(1, 2, 3, 3), x, (2, 2), (2, 2), (0, 0), True, True, None
+        )
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_adaptive_avg_pool_backward(size: tuple[int, int], bins: tuple[int, int]) -> None:
+    x, grad = random(2, 3, *size), random(2, 3, *bins)
+    expected = aten._adaptive_avg_pool2d_backward.default(grad, x)
+    assert_close(decompositions.adaptive_avg_pool2d_backward(grad, x), expected)
+
+
+@settings(max_examples=15)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.sampled_from([(1, 1), (2, 3)]),
+    channels_last=st.booleans(),
+)
+def test_an_adaptive_pooling_is_one_function_wherever_its_channels_lie(
+    size: tuple[int, int], bins: tuple[int, int], channels_last: bool
+) -> None:
+    """torch's own becomes writes by strides, which a graph of functions loses."""
+    x = random(2, *size, 3).permute(0, 3, 1, 2) if channels_last else random(2, 3, *size)
+
+    def slope(pool: Any, x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(pool(leaf, bins).square().sum(), leaf)
+        return found
+
+    pool = decompositions.DIFFERENTIABLE[aten.adaptive_avg_pool2d.default]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, enable_python_dispatcher():
+        trace = make_fx(lambda x: slope(pool, x), decomposition_table=decompositions.table())(
+            mode.from_tensor(x)
+        )
+    called = {node.target for node in trace.graph.nodes if node.op == "call_function"}
+    assert not [op for op in called if op._schema.is_mutable and op != aten.detach_.default]
+    assert_close(slope(pool, x), slope(functional.adaptive_avg_pool2d, x))
+
+
+@given(
+    size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    outputs=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    align_corners=st.booleans(),
+)
+def test_upsampling_backward(
+    size: tuple[int, int], outputs: tuple[int, int], align_corners: bool
+) -> None:
+    grad, shape = random(2, 3, *outputs), [2, 3, *size]
+    assert_close(
+        decompositions.upsample_bilinear2d_backward(grad, outputs, shape, align_corners),
+        aten.upsample_bilinear2d_backward.default(grad, outputs, shape, align_corners),
+    )
+    assert_close(
+        decompositions.upsample_nearest2d_backward(grad, outputs, shape),
+        aten.upsample_nearest2d_backward.default(grad, outputs, shape),
+    )
+
+
+@given(leading=st.lists(st.integers(1, 3), min_size=1, max_size=3), bias=st.booleans())
+def test_linear(leading: list[int], bias: bool) -> None:
+    x, weight = random(*leading, 4), random(5, 4)
+    shift = random(5) if bias else None
+    assert_close(decompositions.linear(x, weight, shift), functional.linear(x, weight, shift))
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+@pytest.mark.parametrize("axes", [None, [1], [0, -1]])
+def test_vector_norm(axes: list[int] | None, keepdim: bool) -> None:
+    x = random(3, 4, 5)
+    x[:, :, 2] = 0.0  # a length of zero among them: its gradient is zero, and not 0/0
+    leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = decompositions.vector_norm(leaf, 2, axes, keepdim)
+    expected = torch.linalg.vector_norm(other, 2, axes, keepdim)
+    assert_close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    assert_close(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_attention(mask: str | None, scale: float | None) -> None:
+    query, key, value = random(2, 3, 5, 4), random(2, 3, 6, 4), random(2, 3, 6, 7)
+    given = None if mask is None else random(5, 6)
+    if given is not None and mask == "bool":
+        given = given > -1
+    assert_close(
+        decompositions.scaled_dot_product_attention(query, key, value, given, scale=scale),
+        functional.scaled_dot_product_attention(query, key, value, given, scale=scale),
+    )
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (3, 1)], ids=["of its own", "shared"])
+@pytest.mark.parametrize("mask", [None, "given", "trained"])
+def test_attention_backward(mask: str | None, heads: tuple[int, int]) -> None:
+    inputs = [random(2, heads[0], 5, 4), random(2, heads[1], 6, 4), random(2, heads[1], 6, 7)]
+    inputs += [] if mask is None else [random(5, 6)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    given = None if mask is None else inputs[3] if mask == "trained" else inputs.pop().detach()
+    query, key, value = inputs[:3]
+    grad = random(2, 3, 5, 7)
+    found, expected = (
+        torch.autograd.grad(attention(query, key, value, given, scale=0.3), inputs, grad)
+        for attention in (
+            decompositions.scaled_dot_product_attention,
+            functional.scaled_dot_product_attention,
+        )
+    )
+    for gradient, reference in zip(found, expected, strict=True):
+        assert_close(gradient, reference)
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), data=st.data())
+def test_unbind(shape: list[int], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+    x = random(*shape).requires_grad_()
+    parts, expected = decompositions.unbind(x, axis), torch.unbind(x, axis)
+    for part, reference in zip(parts, expected, strict=True):
+        assert_close(part, reference)
+    # The first part is used by nobody.
+    losses = [
+        sum((part.sin().sum() for part in some[1:]), x.sum() * 0) for some in (parts, expected)
+    ]
+    assert_close(*(torch.autograd.grad(loss, x)[0] for loss in losses))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_with_frozen_statistics(affine: bool) -> None:
+    x, mean, variance = random(2, 4, 3, 3), random(4), random(4).square()
+    weight, bias = (random(4), random(4)) if affine else (None, None)
+    assert_close(
+        decompositions.batch_norm(x, weight, bias, mean, variance, False, 0.1, 1e-5, False),
+        functional.batch_norm(x, mean, variance, weight, bias),
+    )
+
+
+@given(
+    channels=st.integers(2, 4),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+)
+def test_a_trained_depthwise_convolution(
+    channels: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    bias: bool,
+) -> None:
+    arguments = (
+        random(2, channels, 6, 7),
+        random(channels, 1, *kernel),
+        random(channels) if bias else None,
+        stride,
+        padding,
+        dilation,
+        channels,
+    )
+    found = decompositions.conv2d(*arguments)
+    assert found.grad_fn is None
+    assert_close(found, functional.conv2d(*arguments))
