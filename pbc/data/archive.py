@@ -40,7 +40,7 @@ def list_zip(path: Path) -> Listing[zipfile.ZipInfo]:
         if not _enter(listing, tuple(folders), entered) or not file:
             continue
         parts = (*folders, file)
-        if overlaps or ".." in parts or parts in taken:
+        if overlaps or parts in taken:
             listing.ignore(parts, "a malformed entry of the zip file")
         else:
             taken.add(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SYSTEM = "left by a system or program"
-HIDDEN = "hidden"
+HIDDEN = "hidden"  # `..` in a zip file too
 
 _NAMES = frozenset(
     (
