@@ -4,8 +4,8 @@ For changes that move code and must not move behaviour:
 
     python tests/equal_bundles.py OLD/.venv/bin/pbc NEW/.venv/bin/pbc
 
-Compiles with fixed seeds and steps for two targets and all engines, and compares every entry of the
-two bundles: bytes first; where they differ, graphs with their values numbered in order (a name is no
+Compiles with fixed seeds and steps for two targets and all engines, and compares every entry of
+the two bundles: bytes first; where they differ, graphs with their values numbered in order (a name is no
 behaviour), tensors by name and bytes, the manifest without what names the compilation. Exit code 1
 where something else differs.
 """
@@ -22,6 +22,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import safetensors.numpy
 
@@ -59,9 +60,9 @@ def main(old: str, new: str) -> int:
                     ]
                 found = differences(*entries)
                 different += bool(found)
-                print(f"{'DIFFERENT' if found else 'equal':9}  {label}", flush=True)
+                click.echo(f"{'DIFFERENT' if found else 'equal':9}  {label}")
                 for line in found:
-                    print(f"           {line}")
+                    click.echo(f"           {line}")
     return 1 if different else 0
 
 
