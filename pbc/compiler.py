@@ -11,7 +11,7 @@ from typing import Any
 
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
-from pbc.data import class_names
+from pbc.data import labelled
 from pbc.errors import PbcError, UsageError
 from pbc.frontend import models
 from pbc.frontend.start import begin
@@ -27,6 +27,7 @@ from pbc.lower.cost_profile import CostProfile
 from pbc.lower.engine_choice import choose_engine, require_tuning
 from pbc.proxies import parallel
 from pbc.target import load_target
+from pbc.util.progress import tell
 
 UP_TO_PLAN = pipeline.STAGES.index("plan")
 
@@ -227,7 +228,10 @@ def _passes(options: CompileOptions) -> pipeline.PassPipeline:
 def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | None]:
     if options.data is None:
         return None, options.classes
-    names = tuple(class_names(options.data))
+    found = labelled(options.data)
+    if found.note:
+        tell(f"data: {found.note}")
+    names = tuple(found.members)
     if len(names) < 2:
         raise PbcError(f"{options.data} has one class folder, {names[0]!r}; two are the least")
     if options.classes is not None and options.classes != len(names):

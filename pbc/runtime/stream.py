@@ -17,7 +17,7 @@ from PIL import Image
 
 from pbc.bundle import Bundle
 from pbc.bundle.ladder import Ladder
-from pbc.data import InputSpec, Samples
+from pbc.data import InputSpec, Inventory, Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.engines import Engine, Executable
@@ -163,7 +163,7 @@ class StreamTraining:
                     np.array(labels, dtype=np.int64),
                     tuple(self.classes),
                     tuple(hashlib.sha256(image.tobytes()).digest() for image in images),
-                    (),
+                    Inventory(read=len(names)),
                     images,
                     lambda name: b"",  # all are decoded
                 ),
