@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,4 +49,4 @@ def tensor(value: Any) -> Tensor:
     """Return an array, or an engine's tensor, as torch's, in the same memory where that can be."""
     if isinstance(value, Tensor):
         return value.detach()
-    return torch.as_tensor(value if hasattr(value, "__array__") else value.numpy())
+    return torch.as_tensor(value if isinstance(value, np.ndarray) else value.numpy())
