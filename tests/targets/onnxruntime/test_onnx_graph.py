@@ -80,7 +80,7 @@ def test_an_open_head_takes_any_number_of_classes() -> None:
         name: np.ones((7, 24), np.float32) for name in graph_inputs(graph)
     }
     values["fc.bias"] = np.arange(7, dtype=np.float32)
-    values["mean"] = np.ones((3, 24), np.float32)
+    values["feature_0"] = np.ones((3, 24), np.float32)
     opened = session(graph, Converter()("body", graph, None, head, open_head=True))
     assert np.array_equal(run(opened, values)["logits"], np.full((3, 7), 24) + np.arange(7))
     closed = session(graph, Converter()("body", graph, None, head))
@@ -115,7 +115,7 @@ def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPat
     for number, (model, source) in enumerate(((one, graph), (same, other))):
         with torch.no_grad():
             expected = source(program.network.example)[0].numpy()
-        got = run(session(source, model), images)["mean"]
+        got = run(session(source, model), images)["feature_0"]
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-4), number
     converter("prefix", graph_of(program, "prefix/1"))  # other widths
     assert len(calls) == 2
