@@ -338,8 +338,8 @@ def test_a_linear_probe_saves_next_to_nothing() -> None:
     for name, node in saved_nodes(gradient).items():
         assert values_per_sample(node) <= 4, name  # batch by classes
     # The features are given to both halves.
-    assert "mean" in graph_inputs(gradient.forward)
-    assert "mean" in graph_inputs(gradient.backward)
+    assert "feature_0" in graph_inputs(gradient.forward)
+    assert "feature_0" in graph_inputs(gradient.backward)
 
 
 MADE_FOR_NOTHING = {
