@@ -15,7 +15,7 @@ _SAMPLE_SECONDS = 0.2
 _TIMEOUT_SECONDS = 5
 
 
-class Meter(Protocol):
+class EnergyMeter(Protocol):
     """Counts joules since some moment."""
 
     name: str
@@ -178,7 +178,7 @@ def nvidia_watts() -> float:
     return parse_nvidia_smi(result.stdout)
 
 
-def find_meter(root: Path = Path("/sys"), *, uses_gpu: bool = False) -> Meter:
+def find_meter(root: Path = Path("/sys"), *, uses_gpu: bool = False) -> EnergyMeter:
     """Return the machine's meter: RAPL, a Jetson's INA3221, an NVIDIA GPU's, or none.
 
     uses_gpu: whether the training runs on a GPU; a GPU that idles says nothing about it.

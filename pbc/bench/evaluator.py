@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pbc.bench import Arrays
+from pbc.bench.rival import Arrays
 from pbc.data import Samples
 from pbc.runtime.objective import Objective
 from pbc.runtime.runtime import Runtime

@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Part:
-    """What one colour of a stacked bar stands for."""
+    """The name behind one colour of a stacked bar."""
 
     name: str
     colour: str

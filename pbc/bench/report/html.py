@@ -7,10 +7,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from pbc.bench.bench import Results
 from pbc.bench.report import charts, tables
 from pbc.bench.report.charts import Part, Series
-from pbc.bench.results import BASELINES, REFERENCE, Standing
+from pbc.bench.results import Results
+from pbc.bench.standings import BASELINES, REFERENCE, Standing
 from pbc.bench.sweep import Study
 from pbc.bundle.ladder import UNALIGNED
 
@@ -242,8 +242,8 @@ def _facts(results: Results) -> str:
         for standing in results.standings
         if _variant(standing)
     )
-    contestants = f"<h3>variants that ran</h3><ul>{variants}</ul>" if variants else ""
-    return f'<div class="facts">{"".join(blocks)}</div>{contestants}'
+    listed_variants = f"<h3>variants that ran</h3><ul>{variants}</ul>" if variants else ""
+    return f'<div class="facts">{"".join(blocks)}</div>{listed_variants}'
 
 
 def _variant(standing: Standing) -> str:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pbc.bench.bench import Results
-from pbc.bench.results import BASELINES, BUDGETS, FULL, REFERENCE, Reached, Spread, Standing
+from pbc.bench.results import Results
+from pbc.bench.standings import BASELINES, BUDGETS, FULL, REFERENCE, Reached, Spread, Standing
 
 _OURS = ("pbc", "pbc-nocache", "piebridge")
 _SECONDS_PER_HOUR = 3600
@@ -173,7 +173,7 @@ def show(console: Console, results: Results, with_budgets: bool) -> None:
 
 
 def aligned(rows: list[list[str]]) -> Table:
-    """A table of plain cells, the first row its header; numbers are flush right."""
+    """Return a table of plain cells, the first row its header; numbers are flush right."""
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -191,7 +191,7 @@ def ours(results: Results) -> Standing | None:
 def artifact_csv(results: Results) -> str:
     """Return the table of PieBridge's artifact appendix: hours and accuracy in per cent.
 
-    Columns Ours, PET, FTAll; a column whose rival did not play is empty. A third row tells the
+    Columns Ours, PET, FTAll; a column whose rival did not run is empty. A third row tells the
     epochs where a rival ran fewer than planned, so that its time is extrapolated.
     """
     columns = {

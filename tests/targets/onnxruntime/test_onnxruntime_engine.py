@@ -373,7 +373,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 PEAKS = """
 import sys
 import numpy as np
-from pbc.profile.stages import peak_bytes
+from pbc.profile.memory import peak_bytes
 from pbc.bundle import Bundle
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from pbc.runtime.objective import Objective
