@@ -22,6 +22,7 @@ from pbc.frontend.capture import capture
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
 from pbc.ir.program import MODEL, Head, Program, Provenance
+from pbc.ir.stages import STAGES
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
 from pbc.lower.cost_profile import CostProfile
@@ -31,7 +32,7 @@ from pbc.target import Target, load_target
 from pbc.util.extras import EXTRAS
 
 DEFAULT_ENGINE = "pytorch"
-UP_TO_PLAN = pipeline.STAGES.index("plan")
+UP_TO_PLAN = STAGES.index("plan")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def plan(model: str, options: Options = Options()) -> Plan:
     """What `compile` would do, without aligning, measuring the result or writing anything."""
     passes = _passes(options)
     program = begin(model, options)
-    planning = [p for p in passes.passes if pipeline.STAGES.index(p[1].stage) <= UP_TO_PLAN]
+    planning = [p for p in passes.passes if STAGES.index(p[1].stage) <= UP_TO_PLAN]
     program = pipeline.PassPipeline(tuple(planning)).run(program)
     assert program.dims is not None
     expected = {
@@ -312,7 +313,7 @@ def require_tuning(target: Target, engine: str) -> None:
         raise UsageError(reason)
 
 
-def _needs(entry: plugins.Entry) -> str | None:
+def _needs(entry: plugins.Plugin) -> str | None:
     """What is missing here to lower to this engine, in words; None where nothing is."""
     missing = missing_packages(entry.load())
     if not missing:

@@ -1,4 +1,4 @@
-"""What a bundle needs installed on its board, read from the distributions that bring it."""
+"""Requirements of a bundle on its board, read from the distributions that bring them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _own_requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """The requirements of pbc itself, and those of each extra."""
+    """Return the requirements of pbc itself, and those of each extra."""
     core: list[str] = []
     extras: dict[str, list[str]] = {}
     for line in metadata.requires("pbc") or []:
