@@ -128,8 +128,8 @@ class Plugin:
             group = GROUPS[self.group]
             raise PbcError(
                 self._broken(
-                    f"it has no {', '.join(lacking)}; a {group.word} is {group.sentence} "
-                    f"({group.protocol})"
+                    f"it has no {', '.join(lacking)}, which {group.protocol} declares: "
+                    f"it has to be {group.sentence}"
                 )
             )
         return loaded

@@ -1,4 +1,4 @@
-"""`pbc inspect`: what is in a bundle."""
+"""`pbc inspect`: show the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _show_accuracy_map(points: list[list[float]] | None) -> None:
         click.echo("accuracy: unknown what a fidelity costs (no map was fitted)")
         return
     needed = ", ".join(f"{lost:g}: {floor_for(points, lost):.3f}" for lost in SHOWN_LOSSES)
-    click.echo(f"accuracy: fidelity that keeps the loss to so many points: {needed}")
+    click.echo(f"accuracy: fidelity that keeps the loss to N points: {needed}")
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:

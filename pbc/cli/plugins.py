@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ import click
 from rich.text import Text
 
 from pbc import plugins
-from pbc.cli.tables import as_json, named_table, origin, origin_text, show, text_width
+from pbc.cli.tables import as_json, named_table, origin, origin_text, paragraph, show
 from pbc.ir.stages import order
 from pbc.plugins import GROUPS, Plugin
 
@@ -71,7 +70,10 @@ def list_plugins(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    click.echo("\n\n".join(_group_text(row) for row in rows))
+    for number, row in enumerate(rows):
+        if number:
+            click.echo()
+        _show_group(row)
 
 
 def _order_facts(plugin: Plugin) -> SimpleNamespace:
@@ -118,20 +120,13 @@ def _show_rows(group: str, rows: Sequence[Mapping[str, Any]]) -> None:
     show(table)
 
 
-def _group_text(row: Mapping[str, Any]) -> str:
-    own = [member["name"] for member in row["members"] if member["distribution"] == "pbc"]
-    others = [
-        f"{member['name']} ({origin_text(member)})"
+def _show_group(row: Mapping[str, Any]) -> None:
+    """Print what a member of a group has to be, then all of them, others' with their origin."""
+    names = [
+        member["name"]
+        if member["distribution"] == "pbc"
+        else f"{member['name']} ({origin_text(member)})"
         for member in row["members"]
-        if member["distribution"] != "pbc"
     ]
-    head = f"{row['group']}: {row['description']} ({row['protocol']})"
-    listed = ", ".join([*own, *others]) or "none is installed"
-    width = text_width()
-    indent = {"initial_indent": "  ", "subsequent_indent": "  "}
-    return "\n".join(
-        [
-            *textwrap.wrap(head, width, subsequent_indent="    ", break_on_hyphens=False),
-            *textwrap.wrap(listed, width, **indent, break_on_hyphens=False),  # type: ignore[arg-type]
-        ]
-    )
+    paragraph(f"{row['group']}: {row['description']} ({row['protocol']})", hanging="    ")
+    paragraph(", ".join(names) or "none is installed", indent="  ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,9 +26,18 @@ def console() -> Console:
     return made
 
 
-def text_width() -> int:
-    """Return the width that text is wrapped at."""
-    return console().width
+def paragraph(text: str, indent: str = "", hanging: str | None = None) -> None:
+    """Print text in lines that fit; `hanging` indents those after the first, if not like it."""
+    later = indent if hanging is None else hanging
+    click.echo(
+        textwrap.fill(
+            text,
+            console().width,
+            initial_indent=indent,
+            subsequent_indent=later,
+            break_on_hyphens=False,
+        )
+    )
 
 
 def named_table(first: str, names: Sequence[str], *columns: str) -> Table:

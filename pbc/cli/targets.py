@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc import plugins
-from pbc.cli.tables import as_json, console, named_table, origin, origin_text, show
+from pbc.cli.tables import as_json, console, named_table, origin, origin_text, paragraph, show
 from pbc.target import Target, load_target
 
 
@@ -59,8 +59,8 @@ def _show_targets(rows: Sequence[dict[str, Any]]) -> None:
             )
     show(table)
     if any(row["engine"] not in installed for row in rows):
-        click.echo("(engine): not installed here; the target's next one is taken")
-    click.echo("pbc targets NAME shows all that is known of one, and which engines run there")
+        paragraph("(engine): not installed here; the target's next one is taken")
+    paragraph("pbc targets NAME shows all that is known of one, and which engines run there")
 
 
 def _show_target(target: Target, row: dict[str, Any]) -> None:
