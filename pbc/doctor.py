@@ -20,7 +20,7 @@ from pbc.target import load_target
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.util.machine import processor
 
-# What these bring is for whoever works on pbc.
+# Extras for work on pbc itself.
 _NOT_FOR_USERS = {"dev"}
 
 

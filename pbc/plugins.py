@@ -146,11 +146,14 @@ class Plugin:
         tree = _parsed(self.module)
         declared = None if tree is None else _definition(tree.body, self.attribute)
         for statement in declared.body if isinstance(declared, ast.ClassDef) else ():
-            target = statement.target if isinstance(statement, ast.AnnAssign) else None
-            if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-                target = statement.targets[0]
-            if isinstance(target, ast.Name) and target.id == name:
-                return _evaluated(statement.value)  # type: ignore[attr-defined]
+            if isinstance(statement, ast.AnnAssign):
+                targets: list[ast.expr] = [statement.target]
+            elif isinstance(statement, ast.Assign):
+                targets = statement.targets
+            else:
+                continue
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return _evaluated(statement.value)
         return None
 
     def _broken(self, reason: str) -> str:

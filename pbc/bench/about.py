@@ -1,4 +1,4 @@
-"""Facts about the bundle and the machine of a bench, for whoever reads its figures."""
+"""Facts about the bundle and the machine of a bench, shown beside its figures."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Work:
     """The folder that a bench writes: `bench.json`, a state per rival and seed, `cells.jsonl`.
 
     A state and the cells that led to it are one file, replaced in one step, so that a kill at any
-    moment leaves them agreeing. `cells.jsonl` repeats the cells for whoever watches.
+    moment leaves them agreeing. `cells.jsonl` repeats the cells, to be watched.
     """
 
     def __init__(self, root: Path) -> None:

@@ -162,7 +162,7 @@ def _needs(rival: str) -> str | None:
         plugins.load(GROUP, rival)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "pbc":
-            raise  # not a package that somebody could install
+            raise  # not a package that could be installed
         return missing(error) or f"{error.name}, which is not installed"
     except PbcError:
         return None  # a broken plugin: the match tells why it is left out

@@ -112,7 +112,7 @@ class Entry:
         return cell
 
     def progress(self, last: bool) -> EntryProgress:
-        """Return what is to be kept; after the last epoch nobody needs the state."""
+        """Return what is to be kept; after the last epoch the state is not needed."""
         state = {} if last else self._rival.state()
         facts = self._rival.facts()
         # Those from before an interruption first; a rival that goes on need not tell them again.
@@ -161,13 +161,13 @@ def run_match(
                 continue
             except ModuleNotFoundError as error:
                 if error.name is None or error.name.partition(".")[0] == "pbc":
-                    raise  # not a package that somebody could install
+                    raise  # not a package that could be installed
                 needs = missing(error) or f"{error.name}, which is not installed"
                 leave_out(name, PbcError(f"it needs {needs}"))
                 continue
             entries.append(entry)
         for epoch in range(plan.options.epochs):
-            # Whoever follows full training finds the processor's caches cold: not always the same.
+            # After full training the processor's caches are cold: not always for the same rival.
             turn = epoch % max(len(entries), 1)
             for entry in entries[turn:] + entries[:turn]:
                 wanted = plan.epochs(entry.name)

@@ -44,7 +44,7 @@ class BenchOptions:
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         if not self.rivals:
-            raise UsageError(f"--rivals names nobody; expected some of {', '.join(RIVALS)}")
+            raise UsageError(f"--rivals is empty; expected some of {', '.join(RIVALS)}")
         for option, given in (("epochs", self.epochs_of), ("lr", self.rate_of)):
             for name, value in given.items():
                 if name not in self.rivals:

@@ -216,7 +216,7 @@ def _with_means(bundle: Bundle) -> Bundle:
 
 
 class ShuffledPolicy:
-    """An engine whose policy's answers are dealt out at random: right on average, about nobody."""
+    """Engine whose policy's answers are dealt out at random: right on average, for no photo."""
 
     def __init__(self, engine: Engine) -> None:
         self.name = engine.name

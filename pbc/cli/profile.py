@@ -22,6 +22,7 @@ from pbc.profile.ratios import best_prefix, image_ms
 from pbc.profile.remote import profile_on
 from pbc.profile.task import COMPILED, EAGER, level_name
 from pbc.util.atomic import replace_bytes
+from pbc.util.sizes import memory_text
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS = ProfileOptions()
@@ -143,10 +144,10 @@ def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
             "skipped",
             "logits",
             "load",
-            "visit/image",
+            "total/image",
             "prefix",
             "step",
-            "visit",
+            "total",
         ]
     ]
     for name, side in run["sides"].items():
@@ -166,7 +167,7 @@ def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
                 f"{image_ms(side, batch):.3g}",
                 *(
                     f"{compared[stage]:.2f}x{against}" if stage in compared else "-"
-                    for stage in ("prefix", "step", "visit")
+                    for stage in ("prefix", "step", "total")
                 ),
             ]
         )
@@ -182,8 +183,8 @@ def _loading(process: dict[str, Any]) -> Table:
             f"{load['open_seconds']:.2f}",
             f"{load['engine_seconds']:.2f}",
             f"{load['load_seconds']:.2f}",
-            _megabytes(load["peak_rss_bytes"]),
-            _megabytes(load["pss_bytes"]),
+            _memory(load["peak_rss_bytes"]),
+            _memory(load["pss_bytes"]),
         ]
         for title, load in (
             ("the first time", process["first_load"]),
@@ -199,8 +200,8 @@ def _training(trained: dict[str, Any]) -> Table:
         [
             f"PyTorch {_way(who)}" if who in (EAGER, COMPILED) else who,
             str(found["steps"]),
-            _megabytes(found["peak_rss_bytes"]),
-            _megabytes(found["pss_bytes"]),
+            _memory(found["peak_rss_bytes"]),
+            _memory(found["pss_bytes"]),
         ]
         for who, found in trained.items()
     ]
@@ -215,5 +216,5 @@ def _times(times: dict[str, float] | None) -> str:
     return "-" if times is None else f"{times['min']:.3g} ({times['median']:.3g})"
 
 
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f} MiB"
+def _memory(count: int | None) -> str:
+    return "-" if count is None else memory_text(count)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 FORMAT = 1
-# What somebody may know better than the board says; without the others nothing would run.
+# Checks that a user may overrule; without the others nothing would run.
 CHECKS = ("memory", "disk", "jetpack", "cuda")
 CONNECTION_ENDED = "the connection ended"
 
@@ -47,7 +47,7 @@ _MEMORY_SHARE = 0.75
 _ARCHS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 _RUN = '''\
-"""Run the pbc of this slot; the lock tells whoever removes old slots that it is in use."""
+"""Run the pbc of this slot; the lock tells a prune of old slots that it is in use."""
 import fcntl
 import os
 import sys
@@ -152,7 +152,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    if count >= 2**20:
+        return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**10:.0f} KiB"
 
 
 # ---- where files come from -----------------------------------------------------------------
@@ -162,7 +164,7 @@ class Source(Protocol):
     """Origin of a deploy: it is told of each step, and has the files."""
 
     def step(self, name: str) -> None:
-        """Announce the next step; raises Refused where there is nobody any more."""
+        """Announce the next step; raises Refused where the connection is gone."""
 
     def fetch(self, store: Store, missing: Sequence[Mapping[str, Any]]) -> None:
         """Put files into the store."""
@@ -496,9 +498,9 @@ class DeploymentRoot:
         return outcome
 
     def _call(self, what: str, words: list[str], variables: Mapping[str, str] = {}) -> str:
-        """Run a program to its end and return what it printed; `what` it is, for whoever reads.
+        """Run a program to its end and return what it printed; `what` names it in messages.
 
-        It inherits the lock: if this process is killed, nobody else changes what it still changes.
+        It inherits the lock: if this process is killed, no other deploy starts before it ends.
         """
         assert self._lock is not None
         own = {n: v for n, v in os.environ.items() if not n.startswith(("PIP_", "PYTHON"))}

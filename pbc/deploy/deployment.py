@@ -81,7 +81,7 @@ def status(destination: str, options: DeployOptions) -> dict[str, Any]:
 
 
 def _quiet(line: str) -> None:
-    """Report nothing: a question takes no steps that anybody waits for."""
+    """Report nothing: a question takes no steps worth showing."""
 
 
 def prepared(
@@ -165,7 +165,7 @@ class _Conversation:
             session.write.write(data)
             session.write.flush()
         except BrokenPipeError:
-            # Whoever closed it has said why: that is read next.
+            # The board closed it and has said why: that is read next.
             return
 
     def _result(self, session: Session, ready: Payload | None) -> dict[str, Any]:

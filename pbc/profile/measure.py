@@ -199,7 +199,7 @@ def _loads(task: Task, environment: Mapping[str, str], tell: Tell) -> Json:
 def _stages(
     task: Task, environment: Mapping[str, str], options: ProfileOptions, tell: Tell
 ) -> Json:
-    """Time all stages; without PyTorch's where its network cannot be rebuilt and nobody asked."""
+    """Time all stages; PyTorch's are left out where unasked for and impossible to rebuild."""
     try:
         return measured(task, environment)
     except PbcError as error:

@@ -33,7 +33,7 @@ def until_settled(step: Callable[[], object]) -> int:
 def memory() -> dict[str, int | None]:
     """Return the peak of what this process had resident, and what is its own share of it now.
 
-    `getrusage` would do for neither: its peak is inherited from whoever started the process.
+    `getrusage` would do for neither: its peak is inherited from the parent process.
     """
     return {
         "peak_rss_bytes": peak_bytes(),

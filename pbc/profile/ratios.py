@@ -40,6 +40,6 @@ def ratios(sides: Mapping[str, Json], batch: int) -> dict[str, dict[str, float]]
         found[name] = {
             **({"prefix": slower_prefix / prefix} if prefix else {}),
             "step": slower_step / step,
-            "visit": (slower_prefix + slower_step / batch) / image_ms(side, batch),
+            "total": (slower_prefix + slower_step / batch) / image_ms(side, batch),
         }
     return found

@@ -110,7 +110,7 @@ def _side(
 def train(task: Task, bundle: Bundle, pixels: np.ndarray) -> dict[str, Any]:
     """Train as PyTorch's users do, in eval mode with all but θ frozen; return the memory.
 
-    The peak counts from the first step on: what rebuilding the network needed is nobody's.
+    The peak counts from the first step on: what rebuilding the network needed is left out.
     """
     torch.set_num_threads(task.threads)
     weights = None if task.weights is None else Path(task.weights)

@@ -66,7 +66,7 @@ _KINDS: Mapping[str, Callable[[Task], dict[str, Any]]] = {
 def main() -> None:
     """Read a task from standard input, and answer on standard output.
 
-    What libraries print goes to standard error. When whoever asked is gone, so is this process.
+    What libraries print goes to standard error. When the parent is gone, so is this process.
     """
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)

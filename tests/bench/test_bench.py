@@ -293,7 +293,7 @@ def test_another_bench_is_never_mixed_in(assets: Path, bundle: Path, tmp_path: P
     ("words", "message"),
     [
         (["--rivals", "pet,pett"], "no rival named 'pett'; did you mean 'pet'?"),
-        (["--rivals", ","], "--rivals names nobody"),
+        (["--rivals", ","], "--rivals is empty"),
         (["--seeds", "0"], "--seeds is 0; expected 1 or more"),
         (["--epochs-of", "full=2", "--rivals", "pet"], "--epochs-of names 'full'"),
         (["--epochs-of", "pet"], "--epochs-of is 'pet'; expected NAME=VALUE"),

@@ -33,7 +33,8 @@ class _Skips:
     """Collects the unlisted skips of a session, those of its workers too."""
 
     def __init__(self, config: pytest.Config) -> None:
-        config.stash[_SKIPPED] = self._found = []
+        self._found: list[_Skip] = []
+        config.stash[_SKIPPED] = self._found
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._take(report)

@@ -196,12 +196,12 @@ def _stages(results: Results) -> str:
 def _study(study: Study, rows: Sequence[Sequence[str]], results: Results) -> str:
     """Return a section; a rival has the colour that it has in all other charts."""
     known = [standing.rival for standing in results.standings]
-    everybody = list(dict.fromkeys([*known, *(point.rival for point in study.points)]))
+    rivals_seen = list(dict.fromkeys([*known, *(point.rival for point in study.points)]))
     rivals = dict.fromkeys(point.rival for point in study.points)
     place = {value: float(index) for index, value in enumerate(study.values)}
     accuracies, ratios = [], []
     for rival in rivals:
-        colour = _colour(everybody.index(rival))
+        colour = _colour(rivals_seen.index(rival))
         mine = [point for point in study.points if point.rival == rival]
         accuracies.append(
             Series(
@@ -228,7 +228,7 @@ def _facts(results: Results) -> str:
     for name, facts in results.about.items():
         shown = dict(facts)
         if name == "machine":
-            shown["peak memory of the process"] = tables.megabytes(results.peak_memory_bytes)
+            shown["peak memory of the process"] = tables.memory(results.peak_memory_bytes)
             shown["energy"] = results.energy
         rows = "".join(
             f"<dt>{escape(_WORDS.get(key, key.replace('_', ' ')))}</dt>"

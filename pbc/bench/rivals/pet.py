@@ -25,7 +25,7 @@ class Pet:
     """PET in PyTorch: the frozen part every time, eager or compiled, whichever is faster here.
 
     Eval mode, channels_last, `torch.no_grad` on the frozen prefix. The constructor chooses the
-    variant: what is done there counts in nobody's seconds and joules.
+    variant: what is done there counts in no rival's seconds and joules.
     """
 
     bfloat16: ClassVar[bool] = False
