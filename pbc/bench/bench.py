@@ -25,11 +25,11 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import labelled_as, labelled_for
 from pbc.runtime.runtime import Runtime
 from pbc.util.extras import missing
-from pbc.util.machine import processor
+from pbc.util.processor import cpu_name
 
 RIVALS = ("full", "pet", "pet-bf16", "pet-cache", "piebridge", "pbc-nocache", "pbc")
 FORMAT = 1
@@ -327,7 +327,7 @@ def _about_bundle(runtime: Runtime, path: Path, classes: int) -> dict[str, Any]:
 
 def _about_machine(threads: int | None) -> dict[str, Any]:
     return {
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads if threads is not None else os.environ.get("OMP_NUM_THREADS", "default"),
         "system": f"{platform.system()} {platform.release()}",

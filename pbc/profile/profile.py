@@ -35,7 +35,7 @@ from pbc.profile.stages import (
 )
 from pbc.runtime.objective import default_rate
 from pbc.util.extras import DEVICE_EXTRAS, missing
-from pbc.util.machine import processor
+from pbc.util.processor import cpu_name
 
 SCHEMA = 1
 AGAINST = ("torch", "none")
@@ -176,7 +176,7 @@ def profile(path: Path, options: Options, tell: Tell) -> Profile:
             "engine": manifest["engine"],
             "engine_version": runs[0]["engine_version"],
         },
-        "machine": {"cpu": processor(), "cpus": len(os.sched_getaffinity(0))},
+        "machine": {"cpu": cpu_name(), "cpus": len(os.sched_getaffinity(0))},
         "protocol": {
             "levels": list(levels),
             "batch": task.batch,

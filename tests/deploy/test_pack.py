@@ -13,7 +13,7 @@ import pytest
 import wheelhouse
 from click.testing import CliRunner
 
-from pbc.bundle import bundle as bundles
+from pbc import bundle as bundles
 from pbc.cli import main
 from pbc.deploy.pack import Options, pack
 from pbc.errors import PbcError, UsageError
