@@ -18,7 +18,7 @@ from pbc.deploy.requirements import own_requirements, requirement_name
 from pbc.errors import PbcError
 from pbc.target import load_target
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
-from pbc.util.machine import processor
+from pbc.util.processor import cpu_name
 
 # Extras for work on pbc itself.
 _NOT_FOR_USERS = {"dev"}
@@ -69,7 +69,7 @@ def diagnose() -> Diagnosis:
             "system": " ".join(
                 filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))
             ),
-            "processor": f"{processor()}, {len(os.sched_getaffinity(0))} for this process",
+            "processor": f"{cpu_name()}, {len(os.sched_getaffinity(0))} for this process",
         },
         extras=[_extra(*extra) for extra in sorted(own_requirements()[1].items())
                 if extra[0] not in _NOT_FOR_USERS],

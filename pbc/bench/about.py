@@ -10,7 +10,7 @@ from typing import Any
 
 import pbc
 from pbc.runtime.runtime import Runtime
-from pbc.util.machine import processor
+from pbc.util.processor import cpu_name
 
 
 def about_bundle(runtime: Runtime, path: Path, classes: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def about_bundle(runtime: Runtime, path: Path, classes: int) -> dict[str, Any]:
 def about_machine(threads: int | None) -> dict[str, Any]:
     """Return the facts about this machine and the process that measures."""
     return {
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads if threads is not None else os.environ.get("OMP_NUM_THREADS", "default"),
         "system": f"{platform.system()} {platform.release()}",

@@ -23,7 +23,7 @@ from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import labelled_as, labelled_for
 from pbc.runtime.runtime import Runtime
 from pbc.util.extras import missing

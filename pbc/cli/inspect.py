@@ -13,7 +13,7 @@ from rich.text import Text
 from pbc.bundle import Bundle
 from pbc.cli.tables import console
 from pbc.errors import PbcError
-from pbc.runtime.routing.bounds import floor_for
+from pbc.runtime.routing.fidelity_floor import floor_for
 
 DIMS = "dims.json"
 SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)

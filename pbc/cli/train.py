@@ -20,7 +20,7 @@ from pbc.cli.tables import console
 from pbc.data import ImageFolder, Samples, read_image
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pbc
-from pbc.bundle.bundle import MANIFEST, Bundle
+from pbc.bundle.reader import MANIFEST, Bundle
 from pbc.deploy import board
 from pbc.deploy.libraries import Library
 from pbc.deploy.own_wheel import own_wheel

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbc.errors import PbcError
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
+from pbc.util.artifacts import Artifacts, default_folder
 
 # pip evaluates markers for the machine that it runs on, whatever --platform says; a dependency for
 # another Python or architecture would be missing on the board, or too much.

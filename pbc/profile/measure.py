@@ -23,7 +23,7 @@ from pbc.profile.processes import measured
 from pbc.profile.ratios import best_prefix, ratios
 from pbc.profile.task import COMPILED, EAGER, LOADING, PBC, STAGES, TRAINING, Task, level_name
 from pbc.util.extras import DEVICE_EXTRAS, missing
-from pbc.util.machine import processor
+from pbc.util.processor import cpu_name
 
 SCHEMA = 1
 _LATER_LOADS = 3
@@ -130,7 +130,7 @@ def measure(path: Path, options: ProfileOptions, tell: Tell) -> Profile:
             "engine": manifest["engine"],
             "engine_version": runs[0]["engine_version"],
         },
-        "machine": {"cpu": processor(), "cpus": len(os.sched_getaffinity(0))},
+        "machine": {"cpu": cpu_name(), "cpus": len(os.sched_getaffinity(0))},
         "protocol": {
             "levels": list(levels),
             "batch": task.batch,

@@ -12,8 +12,7 @@ import tiny
 from click.testing import CliRunner, Result
 
 import pbc
-from pbc import cli
-from pbc.bundle import bundle
+from pbc import bundle, cli
 from pbc.errors import PbcError, UsageError
 
 

@@ -24,8 +24,8 @@ import tiny
 from click.testing import CliRunner
 from deploying import PYTHON, Device, quiet
 
+from pbc import bundle as bundles
 from pbc.bundle import Bundle
-from pbc.bundle import bundle as bundles
 from pbc.cli import main
 from pbc.deploy import board as script
 from pbc.deploy import deployment

@@ -14,7 +14,7 @@ import pytest
 import wheelhouse
 from click.testing import CliRunner
 
-from pbc.bundle import bundle as bundles
+from pbc import bundle as bundles
 from pbc.cli import main
 from pbc.deploy import pack as pack_module
 from pbc.deploy.pack import PackOptions, pack

@@ -20,8 +20,8 @@ import tiny
 import tiny_onnx
 from onnx import numpy_helper
 
-from pbc import __version__
-from pbc.bundle import Bundle, bundle
+from pbc import __version__, bundle
+from pbc.bundle import Bundle
 from pbc.cli import main
 from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError

@@ -16,7 +16,8 @@ import sshd
 import tiny_onnx
 import wheelhouse
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.deploy import deployment
 from pbc.deploy.deployment import DeployOptions
 from pbc.runtime import self_test

@@ -12,7 +12,7 @@ from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.data import Samples
 from pbc.runtime.events import Event, Note
 from pbc.runtime.output.checkpoint import Checkpoint
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.util.atomic import replace_bytes
 
 
