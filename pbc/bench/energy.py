@@ -16,7 +16,7 @@ _TIMEOUT_SECONDS = 5
 
 
 class EnergyMeter(Protocol):
-    """Counts joules since some moment."""
+    """Counter of joules since some moment."""
 
     name: str
 
@@ -25,7 +25,7 @@ class EnergyMeter(Protocol):
 
 
 class NoMeter:
-    """Says that there is none."""
+    """Absence of a meter, which counts nothing."""
 
     name = "no energy meter on this machine"
 
@@ -85,7 +85,7 @@ class Rapl:
 
 
 class PowerMeter:
-    """Integrates a power that can only be looked at, from a thread of its own."""
+    """Integral of a power that can only be read at moments, in a thread of its own."""
 
     def __init__(self, name: str, watts: Callable[[], float]) -> None:
         self.name = name

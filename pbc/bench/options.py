@@ -1,4 +1,4 @@
-"""What `pbc bench` is asked for, besides the bundle and the photos."""
+"""Options of `pbc bench`, besides the bundle and the photos."""
 
 from __future__ import annotations
 

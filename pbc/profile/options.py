@@ -1,4 +1,4 @@
-"""What `pbc profile` is asked for, besides the bundle."""
+"""Options of `pbc profile`, besides the bundle."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def bundle(assets: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def match(assets: Path, bundle: Path) -> Path:
-    """Run everybody for two epochs and two seeds; returns the folder of what was written."""
+    """Run every rival for two epochs and two seeds; returns the folder of what was written."""
     out = assets / "match"
     out.mkdir()
     result = pbc(
@@ -190,7 +190,7 @@ def test_a_resumed_bench_counts_no_preparation_twice(
         assert cell.stage_seconds["prefix"] < 1e-4
 
 
-def test_the_evaluation_is_in_nobodys_time(
+def test_the_evaluation_is_in_no_rivals_time(
     assets: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracy = Evaluator.accuracy
@@ -380,12 +380,12 @@ def test_a_rival_without_its_package(
     install_plugin: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = "import a_package_that_nobody_has\n" + RIVAL
+    source = "import a_package_that_does_not_exist\n" + RIVAL
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
     words = ("bench", bundle, assets / "photos", "--epochs", "1", "--seeds", "1", *QUIET)
     refused = pbc(*words, "--rivals", "lazy,pbc", "--work", tmp_path / "a")
     assert refused.exit_code == 1
-    needs = "a_package_that_nobody_has, which is not installed"
+    needs = "a_package_that_does_not_exist, which is not installed"
     assert f"error: rival lazy needs {needs}, or leave it out of --rivals" in refused.stderr
     # It was not asked for by name: the rivals whose packages are installed run.
     monkeypatch.setattr("pbc.cli.bench.RIVALS", ("lazy", "pbc"))
@@ -415,7 +415,7 @@ def test_a_diverged_rival_is_left_out(
     assert list(loaded(tmp_path)["rivals"]) == ["pet"]
 
 
-def test_anybody_may_bring_a_rival(
+def test_another_distribution_may_bring_a_rival(
     assets: Path, bundle: Path, tmp_path: Path, install_plugin: Callable[..., None]
 ) -> None:
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", RIVAL)

@@ -246,7 +246,7 @@ def test_a_kill_while_overwriting_mixes_no_benches(
     assert work.load("pet", 0) == EntryProgress()
 
 
-def test_states_of_nobody_knows_what_are_not_taken(tmp_path: Path) -> None:
+def test_states_of_an_unknown_bench_are_not_taken(tmp_path: Path) -> None:
     (tmp_path / "states").mkdir()
     with pytest.raises(PbcError, match=r"holds states/ without the bench\.json"):
         Work(tmp_path).begin({"bundle": "a"}, resume=False, overwrite=True)

@@ -50,7 +50,7 @@ def test_what_is_missing_is_named_with_what_to_install(
     points = (
         "[pbc.engines]\nacme = acme_engine:Engine\n[pbc.targets]\nacme-one = acme_board:board\n"
     )
-    install_plugin("acme", points, "import a_package_that_nobody_has\n", module="acme_engine")
+    install_plugin("acme", points, "import a_package_that_does_not_exist\n", module="acme_engine")
     install_plugin("bolt", "", BOARD, module="acme_board")
     real = metadata.version
 
@@ -69,7 +69,7 @@ def test_what_is_missing_is_named_with_what_to_install(
         "remedy": "pip install 'pbc[models]'",
     }
     assert not by_name(found["engines"])["acme"]["works"]
-    assert "a_package_that_nobody_has" in by_name(found["engines"])["acme"]["detail"]
+    assert "a_package_that_does_not_exist" in by_name(found["engines"])["acme"]["detail"]
     target = by_name(found["targets"])["acme-one"]
     assert target["detail"] == "none of acme can be compiled for here"
     text = CliRunner().invoke(main, ["doctor"]).stdout

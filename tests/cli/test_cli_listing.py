@@ -114,7 +114,7 @@ def test_passes_are_listed_as_they_run() -> None:
 
 
 SHRINK = """
-import a_module_that_nobody_has
+import a_module_that_does_not_exist
 
 class Base:
     stage = "analyse"
@@ -143,7 +143,9 @@ def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[...
 def test_a_pass_whose_order_is_not_spelt_out_is_asked_itself(
     install_plugin: Callable[..., None],
 ) -> None:
-    source = SHRINK.replace("import a_module_that_nobody_has", "").replace('stage = "prune"', "")
+    source = SHRINK.replace("import a_module_that_does_not_exist", "").replace(
+        'stage = "prune"', ""
+    )
     source += "    def __call__(self, program):\n        return program\n"
     install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", source)
     rows = {row["name"]: row for row in json.loads(run("passes", "--json").stdout)}

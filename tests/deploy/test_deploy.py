@@ -204,7 +204,7 @@ def test_a_kill_in_the_middle_of_pip_or_venv_leaves_one_that_works(
         words = "lost it" if "board" in victims else f"{tool} was ended by SIGKILL; the kernel"
         with pytest.raises(PbcError, match=words):
             device.deploy(bundle, kill, wheels=wheels)
-        while device.status()["running"]:  # a pip that nobody waits for goes on to its end
+        while device.status()["running"]:  # a pip without a parent goes on to its end
             time.sleep(0.1)
         assert device.active() == before
         (half,) = unsealed(place)

@@ -48,7 +48,7 @@ def _one_later_load() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that PyTorch can rebuild, for ONNX Runtime, one proxy that nobody aligned."""
+    """A network that PyTorch can rebuild, for ONNX Runtime, level 0 alone."""
     folder = tmp_path_factory.mktemp("net")
     source = folder / "profiled_net.py"
     source.write_text(bench_net.SOURCE)
@@ -287,7 +287,7 @@ def _children(process: int) -> list[int]:
 
 
 def _running(process: int) -> bool:
-    """Return whether a process is there and not only waiting for somebody to notice its end."""
+    """Return whether a process is there and not only waiting for its parent to notice its end."""
     try:
         facts = Path(f"/proc/{process}/stat").read_text()
     except OSError:

@@ -171,7 +171,7 @@ def shares(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[Part]) -
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps values to pixels; callable."""
+    """Map from values to pixels; callable."""
 
     low: float
     high: float
