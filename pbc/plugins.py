@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from pbc.errors import PbcError, UsageError, suggest
+from pbc.util import source
 
 
 @dataclass(frozen=True)
@@ -136,25 +133,14 @@ class Plugin:
 
     def summary(self) -> str:
         """Return the first line of the plugin's docstring, read without running its module."""
-        return summary(self.module, self.attribute)
+        return source.summary(self.module, self.attribute)
 
-    def literal(self, name: str) -> Any:
-        """Return a class attribute of the plugin that its source spells out, without running it.
+    def literals(self, *attributes: str) -> dict[str, Any] | None:
+        """Return class attributes that the plugin's source spells out, read without running it.
 
-        None where there is no such attribute, or one that has to be computed.
+        None where some are computed or may be inherited; those that are not there are left out.
         """
-        tree = _parsed(self.module)
-        declared = None if tree is None else _definition(tree.body, self.attribute)
-        for statement in declared.body if isinstance(declared, ast.ClassDef) else ():
-            if isinstance(statement, ast.AnnAssign):
-                targets: list[ast.expr] = [statement.target]
-            elif isinstance(statement, ast.Assign):
-                targets = statement.targets
-            else:
-                continue
-            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-                return _evaluated(statement.value)
-        return None
+        return source.literals(self.module, self.attribute, attributes)
 
     def _broken(self, reason: str) -> str:
         origin = f"{self.distribution} {self.version}"
@@ -197,89 +183,20 @@ def load(group: str, name: str) -> Any:
     return find(group, name).load()
 
 
-def summary(module: str, attribute: str) -> str:
-    """Return the first docstring line of a class or function, or of its module.
-
-    The source is parsed, not run: a list of plugins needs none of what they import.
-    """
-    tree = _parsed(module)
-    if tree is None:
-        return ""
-    text = ast.get_docstring(_definition(tree.body, attribute) or tree) or ""
-    return text.partition("\n")[0]
-
-
-def _evaluated(value: ast.expr | None) -> Any:
-    try:
-        return None if value is None else ast.literal_eval(value)
-    except ValueError:
-        return None
-
-
 def _lacking(loaded: Any, protocol: str) -> list[str]:
     """Return the names that a protocol of pbc's declares and a plugin does not have.
 
-    The protocol's source is read, not imported. Class attributes have to be there already, methods
-    where the plugin is a class; what instances set for themselves cannot be seen yet.
+    The protocol is read, not imported, and another package's is not even looked for: finding it
+    could import all of that package. Class attributes have to be there already, methods where the
+    plugin is a class.
     """
     module, _, name = protocol.rpartition(".")
-    declared = _definition(tree.body, name) if (tree := _pbc_source(module)) else None
-    if not isinstance(declared, ast.ClassDef) or not _is_protocol(declared):
+    if module.partition(".")[0] != "pbc":
         return []
-    attributes, methods = _members(declared)
+    attributes, methods = source.protocol_members(module, name)
     lacking = [name for name in attributes if not hasattr(loaded, name)]
     if isinstance(loaded, type):
         # Every class is callable: what its instances have is in the classes that it is made of.
         own = {name for base in loaded.__mro__ if base is not object for name in vars(base)}
         lacking += [name for name in methods if name not in own]
     return lacking
-
-
-def _members(declared: ast.ClassDef) -> tuple[list[str], list[str]]:
-    """Return the class attributes and the methods that a protocol declares."""
-    attributes = [
-        statement.target.id
-        for statement in declared.body
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and ast.unparse(statement.annotation).startswith("ClassVar")
-        and statement.value is None
-    ]
-    methods = [
-        statement.name
-        for statement in declared.body
-        if isinstance(statement, ast.FunctionDef) and statement.name != "__init__"
-    ]
-    return attributes, methods
-
-
-def _is_protocol(declared: ast.ClassDef) -> bool:
-    return any(ast.unparse(base) == "Protocol" for base in declared.bases)
-
-
-def _pbc_source(module: str) -> ast.Module | None:
-    """Parse a module of pbc's; finding another package's could import all of that package."""
-    return _parsed(module) if module.partition(".")[0] == "pbc" else None
-
-
-def _parsed(module: str) -> ast.Module | None:
-    """Parse a module's source without running it; None where there is none."""
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return ast.parse(Path(spec.origin).read_bytes())
-
-
-def _definition(
-    body: Iterable[ast.stmt], name: str
-) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None:
-    for statement in body:
-        if (
-            isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and statement.name == name
-        ):
-            return statement
-    return None

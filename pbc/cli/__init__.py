@@ -17,8 +17,8 @@ import click
 
 from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.plugins import summary
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
+from pbc.util.source import summary
 
 
 @dataclass(frozen=True)

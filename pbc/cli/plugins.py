@@ -78,20 +78,15 @@ def list_plugins(as_json: bool) -> None:
 
 def _order_facts(plugin: Plugin) -> SimpleNamespace:
     """Return what orders a pass, from its source; where that does not spell it out, from itself."""
-    source: Any = SimpleNamespace(
-        **{
-            fact: value
-            for fact in ("stage", "after", "before", "default")
-            if (value := plugin.literal(fact)) is not None
-        }
-    )
-    if not hasattr(source, "stage"):
-        source = plugin.load()
+    declared = plugin.literals("stage", "after", "before", "default")
+    kind: Any = plugin.load() if declared is None else SimpleNamespace(**declared)
+    if not hasattr(kind, "stage"):
+        kind = plugin.load()  # it says what is missing
     return SimpleNamespace(
-        stage=source.stage,
-        after=tuple(getattr(source, "after", ())),
-        before=tuple(getattr(source, "before", ())),
-        default=bool(getattr(source, "default", True)),
+        stage=kind.stage,
+        after=tuple(getattr(kind, "after", ())),
+        before=tuple(getattr(kind, "before", ())),
+        default=bool(getattr(kind, "default", True)),
     )
 
 

@@ -116,10 +116,7 @@ def test_passes_are_listed_as_they_run() -> None:
 SHRINK = """
 import a_module_that_does_not_exist
 
-class Base:
-    stage = "analyse"
-
-class Shrink(Base):
+class Shrink:
     '''Make [b]everything[/b] smaller.'''
     stage = "prune"
     before: tuple = ("prune-dims",)
@@ -140,16 +137,24 @@ def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[...
     assert "shrink (acme 1.2.3)" in listed
 
 
+INHERITING = """
+class Base:
+    after = tuple(["prune-dims"])
+
+    def __call__(self, program):
+        return program
+
+class Shrink(Base):
+    stage = "prune"
+"""
+
+
 def test_a_pass_whose_order_is_not_spelt_out_is_asked_itself(
     install_plugin: Callable[..., None],
 ) -> None:
-    source = SHRINK.replace("import a_module_that_does_not_exist", "").replace(
-        'stage = "prune"', ""
-    )
-    source += "    def __call__(self, program):\n        return program\n"
-    install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", source)
+    install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", INHERITING)
     rows = {row["name"]: row for row in json.loads(run("passes", "--json").stdout)}
-    assert rows["shrink"]["stage"] == "analyse"
+    assert (rows["shrink"]["stage"], rows["shrink"]["after"]) == ("prune", ["prune-dims"])
 
 
 def test_plugins_lists_every_group_with_what_a_member_has_to_be() -> None:
