@@ -390,11 +390,13 @@ def test_a_rival_without_its_package(
     # It was not asked for by name: the rivals whose packages are installed run.
     monkeypatch.setattr("pbc.cli.bench.RIVALS", ("lazy", "pbc"))
     report = tmp_path / "r.json"
-    result = pbc(*words, "--work", tmp_path / "b", "-o", report)
+    result = pbc(*words, "--work", tmp_path / "b", "-o", report, "--json")
     assert result.exit_code == 0, result.output
     said = f"lazy is left out: it needs {needs}"
     assert said in result.stderr.splitlines()
     content = json.loads(report.read_text())
+    assert json.loads(result.stdout) == content
+    assert f"wrote {report}" in result.stderr
     assert list(content["rivals"]) == ["pbc"]
     assert content["notes"].count(said) == 1
 
