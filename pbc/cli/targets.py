@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc import plugins
-from pbc.cli.tables import as_json, console, named_table, origin, origin_text, paragraph, show
+from pbc.cli.tables import as_json, named_table, origin, origin_text, paragraph, show
 from pbc.target import Target, load_target
 
 
@@ -77,20 +77,19 @@ def _show_target(target: Target, row: dict[str, Any]) -> None:
     for fact, value in facts.items():
         if value:
             grid.add_row(Text(fact, style="bold"), Text(value))
-    to = console()
-    to.print(grid)
-    table = Table("engine", "runs there", "needs there", box=None, pad_edge=False,
-                  header_style="bold")  # fmt: skip
+    show(grid)
+    engines = list(dict.fromkeys((target.engine, *target.engines)))
+    table = named_table("engine", [*engines, *target.refused], "runs there", "needs there")
     installed = plugins.entries("pbc.lowerings")
-    for engine in dict.fromkeys((target.engine, *target.engines)):
+    for engine in engines:
         words = "preferred" if engine == target.engine else "yes"
         if engine not in installed:
             words += ", but not installed here"
         table.add_row(engine, words, Text(_listed(target.needs.get(engine, {}))))
     for engine, reason in target.refused.items():
         table.add_row(engine, "no", Text(reason))
-    to.print()
-    to.print(table)
+    click.echo()
+    show(table)
 
 
 def _listed(facts: Mapping[str, str]) -> str:
