@@ -20,6 +20,7 @@ from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.levels import ladder
 from pbc.ir.program import Program, Request
+from pbc.ir.stages import STAGES
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
 from pbc.lower.backend import backend
@@ -29,7 +30,7 @@ from pbc.proxies import parallel
 from pbc.target import load_target
 from pbc.util.progress import tell
 
-UP_TO_PLAN = pipeline.STAGES.index("plan")
+UP_TO_PLAN = STAGES.index("plan")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast
     """Return what `compile` would do, without aligning, measuring the result or writing."""
     passes = _passes(options)
     program = start(model, options)
-    planning = [p for p in passes.passes if pipeline.STAGES.index(p[1].stage) <= UP_TO_PLAN]
+    planning = [p for p in passes.passes if STAGES.index(p[1].stage) <= UP_TO_PLAN]
     program = pipeline.PassPipeline(tuple(planning)).run(program)
     planned = ladder((*program.levels, *program.plans), program.cost_model)
     dims, sizes = dims_of(program), [{}, *(plan.sizes for plan in program.plans)]

@@ -64,11 +64,11 @@ class Ladder:
         return len(self.levels)
 
     def precision(self, level: int) -> str:
-        """What the frozen part of a level computes in; float32 where nothing is planned."""
+        """Return what the frozen part of a level computes in; float32 where nothing is planned."""
         return self.levels[level].precision if level < len(self) else FLOAT32
 
     def resolution(self, level: int) -> tuple[int, int] | None:
-        """What the images are reduced to at a level; None where nothing is planned."""
+        """Return what the images are reduced to at a level; None where nothing is planned."""
         return self.levels[level].resolution if level < len(self) else None
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from pbc.bundle import Bundle
 from pbc.cli.inspect import show_levels
 from pbc.errors import UsageError
 from pbc.util.progress import reporting_to, telling
+from pbc.util.sizes import size_text
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -157,7 +158,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     _show_requires(plan.requires)
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
-        click.echo(f"{name}: {size / 1e6:.2f} MB expected")
+        click.echo(f"{name}: {size_text(size)} expected")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was written")
 
@@ -169,7 +170,7 @@ def _show_result(bundle: Bundle) -> None:
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
-        f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
+        f"wrote {bundle.path} ({size_text(size)}); next: pbc train {bundle.path} PHOTOS -o OUT"
     )
 
 

@@ -14,25 +14,9 @@ from pbc import plugins
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
+from pbc.ir.stages import order
 from pbc.util.atomic import replace_bytes
 from pbc.util.progress import report
-
-STAGES = (
-    "mark",
-    "analyse",
-    "plan",
-    "prune",
-    "align",
-    "fold",
-    "quantize",
-    "route",
-    "derive",
-    "lower",
-)
-"""In this order: alignment recalibrates the statistics that folding makes constant; quantisation
-rounds what is folded, since an engine runs no batch norm between a layer and its rounding; routing
-judges the proxies as they will run, after both.
-"""
 
 EQUIVALENCE = 1e-4
 
@@ -131,28 +115,3 @@ def _make(kind: Callable[..., Pass], options: Mapping[str, Any]) -> Pass:
     declared = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []  # type: ignore[arg-type]
     given = {n: options[n] for n in declared if options.get(n, MISSING) not in (MISSING, None)}
     return kind(**given)
-
-
-def order(kinds: Mapping[str, Any]) -> list[str]:
-    """Sort passes by stage, then so that `after` and `before` hold, then by name."""
-    for name, kind in kinds.items():
-        if kind.stage not in STAGES:
-            raise PbcError(
-                f"pass {name} is of stage {kind.stage!r}; stages are {', '.join(STAGES)}"
-            )
-    ordered: list[str] = []
-    for stage in STAGES:
-        waiting = {n: set(getattr(k, "after", ())) for n, k in kinds.items() if k.stage == stage}
-        for name in list(waiting):
-            for later in getattr(kinds[name], "before", ()):
-                if later in waiting:
-                    waiting[later].add(name)
-        while waiting:
-            ready = sorted(n for n, needs in waiting.items() if not needs & waiting.keys())
-            if not ready:
-                raise PbcError(
-                    f"passes {', '.join(sorted(waiting))} each want to run after another"
-                )
-            ordered.append(ready[0])
-            del waiting[ready[0]]
-    return ordered

@@ -67,7 +67,7 @@ def require_tuning(target: Target, engine: str) -> None:
         raise UsageError(reason)
 
 
-def _needs(entry: plugins.Entry) -> str | None:
+def _needs(entry: plugins.Plugin) -> str | None:
     """Return what is missing here to lower to this engine, in words; None where nothing is."""
     missing = entry.load().missing()
     if not missing:

@@ -24,8 +24,8 @@ from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import EpochReport, Progress, Report, silent
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.output import Output
 from pbc.runtime.output.personal import write_model
 from pbc.runtime.parameters import initial_parameters, labelled_for
 from pbc.runtime.routing.preparation import Preparation, Prepared

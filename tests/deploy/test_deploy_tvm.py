@@ -14,9 +14,9 @@ import wheelhouse
 from deploying import Device
 from networks import ConvNet, pruned
 
+from pbc import bundle as bundles
 from pbc import compiler
 from pbc.bundle import Bundle
-from pbc.bundle import bundle as bundles
 from pbc.errors import PbcError
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm

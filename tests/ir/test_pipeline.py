@@ -13,9 +13,10 @@ from pbc import plugins
 from pbc.errors import PbcError, UsageError
 from pbc.ir import pipeline
 from pbc.ir.graph import output_node, output_nodes
-from pbc.ir.pipeline import PassPipeline, build, order
+from pbc.ir.pipeline import PassPipeline, build
 from pbc.ir.program import Program
 from pbc.ir.rewrite import copy_graph
+from pbc.ir.stages import order
 from pbc.passes.align import Align
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels

@@ -11,8 +11,7 @@ from networks import ConvNet, Kind, ResidualNet, pruned, split
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc import compiler
-from pbc.bundle import bundle
+from pbc import bundle, compiler
 from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.ir.graph import (
     NAME,

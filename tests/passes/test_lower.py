@@ -13,8 +13,7 @@ import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
 from torch import Tensor, nn
 
-from pbc import compiler
-from pbc.bundle import bundle
+from pbc import bundle, compiler
 from pbc.errors import PbcError
 from pbc.ir.levels import BODY, FORWARD, PREFIX, GraphName, LevelGraphs
 from pbc.ir.program import Program

@@ -11,8 +11,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from pbc import compiler
-from pbc.bundle import Bundle, bundle
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.ir.calibration import Calibration
 from pbc.ir.program import Program

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned, settled
 
-from pbc import compiler
-from pbc.bundle import Bundle, bundle
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.ir.levels import PREFIX
 from pbc.ir.program import Program
@@ -30,7 +30,7 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.runtime.features.features import level_key
+from pbc.runtime.features.keys import level_key
 from pbc.target import load_target
 from pbc.targets.onnxruntime.convert import source
 from pbc.targets.onnxruntime.lowering import INLINE_BYTES, THETA, OnnxRuntimeLowering

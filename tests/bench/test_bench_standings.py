@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from pbc.bench.bench import Results, precision_notes
-from pbc.bench.cells import Cell, Progress, Work
+from pbc.bench.cells import Cell, EntryProgress, Work
+from pbc.bench.notes import precision_notes
 from pbc.bench.report import html as report
 from pbc.bench.report import tables
-from pbc.bench.results import (
+from pbc.bench.results import Results
+from pbc.bench.standings import (
     Spread,
     Standing,
     seconds_until,
@@ -199,12 +200,12 @@ def test_cells_and_state_come_back(tmp_path: Path) -> None:
     work = Work(tmp_path / "work")
     work.begin({"bundle": "a"}, resume=False, overwrite=False)
     cells = tuple(run("pet", 0, [(1.0, 0.5), (2.0, 0.6)]))
-    work.save(Progress(cells, {"theta/w": np.arange(3.0)}, {"notes": []}))
+    work.save(EntryProgress(cells, {"theta/w": np.arange(3.0)}, {"notes": []}))
     found = work.load("pet", 0)
     assert found.cells == cells
     assert found.state is not None
     assert found.state["theta/w"].tolist() == [0.0, 1.0, 2.0]
-    assert work.load("pet", 1) == Progress()
+    assert work.load("pet", 1) == EntryProgress()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_kill_while_overwriting_mixes_no_benches(
 ) -> None:
     work = Work(tmp_path)
     work.begin({"bundle": "a"}, resume=False, overwrite=False)
-    work.save(Progress(tuple(run("pet", 0, [(1.0, 0.5)])), {}, {}))
+    work.save(EntryProgress(tuple(run("pet", 0, [(1.0, 0.5)])), {}, {}))
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -242,10 +243,10 @@ def test_a_kill_while_overwriting_mixes_no_benches(
     with pytest.raises(PbcError, match="another bundle"):
         work.begin({"bundle": "b"}, resume=True, overwrite=False)
     assert work.begin({"bundle": "a"}, resume=True, overwrite=False)
-    assert work.load("pet", 0) == Progress()
+    assert work.load("pet", 0) == EntryProgress()
 
 
-def test_states_of_nobody_knows_what_are_not_taken(tmp_path: Path) -> None:
+def test_states_of_an_unknown_bench_are_not_taken(tmp_path: Path) -> None:
     (tmp_path / "states").mkdir()
     with pytest.raises(PbcError, match=r"holds states/ without the bench\.json"):
         Work(tmp_path).begin({"bundle": "a"}, resume=False, overwrite=True)

@@ -1,4 +1,4 @@
-"""The bundle: what the compiler ships to a device, one `.pbc` file (a stored zip) or a folder.
+"""Read a bundle: what the compiler ships to a device, one `.pbc` file (a stored zip) or a folder.
 
 Every file is named in manifest.json with its sha256 and size, and the manifest carries its own
 digest, which names the bundle. Nothing in a bundle is ever executed or unpickled: weights are
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,8 +22,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from pbc.bundle.graph_name import BODY, PREFIX, GraphName
+from pbc.bundle.ladder import MACS, Ladder
 from pbc.errors import PbcError
-from pbc.util.atomic import cannot_write, replacing, sync_folder
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -55,7 +53,6 @@ _ZIP_ERRORS = (
     IndexError,
     OverflowError,
 )
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,11 +82,44 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the manifest, which covers every file: the bundle's identity."""
+        """Return the sha256 (hex) of the manifest, which covers every file and names the bundle."""
         return str(self.manifest["digest"])
 
+    @property
+    def ladder(self) -> Ladder:
+        """Return the levels; raises PbcError when what the manifest has is no ladder."""
+        return Ladder.from_json(self.manifest["levels"], self.manifest.get("cost_model", MACS))
+
+    @property
+    def has_prefix(self) -> bool:
+        """Return whether anything is frozen before the first trainable layer."""
+        return self.has_graph(PREFIX.at(0))
+
+    @property
+    def shares_body(self) -> bool:
+        """Return whether all levels have one body, so that features of any level may be mixed."""
+        names = map(GraphName.parse, self.manifest["graphs"])
+        bodies = {self.sha256(self.graph_file(name)) for name in names if name.role == BODY}
+        return len(bodies) == 1
+
+    def has_graph(self, name: GraphName | str) -> bool:
+        """Return whether there is a graph of this name."""
+        return str(name) in self.manifest["graphs"]
+
+    def graph_file(self, name: GraphName | str) -> str:
+        """Return the file of a graph; raises PbcError where there is none of this name."""
+        file = self.manifest["graphs"].get(str(name))
+        if file is None:
+            raise PbcError(f"{self.path} has no graph {name}")
+        return str(file)
+
+    def weight_files(self, name: GraphName | str) -> list[str] | None:
+        """Return the files of weights that a graph reads; None where the bundle does not say."""
+        files = self.manifest.get("weights", {}).get(str(name))
+        return None if files is None else list(files)
+
     def read(self, name: str) -> bytes:
-        """The verified bytes of one file."""
+        """Return the verified bytes of one file."""
         with _archive(self.path) as archive:
             return self._read(name, archive)
 
@@ -104,21 +134,21 @@ class Bundle:
         return data
 
     def json(self, name: str) -> Any:
-        """The verified content of one JSON file."""
+        """Return the verified content of one JSON file."""
         try:
             return json.loads(self.read(name))
         except ValueError as error:
             raise PbcError(f"{self.path}: {name} is not JSON: {error}") from error
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """The verified content of one safetensors file, in the dtypes it was stored in."""
+        """Return the verified content of one safetensors file, in the dtypes it was stored in."""
         try:
             return safetensors.numpy.load(self.read(name))
         except (SafetensorError, KeyError, ValueError) as error:
             raise PbcError(f"{self.path}: {name} is not a safetensors file: {error}") from error
 
     def sha256(self, name: str) -> str:
-        """The manifest's sha256 (hex) of one file."""
+        """Return the manifest's sha256 (hex) of one file."""
         return str(self._facts(name)["sha256"])
 
     def verify(self) -> None:
@@ -134,37 +164,8 @@ class Bundle:
         return facts
 
 
-def write(
-    path: Path | str,
-    manifest: Mapping[str, Any],
-    files: Mapping[str, bytes | Path],
-    *,
-    as_folder: bool = False,
-) -> Bundle:
-    """Write a bundle at `path` in one step and return it opened.
-
-    `files`, `schema` and `digest` of the manifest are filled in here. The bytes of the result
-    depend on the arguments alone (entries are sorted, timestamps fixed). If anything fails, what
-    was at `path` stays.
-    """
-    path = Path(path)
-    for name in files:
-        _check_name(path, name)
-    full = dict(manifest)
-    full["schema"] = SCHEMA
-    full["files"] = {name: _measure(source) for name, source in sorted(files.items())}
-    full["digest"] = manifest_digest(full)
-    text = (json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-    entries: dict[str, bytes | Path] = {MANIFEST: text, **dict(sorted(files.items()))}
-    if as_folder:
-        _write_folder(path, entries)
-    else:
-        _write_zip(path, entries)
-    return Bundle.open(path)
-
-
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 (hex) over the canonical JSON of the manifest without its `digest`."""
+    """Return the sha256 (hex) over the canonical JSON of the manifest without its `digest`."""
     bare = {key: value for key, value in manifest.items() if key != "digest"}
     canonical = json.dumps(
         bare, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -193,13 +194,13 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             raise PbcError(f"{path}: {MANIFEST} has no valid {key!r} (a JSON {kind.__name__})")
     for name, facts in manifest["files"].items():
-        _check_name(path, name)
+        check_name(path, name)
         if not isinstance(facts, dict) or not {"sha256", "size_bytes"} <= facts.keys():
             raise PbcError(f"{path}: {MANIFEST} gives no sha256 and size_bytes for {name}")
     return manifest
 
 
-def _check_name(path: Path, name: str) -> None:
+def check_name(path: Path, name: str) -> None:
     """Refuse what could leave the bundle's folder: absolute names, `..`, drives, backslashes."""
     parts = PurePosixPath(name).parts
     safe = parts and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
@@ -234,7 +235,7 @@ def _entry_names(path: Path) -> set[str]:
         infos = archive.infolist()
     names: set[str] = set()
     for info in infos:
-        _check_name(path, info.filename)
+        check_name(path, info.filename)
         if info.filename in names:
             raise PbcError(f"{path} holds {info.filename} twice; compile it again")
         names.add(info.filename)
@@ -263,67 +264,3 @@ def _read_entry(
             "copy or compile it again"
         )
     return data
-
-
-# ---- writing -------------------------------------------------------------------------------
-
-
-def _chunks(source: bytes | Path) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source
-        return
-    with source.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def _measure(source: bytes | Path) -> dict[str, Any]:
-    digest, size_bytes = hashlib.sha256(), 0
-    for chunk in _chunks(source):
-        digest.update(chunk)
-        size_bytes += len(chunk)
-    return {"sha256": digest.hexdigest(), "size_bytes": size_bytes}
-
-
-def _write_zip(path: Path, entries: Mapping[str, bytes | Path]) -> None:
-    if path.is_dir():
-        raise PbcError(f"cannot write the bundle {path}: it is a folder; give a file name")
-    with replacing(path, mode=0o644) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, source in entries.items():
-            info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            info.external_attr = 0o644 << 16
-            with archive.open(info, "w", force_zip64=True) as entry:
-                for chunk in _chunks(source):
-                    entry.write(chunk)
-
-
-def _write_folder(path: Path, entries: Mapping[str, bytes | Path]) -> None:
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise PbcError(f"cannot write the bundle {path}: something that is no bundle is there")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise PbcError(cannot_write(path, error)) from error
-    new, old = temporary / "new", temporary / "old"
-    try:
-        for name, source in entries.items():
-            target = new / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as file:
-                for chunk in _chunks(source):
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-        # A folder cannot be exchanged in one call; between the two renames neither is there,
-        # but both are complete.
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise PbcError(cannot_write(path, error)) from error
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)

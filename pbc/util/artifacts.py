@@ -1,8 +1,9 @@
-"""What an engine derives from a bundle for this device and would not derive again at each start.
+"""Keep what was derived once and should not be derived again at each start, in verified entries.
 
-A folder per entry, named by a key that covers all that decides its content. Entries are never
-changed: they are made beside, renamed into place, and verified each time before they are used.
-Nothing in them comes from the user's photos.
+A folder per entry, named by a key that covers all that decides its content: what an engine makes of
+a bundle for this device, a package that a deployment sends. Entries are never changed: they are
+made beside, renamed into place, and verified each time before they are used, against a marker that
+is written last. Nothing in them comes from the user's photos.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_SEAL = "entry.json"
+_COMPLETE = "entry.json"
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_SECONDS = 24 * 3600.0
 _SHARED_BYTES = 1 << 16
@@ -57,9 +58,9 @@ class Artifacts:
         An entry that is damaged is made again. Raises OSError where the folder cannot hold it.
         """
         entry = self.root / key
-        if _is_sound(entry):
+        if _is_complete(entry):
             with suppress(OSError):  # a read-only cache serves, but nothing is pruned there
-                os.utime(entry / _SEAL)
+                os.utime(entry / _COMPLETE)
             return entry
         self.discard(key)
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -67,7 +68,7 @@ class Artifacts:
         try:
             make(new)
             self._share(new)
-            _seal(new)
+            _mark_complete(new)
             self._install(new, key)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -85,7 +86,7 @@ class Artifacts:
                 new.rename(entry)
                 return
             except OSError:
-                if _is_sound(entry):
+                if _is_complete(entry):
                     return
                 if not attempts_left:
                     raise
@@ -103,7 +104,7 @@ class Artifacts:
 
     def _entries(self) -> list[Path]:
         return [
-            path.parent for path in self.root.glob(f"*/{_SEAL}") if path.parent.suffix != ".tmp"
+            path.parent for path in self.root.glob(f"*/{_COMPLETE}") if path.parent.suffix != ".tmp"
         ]
 
     def _share(self, new: Path) -> None:
@@ -115,7 +116,7 @@ class Artifacts:
         own = {file.name: _facts(file) for file in new.iterdir()}
         for entry in self._entries():
             with suppress(OSError, ValueError, AttributeError):
-                known = json.loads((entry / _SEAL).read_bytes())
+                known = json.loads((entry / _COMPLETE).read_bytes())
                 for name, facts in own.items():
                     if known.get(name) == facts and int(facts[0]) >= _SHARED_BYTES:
                         twin = new / f"{name}.twin"
@@ -134,7 +135,7 @@ class Artifacts:
         for entry in self._entries():
             with suppress(OSError):
                 size_bytes = sum(file.stat().st_size for file in entry.iterdir())
-                used.append(((entry / _SEAL).stat().st_mtime_ns, size_bytes, entry))
+                used.append(((entry / _COMPLETE).stat().st_mtime_ns, size_bytes, entry))
         total = sum(size_bytes for _, size_bytes, _ in used)
         for _, size_bytes, entry in sorted(used):
             if total > self.limit_bytes and entry != keep:
@@ -142,14 +143,14 @@ class Artifacts:
                 total -= size_bytes
 
 
-def _seal(folder: Path) -> None:
+def _mark_complete(folder: Path) -> None:
     facts = {file.name: _facts(file) for file in sorted(folder.iterdir())}
-    (folder / _SEAL).write_text(json.dumps(facts))
+    (folder / _COMPLETE).write_text(json.dumps(facts))
 
 
-def _is_sound(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
-        facts = json.loads((folder / _SEAL).read_bytes())
+        facts = json.loads((folder / _COMPLETE).read_bytes())
         return bool(facts) and all(_facts(folder / name) == known for name, known in facts.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from pbc.bundle import Bundle
-from pbc.data import InputSpec
 from pbc.runtime.engines import Executable
-from pbc.runtime.features.cache import (
-    DiskStore,
-    FeatureCache,
-    Layout,
-    MemoryStore,
-    Store,
-    assign_slots,
-)
+from pbc.runtime.features.cache import FeatureCache
 from pbc.runtime.features.views import Views
 from pbc.runtime.meter import Meter
-from pbc.runtime.options import TrainOptions
-
-
-def has_prefix(bundle: Bundle) -> bool:
-    """Say whether anything is frozen before the first trainable layer."""
-    return "prefix/0" in bundle.manifest["graphs"]
-
-
-def one_body(bundle: Bundle) -> bool:
-    """Say whether all levels share one body, so that features of any level may be mixed."""
-    graphs = bundle.manifest["graphs"]
-    bodies = {bundle.sha256(file) for name, file in graphs.items() if name.startswith("body/")}
-    return len(bodies) == 1
 
 
 @dataclass(frozen=True)
@@ -71,12 +47,12 @@ class Features:
         """Return bool[b]: whether the cache has what int64[b] rows are at int64[b] levels."""
         if self.cache is None:
             return np.zeros(len(rows), dtype=bool)
-        held: np.ndarray = self.cache.slots[rows] >= 0
+        held = self.cache.holds(rows)
         return held if self.mixed else held & (self.levels[rows] == levels)
 
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return f32 features of rows that the cache holds."""
-        assert self.cache is not None
+        assert self.cache is not None, "rows are held by a cache"
         features = self.cache.gather(self.cache.slots[rows])
         self.meter.lap("cache")
         return features
@@ -107,44 +83,3 @@ def joined(
         for name, value in features.items():
             whole[name][positions] = value
     return whole
-
-
-def open_cache(
-    bundle: Bundle, options: TrainOptions, rows: int, folder: Path
-) -> FeatureCache | None:
-    """Make an empty cache, or find the disk's; None if not even one row would fit.
-
-    Raises DiskFullError where the disk has no room for it.
-    """
-    shapes = {name: tuple(shape) for name, shape in bundle.manifest["features"].items()}
-    layout = Layout(shapes)
-    row_bytes = layout.width * np.dtype(options.cache_dtype).itemsize
-    count = min(rows, options.cache_mb * 2**20 // row_bytes)
-    if count == 0:
-        return None
-    store: Store
-    if options.cache == "disk":
-        store = DiskStore(folder, count, layout.width, options.cache_dtype)
-    else:
-        store = MemoryStore(count, layout.width, options.cache_dtype)
-    return FeatureCache(layout, store, assign_slots(rows, count, options.seed))
-
-
-def level_key(bundle: Bundle, spec: InputSpec, engine: str, dtype: str) -> Callable[[int], bytes]:
-    """Return the function from a level to the hash of all that decides its features.
-
-    engine: name and version. The prefix counts with its graph and every file of weights it reads,
-    the level with all that the manifest says about how it computes.
-    """
-
-    def key(level: int) -> bytes:
-        graph = f"prefix/{level}"
-        row = bundle.manifest["levels"][level]
-        # A bundle that does not say what a graph reads is older: all that it holds counts.
-        weights = bundle.manifest.get("weights", {}).get(graph, bundle.manifest["files"])
-        files = sorted({bundle.manifest["graphs"][graph], *weights})
-        parts = [str(level), *(bundle.sha256(file) for file in files)]
-        parts += [str(row["precision"]), str(row["resolution"]), spec.hash(), engine, dtype]
-        return hashlib.sha256("\n".join(parts).encode()).digest()
-
-    return key
