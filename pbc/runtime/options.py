@@ -1,4 +1,4 @@
-"""What a training run can be told."""
+"""Options of a training run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from pbc.errors import UsageError, suggest
 from pbc.runtime.features.stores import DTYPES
 from pbc.runtime.objective import Objective, default_rate
+from pbc.runtime.optimizers import optimizer_facts
 
 CACHES = ("off", "ram", "disk")
 _MOMENTUM = Objective().momentum
@@ -79,10 +80,10 @@ class TrainOptions:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be at least 1")
-        optimizer = self.objective.optimizer  # which refuses what no optimizer can do
-        if self.momentum != _MOMENTUM and optimizer != "sgd":
+        optimizer = optimizer_facts(self.objective.optimizer)  # which refuses what none can do
+        if self.momentum != _MOMENTUM and not optimizer.takes_momentum:
             raise UsageError(
-                f"the momentum is {self.momentum}, but {optimizer} takes none; "
+                f"the momentum is {self.momentum}, but {self.optimizer} takes none; "
                 "only sgd does (--optimizer sgd)"
             )
         if not self.alpha >= 0:

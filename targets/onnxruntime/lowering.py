@@ -142,7 +142,7 @@ class OnnxRuntimeLowering:
         """A session like the device's, with the graph's tensors in it."""
         from onnxruntime import InferenceSession
 
-        from pbc.runtime.engines.onnxruntime.engine import session_options
+        from pbc.runtime.engines.onnxruntime.session import session_options
         from pbc.targets.onnxruntime.convert import inline, with_tensors
 
         names = tensor_names(graph)
