@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from pbc.errors import PbcError
 from pbc.util.atomic import replace_bytes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Checkpoint:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["format"] != str(FORMAT):
                 raise PbcError(
-                    f"{path} has checkpoint format {metadata['format']}; this pbc reads {FORMAT}"
+                    f"{path} has checkpoint format {metadata['format']}; this pbc reads {FORMAT}: "
+                    "start again with --overwrite"
                 )
             return cls(json.loads(metadata["facts"]), arrays)
         except (SafetensorError, OSError, KeyError, ValueError) as error:

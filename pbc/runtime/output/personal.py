@@ -91,10 +91,11 @@ def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarr
 def write_model(
     output: Output, bundle: Bundle, theta: Mapping[str, np.ndarray], facts: Mapping[str, Any]
 ) -> None:
-    """Write the trained parameters, then model.json with `facts`: its presence says all is there.
+    """Write bundle and trained parameters, then model.json with `facts`: then all is there.
 
     facts: `classes`, `batch` and what else is worth knowing about the run.
     """
+    output.adopt(bundle)
     replace_bytes(output.trainable, safetensors.numpy.save(dict(theta)))
     model = {"format": 1, "bundle": bundle.digest, **facts}
     replace_bytes(output.model, (json.dumps(model, indent=1) + "\n").encode())
