@@ -45,7 +45,7 @@ class Totals:
 
     @classmethod
     def zero(cls, levels: int) -> Totals:
-        """Return the sums over nothing, for a ladder of so many levels."""
+        """Return the sums over nothing, for a ladder of `levels`."""
         return cls([0] * levels)
 
     def count(self, loss: float, levels: np.ndarray, *, updated: bool) -> None:

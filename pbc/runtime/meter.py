@@ -19,7 +19,7 @@ STAGES = (
     "backward",
     "bookkeeping",
 )
-"""What a run's time is charged to.
+"""Stages that a run's time is charged to.
 
 measure: timing levels before the first epoch. decode: from files, or from a stream and whatever it
 waits for, to pixels. policy: predicting fidelities. audit: comparing levels with level 0 on the

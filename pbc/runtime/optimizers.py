@@ -75,7 +75,7 @@ def state_names(optimizer: str, parameters: Iterable[str]) -> list[tuple[str, st
 
 
 def bias_corrections(steps: int) -> tuple[float, float]:
-    """Return what Adam's mean and mean square are divided by after so many steps, in float64.
+    """Return what Adam's mean and mean square are divided by after `steps` steps, in float64.
 
     In float32, `1 - 0.999**t` has lost four digits at the first steps.
     """

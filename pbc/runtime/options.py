@@ -13,7 +13,7 @@ from pbc.runtime.optimizers import optimizer_facts
 
 CACHES = ("off", "ram", "disk")
 _MOMENTUM = Objective().momentum
-# More would be a cache of mostly the same picture.
+# More would be a cache of mostly the same image.
 _MOST_VIEWS = 64
 # These may differ when a run is resumed: they decide when it ends and what is written beside it.
 # (Costs are read once, at the start; from then on those of the checkpoint count.)
@@ -32,11 +32,11 @@ class TrainOptions:
     fidelity_floor: no sample runs at a level whose fidelity, predicted for the sample or measured
         on held-out images, is below; None: what max_accuracy_loss implies.
     max_level: no sample runs at a cheaper level than this; None: any.
-    routing, skip: False sends every sample to level 0, visits and learns from every sample in
-        every epoch.
+    routing, skip: False sends every sample to level 0; visits every sample in every epoch, and
+        learns from it.
     time_budget: seconds that the whole run may take; None: as long as it needs.
     prefix_batch: samples per call of a prefix that looks ahead; None: what measured fastest.
-    augment: views per sample, the whole image and so many less one crops; 0 and 1: the image.
+    augment: views per sample, the whole image and crops; 0 and 1: the image alone.
     costs: a file of measured costs to decide by, instead of measuring.
     cache_mb: upper bound of the feature cache, in MiB.
     threads: of the engine; the last bits of a result depend on it.

@@ -46,7 +46,7 @@ def with_head(
 def checked_theta(
     bundle: Bundle, theta: Mapping[str, np.ndarray], classes: int
 ) -> dict[str, np.ndarray]:
-    """Return trainable parameters in f32 and in the manifest's order, for so many classes.
+    """Return trainable parameters in f32 and in the manifest's order, for a head of `classes`.
 
     Raises PbcError where names or shapes are not the bundle's, or a value is not finite.
     """

@@ -161,7 +161,7 @@ class Trainer:
         return self._end_epoch(report, last=self.finished)
 
     def run_round(self, epochs: int) -> tuple[EpochReport, ...]:
-        """Run so many epochs, which no total or time budget bounds, and save a checkpoint.
+        """Run N epochs, which no total or time budget bounds, and save a checkpoint.
 
         Views that the options' epochs do not show are not cached: with `augment`, `options.epochs`
         should be as many as the views.

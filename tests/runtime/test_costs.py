@@ -56,7 +56,7 @@ def test_measuring_changes_nothing_but_the_clock(tmp_path: Path, kind: str) -> N
 def test_pinned_costs_decide(tmp_path: Path) -> None:
     path = tiny.costs(tmp_path / "costs.json")
     data = json.loads(path.read_text())
-    data["levels"][1]["prefix_ms"] = 0.01  # the dearer proxy by its number is the cheaper one here
+    data["levels"][1]["prefix_ms"] = 0.01  # by their numbers, the other proxy is cheaper
     path.write_text(json.dumps(data))
     run = trainer(tmp_path, "probe", costs=path, fidelity_floor=0.3)
     run.prepare()

@@ -27,7 +27,7 @@ class DiskFullError(PbcError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How named features share one row; a [C, H, W] feature is stored as [H, W, C].
+    """The order of named features in one row; a [C, H, W] feature is stored as [H, W, C].
 
     That is the memory order in which engines hand it over and take it back, so that neither
     putting nor gathering transposes anything.

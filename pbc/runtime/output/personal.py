@@ -26,7 +26,7 @@ from pbc.util.atomic import replace_bytes
 
 @dataclass(frozen=True)
 class Personal:
-    """What `pbc train` left in its output folder, loaded and ready."""
+    """A personal model, loaded from its folder and ready."""
 
     bundle: Bundle
     model: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What every decision about a run may depend on, in one value."""
+"""All that a decision about a run may depend on, in one value."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _REPEATS = 2
 # 0.9 ms per image in calls of 16, and 0.6 in calls of 32.
 _USUAL_AHEAD = 4
 _OTHER_AHEAD = (2, 8)
-# The first call of a shape takes so many times as long as the next: engines specialise their code.
+# The first call of a shape takes N times as long as the next: engines specialise their code.
 _COLD = 4
 
 
@@ -34,7 +34,7 @@ _COLD = 4
 class CostProfiler:
     """Measurements of one run.
 
-    images: so many views of the run, as its epochs show them, as f32[b, 3, H, W]. labels: int64[n].
+    images: number to f32[number, 3, H, W], views as the run's epochs show them. labels: int64[n].
     levels: those the run may use. batch: samples per mini-batch. chunk: samples per prefix call,
     None to choose. computed: how often the run would make a sample's features. epochs: how often it
     would learn from a sample. prefix, bodies: whether there is a prefix, one body per level.

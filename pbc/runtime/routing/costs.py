@@ -59,7 +59,7 @@ class Costs:
 
     @classmethod
     def from_json(cls, data: Any, levels: int) -> Costs:
-        """Read what `to_json` gave, for so many levels; raises PbcError on anything else."""
+        """Read what `to_json` gave, for a ladder of `levels`; raises PbcError on anything else."""
         try:
             costs = cls(
                 tuple(LevelCost(**level) for level in data["levels"]),
@@ -87,7 +87,7 @@ class Costs:
 
     @classmethod
     def load(cls, path: Path, levels: int) -> Costs:
-        """Read what `save` wrote for a bundle of so many levels."""
+        """Read what `save` wrote for a bundle of `levels` levels."""
         try:
             return cls.from_json(json.loads(path.read_bytes()), levels)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Where a bundle and a user's bounds let samples run: the floor, and the levels above it."""
+"""Levels at which a bundle and a user's bounds let samples run: those above the floor."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pbc.runtime.routing.predictions import means, predict
 
 @dataclass(frozen=True)
 class Survey:
-    """What can be found out about a run's device and samples."""
+    """Questions to a run's device and samples."""
 
     context: RunContext
 

@@ -454,7 +454,7 @@ def test_an_entry_that_cannot_be_loaded_is_made_again(tmp_path: Path, cache: Pat
     graph.write_bytes(good[:100])
     assert load(tmp_path).prefix(0, images())["flat"].tobytes() == expected.tobytes()
     assert graph.read_bytes() == good
-    # Whole as it is sealed, but nothing that onnxruntime can read.
+    # Whole by its complete marker, but nothing that onnxruntime can read.
     key = graph.parent.name
     store = Artifacts(cache)
     store.discard(key)

@@ -29,7 +29,7 @@ ERRORS = (
     failures.NotImplemented,
     failures.RuntimeException,
 )
-"""What onnxruntime raises; the classes have no base of their own."""
+"""Exceptions of onnxruntime; the classes have no base of their own."""
 
 
 class SessionGraph:
@@ -76,7 +76,7 @@ class SessionGraph:
 
 
 def session_options(threads: int | None) -> Any:
-    """Return the options of every session: so many threads, or one for each core."""
+    """Return the options of every session, which runs on N threads, or one for each core."""
     options = SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or cores()

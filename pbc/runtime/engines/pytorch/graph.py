@@ -41,7 +41,7 @@ _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a value lies while the graph runs."""
+    """The place of a value while the graph runs."""
 
     index: int
 
