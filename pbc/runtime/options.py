@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pbc.errors import UsageError, suggest
-from pbc.runtime.features.stores import DTYPES
 from pbc.runtime.objective import Objective, default_rate
 from pbc.runtime.optimizers import optimizer_facts
 
 CACHES = ("off", "ram", "disk")
+CACHE_DTYPES = ("float32", "float16")
 _MOMENTUM = Objective().momentum
 # More would be a cache of mostly the same image.
 _MOST_VIEWS = 64
@@ -72,7 +72,7 @@ class TrainOptions:
         """Refuse values that cannot be meant."""
         for kind, value, known in (
             ("cache", self.cache, CACHES),
-            ("cache dtype", self.cache_dtype, DTYPES),
+            ("cache dtype", self.cache_dtype, CACHE_DTYPES),
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))

@@ -61,7 +61,7 @@ class SelfTest:
 
 
 def images(spec: InputSpec, count: int = IMAGES) -> np.ndarray:
-    """Return f32[count, C, H, W]: ramps and stripes, normalised like photos; each sample's differ."""
+    """Return f32[count, C, H, W]: ramps and stripes that differ by sample, normalised."""
     _, height, width = spec.shape
     sample, row, column, channel = np.ogrid[:count, :height, :width, :3]
     ramp = row * (3 + 2 * sample) + column * (5 - sample) + 61 * channel * (sample + 1)

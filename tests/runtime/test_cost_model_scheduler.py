@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pbc import plugins
-from pbc.runtime.routing.costs import Costs, LevelCost
-from pbc.runtime.routing.estimate import NEVER, Skipping, Workload, cheapest, full_epochs, visits
+from pbc.runtime.costs import Costs, LevelCost
 from pbc.runtime.schedulers import Batch, Fallback, Scheduler, SchedulerInput
 from pbc.runtime.schedulers.cost_model import HARD_SKIPPING, USUAL_SKIPPING, CostModel
+from pbc.runtime.schedulers.estimate import NEVER, Skipping, Workload, cheapest, full_epochs, visits
 
 
 def costs(*prefix_ms: float, body_ms: float = 0.2, gather_ms: float = 0.0) -> Costs:

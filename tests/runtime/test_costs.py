@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from pbc.bundle.ladder import Ladder
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
+from pbc.runtime.costs import Costs
 from pbc.runtime.engines import Executable
 from pbc.runtime.events import Event, Note
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.cost_profiler import CostProfiler
-from pbc.runtime.routing.costs import Costs
 from pbc.runtime.routing.fidelity_floor import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
 from pbc.runtime.runtime import Runtime
 from pbc.runtime.trainer import Trainer

@@ -17,7 +17,6 @@ from pbc.errors import PbcError
 from pbc.runtime.features.keys import KEY_BYTES
 from pbc.util.atomic import cannot_write
 
-DTYPES = ("float32", "float16")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -69,7 +69,7 @@ class Views:
         return rows
 
     def shown(self, epochs: int) -> np.ndarray:
-        """Return int64[m], ascending: the rows that the first `epochs` show; all from `count` on."""
+        """Return int64[m], ascending: the rows that the first epochs show, all from `count` on."""
         everybody = np.arange(len(self.samples))
         views = range(min(epochs, self.count))
         return np.unique(np.concatenate([self.rows(epoch, everybody) for epoch in views]))

@@ -15,8 +15,8 @@ from time import perf_counter
 import numpy as np
 
 from pbc.bundle.ladder import Ladder
+from pbc.runtime.costs import Costs, LevelCost
 from pbc.runtime.engines import Arrays, Executable
-from pbc.runtime.routing.costs import Costs, LevelCost
 
 # Of the time that the run would take at level 0.
 _SHARE = 0.015

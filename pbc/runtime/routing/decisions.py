@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pbc.runtime.costs import Costs
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.routing.audit import Finding
-from pbc.runtime.routing.costs import Costs
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pbc.runtime.costs import Costs
 from pbc.runtime.features.cache import FeatureCache, open_cache
 from pbc.runtime.features.keys import level_key
 from pbc.runtime.features.source import Features
 from pbc.runtime.features.stores import DiskFullError
 from pbc.runtime.routing.audit import Finding, audit, chosen
 from pbc.runtime.routing.context import RunContext
-from pbc.runtime.routing.costs import Costs
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.routing.survey import Survey

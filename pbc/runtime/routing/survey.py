@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pbc.runtime.costs import Costs
 from pbc.runtime.routing.audit import Finding
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.cost_profiler import CostProfiler
-from pbc.runtime.routing.costs import Costs
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.predictions import means, predict
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from pbc.runtime.routing.costs import Costs
+from pbc.runtime.costs import Costs
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.routing.estimate import NEVER, Skipping, Workload, cheapest, full_epochs
 from pbc.runtime.schedulers import Batch, SchedulerInput
+from pbc.runtime.schedulers.estimate import NEVER, Skipping, Workload, cheapest, full_epochs
 
 # Measured on MobileNetV3, Caltech-101, 3 seeds: 0.6 to 0.7 of the visits at the accuracy of all.
 USUAL_SKIPPING = Skipping(0.7, 2)

@@ -311,7 +311,7 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
     resumed = killed_until_done(train, 3, (1, 14))
     model = "trainable.safetensors"
     assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
-    for key in ("epoch", "loss", "levels", "steps", "skipped"):
+    for key in ("epoch", "loss", "levels", "steps", "skipped_updates"):
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pbc.runtime.routing.costs import Costs
+from pbc.runtime.costs import Costs
 
 # Of the losses of a trained model more lie below their mean than above it.
 _BELOW_MEAN = 0.65
