@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pbc.runtime.optimizers import OPTIMIZERS
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.runtime.options import TrainOptions
 
 _DEFAULTS = TrainOptions()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pbc.bundle.optimizers import OPTIMIZERS, optimizer_facts
 from pbc.errors import UsageError
-from pbc.runtime.optimizers import OPTIMIZERS, optimizer_facts
 
 # Far beyond use; what an optimizer makes of a larger one is no float32.
 _LARGEST = 1e30

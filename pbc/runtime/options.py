@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pbc.bundle.optimizers import optimizer_facts
 from pbc.errors import UsageError, suggest
 from pbc.runtime.objective import Objective, default_rate
-from pbc.runtime.optimizers import optimizer_facts
 
 CACHES = ("off", "ram", "disk")
 CACHE_DTYPES = ("float32", "float16")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pbc.bench.tuning import RATES
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import UsageError
 from pbc.runtime.objective import Objective, default_rate
-from pbc.runtime.optimizers import OPTIMIZERS
 from pbc.runtime.options import TrainOptions
 
 

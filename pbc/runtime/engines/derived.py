@@ -14,10 +14,10 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import BODY, FORWARD, POLICY, PREFIX, update
+from pbc.bundle.optimizers import EPSILON, NEW, OPTIMIZERS, bias_corrections, state_names
 from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays
 from pbc.runtime.objective import Objective
-from pbc.runtime.optimizers import EPSILON, NEW, OPTIMIZERS, bias_corrections, state_names
 
 
 class DerivedExecutable(ABC):

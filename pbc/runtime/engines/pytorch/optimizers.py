@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, EPSILON, bias_corrections
+from pbc.bundle.optimizers import OPTIMIZERS as FACTS
 from pbc.runtime.objective import Objective
-from pbc.runtime.optimizers import BETA_MEAN, BETA_SQUARE, EPSILON, bias_corrections
-from pbc.runtime.optimizers import OPTIMIZERS as FACTS
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -26,7 +26,7 @@ class Optimizer(Protocol):
         """Move every parameter that has a gradient, in place."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is kept, by the names of pbc.runtime.optimizers; not copied."""
+        """Return what is kept, by the names of pbc.bundle.optimizers; not copied."""
 
 
 class Sgd:

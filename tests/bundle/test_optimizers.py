@@ -9,13 +9,13 @@ import pytest
 import tiny
 import tiny_onnx
 
+from pbc.bundle.optimizers import OPTIMIZERS, bias_corrections, state_names
 from pbc.errors import PbcError
 from pbc.runtime.engines import Executable
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.engines.pytorch.optimizers import OPTIMIZERS as ARITHMETIC
 from pbc.runtime.objective import Objective
-from pbc.runtime.optimizers import OPTIMIZERS, bias_corrections, state_names
 from pbc.runtime.parameters import initial_parameters
 
 
