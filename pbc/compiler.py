@@ -15,7 +15,7 @@ from torch import nn
 from pbc import plugins
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
-from pbc.data import class_names
+from pbc.data import labelled
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.frontend import models, strategy
 from pbc.frontend.capture import capture
@@ -29,6 +29,7 @@ from pbc.lower.lowering import Lowering, Tunes, missing_packages
 from pbc.proxies import parallel
 from pbc.target import Target, load_target
 from pbc.util.extras import EXTRAS
+from pbc.util.progress import tell
 
 DEFAULT_ENGINE = "pytorch"
 UP_TO_PLAN = pipeline.STAGES.index("plan")
@@ -325,7 +326,10 @@ def _needs(entry: plugins.Entry) -> str | None:
 def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
     if options.data is None:
         return None, options.classes
-    names = tuple(class_names(options.data))
+    found = labelled(options.data)
+    if found.note:
+        tell(f"data: {found.note}")
+    names = tuple(found.members)
     if len(names) < 2:
         raise PbcError(f"{options.data} has one class folder, {names[0]!r}; two are the least")
     if options.classes is not None and options.classes != len(names):

@@ -12,7 +12,8 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -70,7 +71,8 @@ class Bundle:
         names = _entry_names(path)
         if MANIFEST not in names:
             raise PbcError(f"{path} is not a bundle: it has no {MANIFEST}")
-        manifest = _parse_manifest(path, _read_entry(path, MANIFEST, None))
+        with _archive(path) as archive:
+            manifest = _parse_manifest(path, _read_entry(path, MANIFEST, None, archive))
         named = set(manifest["files"])
         for name in sorted(named - names):
             raise PbcError(f"{path} is incomplete: {name} is missing; copy or compile it again")
@@ -118,8 +120,12 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """Return the verified bytes of one file."""
+        with _archive(self.path) as archive:
+            return self._read(name, archive)
+
+    def _read(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
         facts = self._facts(name)
-        data = _read_entry(self.path, name, facts["size_bytes"])
+        data = _read_entry(self.path, name, facts["size_bytes"], archive)
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise PbcError(
                 f"{self.path} is damaged: the sha256 of {name} is not "
@@ -147,8 +153,9 @@ class Bundle:
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest."""
-        for name in self.manifest["files"]:
-            self.read(name)
+        with _archive(self.path) as archive:
+            for name in self.manifest["files"]:
+                self._read(name, archive)
 
     def _facts(self, name: str) -> dict[str, Any]:
         facts: dict[str, Any] | None = self.manifest["files"].get(name)
@@ -201,36 +208,49 @@ def check_name(path: Path, name: str) -> None:
         raise PbcError(f"{path}: unsafe file name {name!r}; names are relative, without '..'")
 
 
-def _entry_names(path: Path) -> set[str]:
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
+    """Open a bundle once for all entries that are read; None for a bundle that is a folder."""
     if path.is_dir():
-        return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        yield None
+        return
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
+        archive = zipfile.ZipFile(path)
     except (*_ZIP_ERRORS, OSError) as error:
         raise PbcError(
             f"{path} is not a bundle (a zip file) or is truncated: {error}; "
             "copy or compile it again"
         ) from error
-    names = [info.filename for info in infos]
-    for name in names:
-        check_name(path, name)
-        if names.count(name) > 1:
-            raise PbcError(f"{path} holds {name} twice; compile it again")
-    return set(names)
+    with archive:
+        yield archive
 
 
-def _read_entry(path: Path, name: str, size_bytes: int | None) -> bytes:
+def _entry_names(path: Path) -> set[str]:
+    with _archive(path) as archive:
+        if archive is None:
+            return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        infos = archive.infolist()
+    names: set[str] = set()
+    for info in infos:
+        check_name(path, info.filename)
+        if info.filename in names:
+            raise PbcError(f"{path} holds {info.filename} twice; compile it again")
+        names.add(info.filename)
+    return names
+
+
+def _read_entry(
+    path: Path, name: str, size_bytes: int | None, archive: zipfile.ZipFile | None
+) -> bytes:
     try:
-        if path.is_dir():
+        if archive is None:
             data = (path / name).read_bytes()
         else:
-            with zipfile.ZipFile(path) as archive:
-                info = archive.getinfo(name)
-                # Stored only: the size is then bounded by the file's, whatever a header claims.
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise zipfile.BadZipFile("the entry is compressed; a bundle stores it as is")
-                data = archive.read(info)
+            info = archive.getinfo(name)
+            # Stored only: the size is then bounded by the file's, whatever a header claims.
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("the entry is compressed; a bundle stores it as is")
+            data = archive.read(info)
     except (*_ZIP_ERRORS, KeyError, OSError) as error:
         raise PbcError(
             f"{path} is damaged: cannot read {name} ({error}); copy or compile it again"

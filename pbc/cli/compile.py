@@ -18,7 +18,7 @@ from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli.inspect import show_levels
 from pbc.errors import UsageError
-from pbc.util.progress import reporting_to
+from pbc.util.progress import reporting_to, telling
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -185,6 +185,16 @@ def _show_notes(notes: tuple[str, ...] | list[str]) -> None:
 def progress_bar(quiet: bool) -> Iterator[None]:
     """Show what the compiler reports: a bar on a terminal, a line per stage otherwise."""
     console = Console(stderr=True)
+
+    def print_line(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with telling(print_line), _bar(console, quiet):
+        yield
+
+
+@contextmanager
+def _bar(console: Console, quiet: bool) -> Iterator[None]:
     if quiet:
         yield
     elif not console.is_terminal:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pbc.bundle import Bundle
-from pbc.data import InputSpec, Samples
+from pbc.data import InputSpec, Inventory, Samples
 from pbc.errors import PbcError
 from pbc.runtime.parameters import labelled_for
 
@@ -44,7 +44,7 @@ def blocks(bundle: Bundle, stream: Stream, classes: Sequence[str], size: int) ->
                 np.array(labels, dtype=np.int64),
                 tuple(classes),
                 tuple(hashlib.sha256(image.tobytes()).digest() for image in images),
-                (),
+                Inventory(read=len(names)),
                 images,
                 lambda name: b"",  # all are decoded
             ),

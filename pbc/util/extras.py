@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, str] = {
     "tvm": "tvm",
     "tvm_ffi": "tvm",
     "ziglang": "tvm",
+    "pillow_heif": "heic",
 }
 """Extras of a machine that makes bundles and rebuilds rivals."""
 
