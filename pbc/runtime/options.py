@@ -121,6 +121,10 @@ class TrainOptions:
         """Return the number of views per sample."""
         return max(self.augment, 1)
 
+    def resolved(self, batch: int) -> dict[str, Any]:
+        """Return what is used where None was given, with mini-batches of `batch`."""
+        return {"batch": batch, "learning_rate": self.objective.learning_rate}
+
     def to_json(self) -> dict[str, Any]:
         """Return all options but the place of a file, which says nothing elsewhere."""
         return {name: value for name, value in asdict(self).items() if name != "costs"}

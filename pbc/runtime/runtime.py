@@ -152,11 +152,5 @@ class Runtime:
         output = Output(Path(out))
         with output.locked():
             output.clear(overwrite=overwrite)
-            facts = {
-                "classes": list(names),
-                "samples": 0,
-                "batch": self.bundle.manifest["batch"],
-                "options": {},
-                "metrics": {},
-            }
-            write_model(output, self.bundle, checked, facts)
+            batch = self.bundle.manifest["batch"]
+            write_model(output, self.bundle, checked, classes=names, batch=batch)

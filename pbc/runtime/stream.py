@@ -91,17 +91,17 @@ class StreamTraining:
         result = totals.report(1, meter.seconds, skipped_samples=0)
         metrics.append(result.to_json())
         final = {"final": True, "epochs": 1}
-        rate = self._options.objective.learning_rate
-        resolved = {"batch": self._batch, "learning_rate": rate}
-        facts = {
-            "classes": list(classes),
-            "samples": totals.samples,
-            "batch": self._batch,
-            "options": {**self._options.to_json(), **resolved},
-            "fidelity_floor": run.floor,
-            "metrics": final,
-        }
-        write_model(self._output, self._bundle, theta, facts)
+        write_model(
+            self._output,
+            self._bundle,
+            theta,
+            classes=classes,
+            batch=self._batch,
+            samples=totals.samples,
+            options={**self._options.to_json(), **self._options.resolved(self._batch)},
+            fidelity_floor=run.floor,
+            metrics=final,
+        )
         metrics.append(final)
         return result
 

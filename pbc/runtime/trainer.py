@@ -107,7 +107,7 @@ class Trainer:
         return self._executable.parameters()
 
     def set_parameters(self, theta: Mapping[str, np.ndarray], *, keep_optimizer: bool) -> None:
-        """Go on from other trainable parameters; an epoch under way begins again.
+        """Go on from other trainable parameters, once prepared; an epoch under way begins again.
 
         theta: every parameter by name; raises PbcError for other names or shapes, and for values
         that are not finite. keep_optimizer: whether momentum and the like stay, or are zero again.
@@ -183,15 +183,17 @@ class Trainer:
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
         if self._run.decisions.findings:
             final["audit"] = [found.to_json() for found in self._run.decisions.findings]
-        facts = {
-            "classes": list(self._samples.classes),
-            "samples": len(self._samples),
-            "batch": self.batch,
-            "options": {**self.options.to_json(), **self._resolved()},
-            "fidelity_floor": self._run.floor,
-            "metrics": final,
-        }
-        write_model(self._output, self._bundle, self.parameters(), facts)
+        write_model(
+            self._output,
+            self._bundle,
+            self.parameters(),
+            classes=self.classes,
+            batch=self.batch,
+            samples=len(self._samples),
+            options={**self.options.to_json(), **self.options.resolved(self.batch)},
+            fidelity_floor=self._run.floor,
+            metrics=final,
+        )
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
         return result
@@ -362,11 +364,8 @@ class Trainer:
         return {
             "bundle": self._bundle.digest,
             "data": self._samples.digest(),
-            "options": {**self.options.deciding(), **self._resolved()},
+            "options": {**self.options.deciding(), **self.options.resolved(self.batch)},
         }
-
-    def _resolved(self) -> dict[str, Any]:
-        return {"batch": self.batch, "learning_rate": self.objective.learning_rate}
 
     def _resumable(self) -> Checkpoint | None:
         """Load the checkpoint if it is of this very run; None if there is none yet."""
@@ -375,10 +374,7 @@ class Trainer:
             self._report(Note(f"no checkpoint in {self._output.root}: starting at the beginning"))
             return None
         checkpoint = Checkpoint.load(path)
-        different = difference(checkpoint.facts, self._identity())
-        done, wanted = checkpoint.facts["epoch"], self.options.epochs
-        if different is None and done > wanted and not checkpoint.facts["rounds"]:
-            different = f"{done} epochs are done already, not {wanted}"
+        different = difference(checkpoint.facts, self._identity(), self.options.epochs)
         if different is not None:
             raise PbcError(
                 f"cannot resume {self._output.root}: {different}; --overwrite starts again"

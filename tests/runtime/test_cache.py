@@ -217,10 +217,14 @@ def test_float16_refuses_what_it_cannot_hold() -> None:
 
 
 def test_keys_depend_on_everything() -> None:
-    keys = chunk_keys(b"level", [b"a", b"b"])
-    assert (
-        len({*keys, *chunk_keys(b"other", [b"a", b"b"]), *chunk_keys(b"level", [b"b", b"a"])}) == 6
-    )
+    """On the level, on what shares the chunk, and on the size that a short chunk is padded to."""
+    keys = [
+        *chunk_keys(b"level", 4, [b"a", b"b"]),
+        *chunk_keys(b"other", 4, [b"a", b"b"]),
+        *chunk_keys(b"level", 4, [b"b", b"a"]),
+        *chunk_keys(b"level", 8, [b"a", b"b"]),
+    ]
+    assert len(set(keys)) == 8
     assert all(len(key) == 32 for key in keys)
 
 

@@ -54,22 +54,19 @@ class TrainerExecutable:
 
     def __init__(self, shared: SharedExecutable) -> None:
         self._shared = shared
-        self._objective: Objective | None = None
-        self._aside: _SetAside | None = None
+        self._objective = Objective()
+        self._aside = _SetAside(self._objective, {}, {})
 
     def set_aside(self, executable: Executable) -> None:
         """Copy the state out, for another trainer's turn."""
-        if self._objective is not None:
-            self._aside = _SetAside(
-                self._objective, executable.parameters(), executable.optimizer_state()
-            )
+        self._aside = _SetAside(
+            self._objective, executable.parameters(), executable.optimizer_state()
+        )
 
     def put_back(self, executable: Executable) -> None:
-        """Copy the state in, if there is one yet."""
-        if self._aside is not None:
-            executable.start(self._aside.parameters, self._aside.objective)
-            executable.load_optimizer_state(self._aside.optimizer)
-            self._aside = None
+        """Copy the state in; before the first `start` there are no parameters."""
+        executable.start(self._aside.parameters, self._aside.objective)
+        executable.load_optimizer_state(self._aside.optimizer)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         return self._shared.frozen.policy(views)

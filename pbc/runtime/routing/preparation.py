@@ -18,6 +18,7 @@ from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.routing.survey import Survey
 from pbc.runtime.schedulers import SchedulerInput
+from pbc.util.processor import cores
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ class Preparation:
         context = self.context
         if features.cache is None:
             return
-        engine = f"{context.engine.name} {context.engine.version()}"
+        threads = context.options.threads or cores()
+        engine = f"{context.engine.name} {context.engine.version()} {threads} threads"
         key = level_key(context.bundle, context.samples.spec, engine, context.options.cache_dtype)
 
         def progress(done: int, total: int) -> None:
