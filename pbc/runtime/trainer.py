@@ -16,7 +16,7 @@ from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
-from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
+from pbc.runtime.loop import DivergedError, finite_parameters, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint, difference, join
@@ -28,6 +28,7 @@ from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.preparation import Preparation
 from pbc.runtime.routing.prepared import Prepared
+from pbc.runtime.run_state import RunState
 from pbc.util.interrupt import Interrupt
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
@@ -39,7 +40,6 @@ class Trainer:
     """One run: `prepare`, then `run_epoch` while `not finished`, then `finish`.
 
     Federated learning drives it by rounds: `set_parameters`, `run_round`, `parameters`, and so on.
-    epoch and step count what is done: whole epochs, and iterations of the epoch under way.
     """
 
     def __init__(
@@ -59,8 +59,6 @@ class Trainer:
         self.options = options
         self.batch: int = options.batch or bundle.manifest["batch"]
         self.objective = options.objective
-        self.epoch = 0
-        self.step = 0
         self._bundle = bundle
         self._engine = engine
         self._samples = labelled_for(bundle, samples, classes)
@@ -70,16 +68,23 @@ class Trainer:
         keep_freed_memory()
         self._executable = executable or engine.load(bundle, threads=options.threads)
         self._meter = Meter()
-        self._totals = self._no_totals()
+        self._state = RunState.at_start(len(bundle.ladder))
         self._interrupt = Interrupt()
         self._saved_at = monotonic()
         self._epochs = options.epochs
-        self._rounds = 0
-        self._spent_seconds = 0.0
-        self._late = False
         # Set by prepare().
         self._metrics: Metrics
         self._run: Prepared
+
+    @property
+    def epoch(self) -> int:
+        """Return the number of whole epochs that are done."""
+        return self._state.epoch
+
+    @property
+    def step(self) -> int:
+        """Return the number of iterations that are done of the epoch under way."""
+        return self._state.step
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -89,7 +94,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Return whether all epochs are done, or the time budget is."""
-        return self._late or self.epoch >= self._epochs
+        return self._state.late or self.epoch >= self._epochs
 
     @property
     def cache_bytes(self) -> int:
@@ -117,7 +122,7 @@ class Trainer:
         self._executable.start(checked, self.objective)
         if keep_optimizer:
             self._executable.load_optimizer_state(state)
-        self.step, self._totals = 0, self._no_totals()
+        self._state.begin_epoch_again()
 
     def prepare(self, *, resume: bool = False, interrupt: Interrupt | None = None) -> None:
         """Set up parameters, routing and cache; take up the checkpoint's state on `resume`.
@@ -141,9 +146,10 @@ class Trainer:
         # Measuring trained on the first samples: begin again.
         self._executable.start(parameters, self.objective)
         self._epochs = self._run.scheduler.epochs
-        self._totals = self._no_totals()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._state = RunState.from_facts(checkpoint.facts)
+            self._meter.seconds = dict(self._state.totals.seconds)
+            self._executable.load_optimizer_state(checkpoint.part("optimizer"))
         self._metrics.rewind(self.epoch)
         if not self.finished:
             self._run = preparation.fill(self._run)
@@ -157,7 +163,7 @@ class Trainer:
     def run_epoch(self) -> EpochReport:
         """Run to the end of the epoch under way, from its beginning or where it was left."""
         report, iterating_seconds = self._iterate()
-        self._late = self._is_late(iterating_seconds)
+        self._state.late = self._is_late(iterating_seconds)
         return self._end_epoch(report, last=self.finished)
 
     def run_round(self, epochs: int) -> tuple[EpochReport, ...]:
@@ -168,7 +174,7 @@ class Trainer:
         """
         if epochs < 1:
             raise UsageError(f"a round of {epochs} epochs; it must have at least 1")
-        self._rounds += 1
+        self._state.rounds += 1
         reports = []
         for left in reversed(range(epochs)):
             report, _ = self._iterate()
@@ -211,16 +217,11 @@ class Trainer:
             "scheduler": self._run.scheduler.state(),
             "decisions": self._run.decisions.arrays(),
         }
-        self._totals.seconds = dict(self._meter.seconds)
+        self._state.totals.seconds = dict(self._meter.seconds)
         facts = {
             **self._identity(),
             **self._run.decisions.facts(),
-            "spent_seconds": self._spent_seconds,
-            "late": self._late,
-            "epoch": self.epoch,
-            "step": self.step,
-            "rounds": self._rounds,
-            "totals": dataclasses.asdict(self._totals),
+            **self._state.facts(),
         }
         Checkpoint(facts, join(parts)).save(self._output.checkpoint)
         self._saved_at = monotonic()
@@ -230,10 +231,10 @@ class Trainer:
 
     def _iterate(self) -> tuple[EpochReport, float]:
         """Run the rest of the epoch; return its report, and its seconds without preparation."""
-        meter, totals, scheduler = self._meter, self._totals, self._run.scheduler
+        meter, state, totals = self._meter, self._state, self._state.totals
         meter.restart()
         begun_seconds = meter.total_seconds() - totals.iterating_seconds
-        batches = scheduler.plan(self.epoch)
+        batches = self._run.scheduler.plan(state.epoch)
         planned = sum(len(batch.samples) for batch in batches)
         losses = train(
             self._executable,
@@ -242,12 +243,12 @@ class Trainer:
             batches,
             meter,
             totals,
-            epoch=self.epoch,
-            first=self.step,
+            epoch=state.epoch,
+            first=state.step,
         )
         try:
             for loss in losses:
-                self.step += 1
+                state.step += 1
                 totals.iterating_seconds = meter.total_seconds() - begun_seconds
                 self._after_step(loss, len(batches), planned)
         except DivergedError as error:
@@ -256,9 +257,7 @@ class Trainer:
         report = totals.report(
             self.epoch + 1, meter.seconds, skipped_samples=len(self._samples) - totals.samples
         )
-        self._spent_seconds += report.seconds
-        self.epoch, self.step = self.epoch + 1, 0
-        self._totals = self._no_totals()
+        state.end_epoch(report.seconds)
         iterating_seconds = meter.total_seconds() - begun_seconds
         meter.reset()
         return report, iterating_seconds
@@ -269,10 +268,10 @@ class Trainer:
                 epoch=self.epoch + 1,
                 step=self.step,
                 steps=steps,
-                samples=self._totals.samples,
+                samples=self._state.totals.samples,
                 total=planned,
                 loss=loss,
-                levels=tuple(self._totals.visits),
+                levels=tuple(self._state.totals.visits),
             )
         )
         if self._interrupt.requested:
@@ -312,12 +311,12 @@ class Trainer:
     def _is_late(self, epoch_seconds: float) -> bool:
         """Say whether another epoch would overrun the time budget, and tell the user so."""
         budget = self.options.time_budget
-        if budget is None or self.finished or self._spent_seconds + epoch_seconds <= budget:
+        if budget is None or self.finished or self._state.spent_seconds + epoch_seconds <= budget:
             return False
         self._report(
             Note(
                 f"stopping after {self.epoch} of {self._epochs} epochs: another would overrun "
-                f"the time budget of {budget:g} s ({self._spent_seconds:.1f} s are spent)"
+                f"the time budget of {budget:g} s ({self._state.spent_seconds:.1f} s are spent)"
             )
         )
         return True
@@ -334,9 +333,6 @@ class Trainer:
             f"(it is {self.objective.learning_rate:g}) and start again with --overwrite; "
             f"the last good checkpoint is in {self._output.root}"
         )
-
-    def _no_totals(self) -> Totals:
-        return Totals.zero(len(self._bundle.ladder))
 
     # ---- going on --------------------------------------------------------------------------
 
@@ -380,12 +376,3 @@ class Trainer:
                 f"cannot resume {self._output.root}: {different}; --overwrite starts again"
             )
         return checkpoint
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        facts = checkpoint.facts
-        self.epoch, self.step, self._rounds = facts["epoch"], facts["step"], facts["rounds"]
-        self._totals = Totals(**facts["totals"])
-        self._meter.seconds = dict(self._totals.seconds)
-        self._spent_seconds = facts["spent_seconds"]
-        self._late = facts["late"]
-        self._executable.load_optimizer_state(checkpoint.part("optimizer"))
