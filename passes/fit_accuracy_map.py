@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional
 
+from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
 from pbc.ir.graph import PARAMETER, parameter_names, placeholders
-from pbc.ir.levels import BODY, PREFIX, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import cut_at
 from pbc.passes.learn_policy import affordable

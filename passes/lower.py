@@ -6,9 +6,9 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from pbc.bundle.graph_name import FORWARD
 from pbc.bundle.ladder import LATENCY, PROFILE
 from pbc.errors import PbcError
-from pbc.ir.levels import FORWARD
 from pbc.ir.program import Program
 from pbc.lower.backend import backend
 from pbc.lower.lowering import Lowering, Tunes

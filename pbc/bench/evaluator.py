@@ -22,7 +22,7 @@ class Evaluator:
         self._samples = samples
         self._executable = runtime.engine.load(runtime.bundle, threads=threads)
         values = sum(math.prod(shape) for shape in runtime.bundle.manifest["features"].values())
-        kept = "prefix/0" in runtime.bundle.manifest["graphs"]
+        kept = runtime.bundle.has_prefix
         self._keep = kept and 4 * values * len(samples) <= _KEPT_BYTES
         self._kept: dict[int, dict[str, np.ndarray]] = {}
 

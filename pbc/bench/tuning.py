@@ -50,7 +50,7 @@ def tune(
     """
     default = default_rate(options.optimizer)
     bundle = runtime.bundle
-    if "prefix/0" not in bundle.manifest["graphs"]:
+    if not bundle.has_prefix:
         return Rate(default, "the default: without a frozen prefix tuning would cost whole runs")
     values = sum(math.prod(shape) for shape in bundle.manifest["features"].values())
     if 4 * values * len(samples) > _MOST_BYTES:

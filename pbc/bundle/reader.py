@@ -208,9 +208,6 @@ def check_name(path: Path, name: str) -> None:
         raise PbcError(f"{path}: unsafe file name {name!r}; names are relative, without '..'")
 
 
-# ---- reading -------------------------------------------------------------------------------
-
-
 @contextmanager
 def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
     """Open a bundle once for all entries that are read; None for a bundle that is a folder."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName, update
 from pbc.bundle.ladder import FLOAT32, UNALIGNED, Ladder, Level
 from pbc.ir.graph import feature_names, graph_outputs, parameter_names
 from pbc.ir.rewrite import copy_graph, fuse_batch_norms
@@ -23,42 +23,8 @@ Size = tuple[int, int]
 """Height and width in pixels."""
 
 
-class GraphName(NamedTuple):
-    """Which graph it is: its role, and the level where it has one.
-
-    As text it is what a bundle calls it: `policy`, `prefix/0`, `update/2/adam`; nobody reads that
-    text again on the compile side.
-    """
-
-    kind: str
-    optimizer: str | None = None
-    level: int | None = None
-
-    def at(self, level: int) -> GraphName:
-        """Return the graph of this role at a level."""
-        return self._replace(level=level)
-
-    @property
-    def role(self) -> GraphName:
-        """The name without the level."""
-        return self._replace(level=None)
-
-    def __str__(self) -> str:
-        parts = (self.kind, self.level, self.optimizer)
-        return "/".join(str(part) for part in parts if part is not None)
-
-
 MODEL = GraphName("model")
-POLICY = GraphName("policy")
-PREFIX = GraphName("prefix")
-BODY = GraphName("body")
-FORWARD = GraphName("forward")
-"""The derived step's first half: loss and what the second half needs."""
-
-
-def update(optimizer: str) -> GraphName:
-    """Return the name of the derived step's second half: backward and the optimizer's update."""
-    return GraphName("update", optimizer)
+"""The whole network, until it is split; no bundle has it."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import POLICY, GraphName
 from pbc.bundle.ladder import MACS
 from pbc.data import InputSpec
 from pbc.ir.graph import graph_text, output_node, parameter_names
-from pbc.ir.levels import MODEL, POLICY, GraphName, LevelGraphs, LevelPlan
+from pbc.ir.levels import MODEL, LevelGraphs, LevelPlan
 from pbc.ir.rewrite import copy_graph
 from pbc.target import Target
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pbc.bundle.graph_name import GraphName
 from pbc.ir.graph import graph_inputs, graph_outputs
-from pbc.ir.levels import GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 
 Values = Mapping[str, Any]
 """Arrays, or an engine's own tensors, by the names that graphs have for them."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pbc.ir.levels import BODY, FORWARD, IMAGES, PREFIX, GraphName, LevelGraphs, update
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName, update
+from pbc.ir.levels import IMAGES, LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
 

@@ -8,9 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import Node
 
+from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError
 from pbc.ir.graph import GRADIENT, op_name, origin
-from pbc.ir.levels import GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
 from pbc.lower.iteration import IterationTimer, latencies_ms

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbc.ir.levels import POLICY, GraphName
+from pbc.bundle.graph_name import POLICY, GraphName
 
 # A vector register of any CPU in sight, and a cache line.
 ALIGNMENT = 64

@@ -29,7 +29,7 @@ def stages(task: Task) -> dict[str, Any]:
     bundle, spec = bundle_stages.opened(task)
     engine = bundle_stages.engine_of(bundle)
     executable = bundle_stages.started(task, bundle, engine)
-    has_prefix = "prefix/0" in bundle.manifest["graphs"]
+    has_prefix = bundle.has_prefix
     sizes = tuple(factor * task.batch for factor in SIZES) if has_prefix else ()
     pixels = images(spec, max((task.batch, *sizes)), task.photos)
     sides = bundle_stages.sides(task, executable, pixels, sizes)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from pbc.bundle.graph_name import PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
 from pbc.ir.calibration import Calibration
 from pbc.ir.graph import PARAMETER, parameter_names
-from pbc.ir.levels import PREFIX, GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import copy_graph, cut_at
 

@@ -1,11 +1,11 @@
-"""What a step minimises and how it moves: the loss and the optimizer, the same for every engine."""
+"""The loss that a step minimises and the optimizer that moves θ, the same for every engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pbc.bundle.optimizers import OPTIMIZERS
-from pbc.errors import UsageError, suggest
+from pbc.bundle.optimizers import OPTIMIZERS, optimizer_facts
+from pbc.errors import UsageError
 
 # Far beyond use; what an optimizer makes of a larger one is no float32.
 _LARGEST = 1e30
@@ -13,9 +13,7 @@ _LARGEST = 1e30
 
 def default_rate(optimizer: str) -> float:
     """Return the learning rate of an optimizer; raises UsageError for one that there is not."""
-    if optimizer not in OPTIMIZERS:
-        raise UsageError(suggest("optimizer", optimizer, OPTIMIZERS))
-    return OPTIMIZERS[optimizer].learning_rate
+    return optimizer_facts(optimizer).learning_rate
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        default_rate(self.optimizer)
+        optimizer_facts(self.optimizer)
         if not 0 < self.learning_rate <= _LARGEST:
             raise UsageError(
                 f"the learning rate is {self.learning_rate}; "

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import FORWARD, GraphName, update
 from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 from pbc.ir.graph import graph_inputs, parameter_names
-from pbc.ir.levels import FORWARD, GraphName, LevelGraphs, update
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, tensor
 from pbc.training_graph.autodiff import LABELS, LOSSES

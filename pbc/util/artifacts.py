@@ -55,7 +55,7 @@ class Artifacts:
     def get(self, key: str, make: Callable[[Path], None]) -> Path:
         """Return the folder of a key's entry, made by `make` in an empty folder if there is none.
 
-        An entry that is damaged is made again. Raises OSError where the folder cannot hold it.
+        A damaged entry is replaced. Raises OSError where the folder cannot hold it.
         """
         entry = self.root / key
         if _is_complete(entry):

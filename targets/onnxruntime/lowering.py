@@ -11,13 +11,14 @@ from onnxruntime import InferenceSession
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.ir.graph import get_tensor, graph_inputs, graph_outputs, tensor_names
-from pbc.ir.levels import BODY, PREFIX, GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering
 from pbc.lower.weights import Stored, TensorStore, byte_ranges, unused, weight_file
-from pbc.runtime.engines.onnxruntime.engine import session_options
+from pbc.runtime.engines.onnxruntime.session import session_options
 from pbc.targets.onnxruntime.convert import (
     Converter,
     external,

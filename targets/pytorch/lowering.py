@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from pbc.bundle.graph_name import GraphName
 from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
 from pbc.ir.graph import (
@@ -24,7 +25,7 @@ from pbc.ir.graph import (
     parameter_names,
     tensor_names,
 )
-from pbc.ir.levels import GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Values, tensor
 from pbc.lower.lowering import Lowering, unsupported

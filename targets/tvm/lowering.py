@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import POLICY, PREFIX, GraphName
 from pbc.ir.graph import get_tensor, graph_inputs, graph_outputs
-from pbc.ir.levels import POLICY, PREFIX, GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering

@@ -126,7 +126,7 @@ def test_a_prefix_batch_smaller_than_the_batch(fit: Fit) -> None:
 
 def test_one_epoch_visits_everything(fit: Fit) -> None:
     fit(epochs=1)
-    assert fit.epochs[0].rested == 0
+    assert fit.epochs[0].skipped_samples == 0
 
 
 # ---- budgets -------------------------------------------------------------------------------

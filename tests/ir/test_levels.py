@@ -4,7 +4,8 @@ import pytest
 import torch
 from networks import ConvNet, pruned, split
 
-from pbc.ir.levels import BODY, FORWARD, POLICY, PREFIX, GraphName, ladder, update
+from pbc.bundle.graph_name import BODY, FORWARD, POLICY, PREFIX, GraphName, update
+from pbc.ir.levels import ladder
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from networks import ConvNet, pruned
 
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName, update
 from pbc.ir.graph import graph_inputs, graph_outputs
-from pbc.ir.levels import BODY, FORWARD, PREFIX, GraphName, LevelGraphs, update
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower import iteration
 from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, latencies_ms

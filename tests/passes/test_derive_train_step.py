@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pbc import bundle, compiler
+from pbc.bundle.graph_name import FORWARD, update
 from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.ir.graph import (
     NAME,
@@ -24,7 +25,7 @@ from pbc.ir.graph import (
     placeholders,
     tensor_names,
 )
-from pbc.ir.levels import FORWARD, LevelGraphs, update
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.passes import derive_train_step
 from pbc.passes.derive_train_step import CHECK, DeriveTrainStep

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ConvNet, calibration, pruned
 
+from pbc.bundle.graph_name import POLICY
 from pbc.bundle.ladder import ALIGNED, ORIGINAL, Level
 from pbc.ir.calibration import Calibration
 from pbc.ir.graph import op_name, placeholders, shape_of
-from pbc.ir.levels import POLICY, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Policy, Program
 from pbc.passes import learn_policy
 from pbc.passes.learn_policy import (

@@ -14,8 +14,9 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
 from torch import Tensor, nn
 
 from pbc import bundle, compiler
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName
 from pbc.errors import PbcError
-from pbc.ir.levels import BODY, FORWARD, PREFIX, GraphName, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, Values
 from pbc.passes.derive_train_step import DeriveTrainStep

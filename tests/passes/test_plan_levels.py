@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pbc import plugins
+from pbc.bundle.graph_name import BODY
 from pbc.errors import PbcError, UsageError
 from pbc.ir.graph import op_name
-from pbc.ir.levels import BODY, LevelGraphs
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower.cost_profile import CostProfile, rising
 from pbc.passes.independent_dims import IndependentDims

@@ -14,9 +14,9 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, prun
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import INT8
 from pbc.ir.graph import get_tensor, op_name, tensor_names
-from pbc.ir.levels import BODY, PREFIX
 from pbc.ir.program import Program
 from pbc.ir.rewrite import replace_tensor
 from pbc.passes.quantize import Quantize

@@ -5,8 +5,8 @@ import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, trained
 from torch import Tensor, nn
 
+from pbc.bundle.graph_name import BODY
 from pbc.ir.graph import graph_text
-from pbc.ir.levels import BODY
 from pbc.ir.program import Program
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix

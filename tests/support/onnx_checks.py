@@ -10,8 +10,8 @@ import onnxruntime
 import torch
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.ir.graph import get_tensor, tensor_names
-from pbc.ir.levels import BODY, PREFIX
 from pbc.ir.program import Program
 from pbc.targets.onnxruntime.convert import Converter, inline, with_tensors
 from pbc.testing import graph_of

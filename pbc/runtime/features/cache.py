@@ -89,7 +89,7 @@ class FeatureCache:
             size = chunk_of(level)
             for start in range(0, len(members), size):
                 chunk = members[start : start + size]
-                keys = chunk_keys(level_key(level), [contents[index] for index in chunk])
+                keys = chunk_keys(level_key(level), size, [contents[index] for index in chunk])
                 slots = self.slots[chunk]
                 if self._store.holds(slots, keys):
                     self._filled[slots] = True

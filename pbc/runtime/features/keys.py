@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import PIL
+
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import PREFIX
 from pbc.data import InputSpec
@@ -19,8 +21,9 @@ KEY_BYTES = 32
 def level_key(bundle: Bundle, spec: InputSpec, engine: str, dtype: str) -> Callable[[int], bytes]:
     """Return the function from a level to the hash of all that decides its features.
 
-    engine: name and version. The prefix counts with its graph and every file of weights it reads,
-    the level with all that the manifest says about how it computes.
+    engine: name, version and threads. The prefix counts with its graph and every file of weights
+    it reads, the level with all that the manifest says about how it computes, the decoder of photos
+    by Pillow's version.
     """
 
     def key(level: int) -> bytes:
@@ -32,14 +35,18 @@ def level_key(bundle: Bundle, spec: InputSpec, engine: str, dtype: str) -> Calla
         files = sorted({bundle.graph_file(graph), *weights})
         parts = [str(level), *(bundle.sha256(file) for file in files)]
         parts += [str(row["precision"]), str(row["resolution"]), spec.hash(), engine, dtype]
+        parts.append(f"Pillow {PIL.__version__}")
         return hashlib.sha256("\n".join(parts).encode()).digest()
 
     return key
 
 
-def chunk_keys(level_key: bytes, contents: Sequence[bytes]) -> list[bytes]:
-    """Return the 32-byte keys of the rows that are computed together."""
-    chunk = hashlib.sha256(level_key)
+def chunk_keys(level_key: bytes, size: int, contents: Sequence[bytes]) -> list[bytes]:
+    """Return the 32-byte keys of the rows that are computed together.
+
+    size: of a whole chunk, up to which a call for fewer rows may be padded.
+    """
+    chunk = hashlib.sha256(level_key + size.to_bytes(4, "little"))
     for content in contents:
         chunk.update(content)
     return [

@@ -1,4 +1,4 @@
-"""Where features come from: the cache, the prefix of each sample's level, or both."""
+"""The source of features: the cache, the prefix of each sample's level, or both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Features:
 
     levels: int64[rows], the level whose features the cache holds for each row.
     mixed: whether features of several levels may serve one body.
-    chunk_of: the rows per call of a level's prefix, where there are so many.
+    chunk_of: the most rows per call of a level's prefix.
     padded: whether shorter calls are filled up to this: an engine that specialises its code to
         the shape of its input spends more on a new shape than on a few more rows.
     """

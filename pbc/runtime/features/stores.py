@@ -17,7 +17,6 @@ from pbc.errors import PbcError
 from pbc.runtime.features.keys import KEY_BYTES
 from pbc.util.atomic import cannot_write
 
-DTYPES = ("float32", "float16")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,7 +26,7 @@ class DiskFullError(PbcError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How named features share one row; a [C, H, W] feature is stored as [H, W, C].
+    """The order of named features in one row; a [C, H, W] feature is stored as [H, W, C].
 
     That is the memory order in which engines hand it over and take it back, so that neither
     putting nor gathering transposes anything.

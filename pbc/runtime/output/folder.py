@@ -1,4 +1,4 @@
-"""The folder of a personal model: what lies where, and who may write there."""
+"""The folder of a personal model: its files, and the lock of whoever writes there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Output:
 
     @property
     def model(self) -> Path:
-        """model.json: which bundle, classes, options, results; written last."""
+        """Facts: which bundle, classes, options, results; written last."""
         return self.root / "model.json"
 
     @property
@@ -38,7 +38,7 @@ class Output:
 
     @property
     def checkpoint(self) -> Path:
-        """All that a killed run needs to go on."""
+        """State from which a killed run goes on."""
         return self.root / "checkpoint.safetensors"
 
     @property
@@ -48,7 +48,7 @@ class Output:
 
     @property
     def costs(self) -> Path:
-        """What a sample costs at each level on this device; `--costs` reads it."""
+        """Costs of a sample at each level on this device; `--costs` reads it."""
         return self.root / "costs.json"
 
     @property
@@ -94,7 +94,7 @@ class Output:
 
     def adopt(self, bundle: Bundle) -> None:
         """Put the bundle beside the model; a hard link costs no space, a copy works everywhere."""
-        if self.bundle.exists() and self.bundle.samefile(bundle.path):
+        if self._has(bundle):
             return
         try:
             _remove(self.bundle)
@@ -108,6 +108,16 @@ class Output:
                     shutil.copyfileobj(source, file)
         except OSError as error:
             raise PbcError(cannot_write(self.bundle, error)) from error
+
+    def _has(self, bundle: Bundle) -> bool:
+        if not self.bundle.exists():
+            return False
+        if self.bundle.samefile(bundle.path):
+            return True
+        try:
+            return Bundle.open(self.bundle).digest == bundle.digest
+        except PbcError:  # what a kill left of a copy
+            return False
 
     def is_run(self) -> bool:
         """Say whether a training run wrote into this folder."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pbc.ir.levels import FORWARD, PREFIX
+from pbc.bundle.graph_name import FORWARD, PREFIX
 from pbc.ir.program import Program
 from pbc.ir.work import TRIALS
 from pbc.lower.iteration import PREFIX_BATCHES, IterationTimer

@@ -17,8 +17,8 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned, settled
 
 from pbc import bundle, compiler
 from pbc.bundle import Bundle
+from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError
-from pbc.ir.levels import PREFIX
 from pbc.ir.program import Program
 from pbc.lower.engine_choice import choose_engine
 from pbc.lower.weights import ALIGNMENT, TensorStore, byte_ranges, safetensors_bytes

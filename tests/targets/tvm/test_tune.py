@@ -21,8 +21,8 @@ pytest.importorskip("tvm")
 import tvm
 
 from pbc import cli, compiler
+from pbc.bundle.graph_name import PREFIX
 from pbc.errors import UsageError
-from pbc.ir.levels import PREFIX
 from pbc.ir.program import Program
 from pbc.ir.work import TRIALS, clear
 from pbc.lower.engine_choice import require_tuning

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from pbc import plugins
 from pbc.bundle.ladder import Ladder, Level
-from pbc.runtime.routing.router import means, routable, route
-from pbc.runtime.schedulers import Batch, Scheduler, Setting
+from pbc.runtime.routing.predictions import means
+from pbc.runtime.routing.routes import routable, route
+from pbc.runtime.schedulers import Batch, Scheduler, SchedulerInput
 from pbc.runtime.schedulers.piebridge import EMA_WEIGHT, PieBridge, group
 
 
@@ -22,7 +23,7 @@ def ladder(*fidelities: float | None) -> Ladder:
     return Ladder((original, *proxies))
 
 
-def setting(levels: list[int], **changes: Any) -> Setting:
+def setting(levels: list[int], **changes: Any) -> SchedulerInput:
     count = max(levels, default=0) + 2
     fields: dict[str, Any] = {
         "levels": np.array(levels, np.int64),
@@ -32,7 +33,7 @@ def setting(levels: list[int], **changes: Any) -> Setting:
         "alpha": 0.8,
         "grouped": True,
     }
-    return Setting(**{**fields, **changes})
+    return SchedulerInput(**{**fields, **changes})
 
 
 def tell(scheduler: Scheduler, batch: Batch, loss: float) -> bool:

@@ -1,4 +1,4 @@
-"""What a sample costs at each level on this device: measured before training, on its own samples.
+"""Measure what a sample costs at each level on this device, before training, on its own samples.
 
 Measuring may take no more than a small share of the run it serves. Within that share the levels are
 timed one after the other, those that promise most first; what is left keeps the ratio to level 0
@@ -7,20 +7,16 @@ that the bundle's ladder gives it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
 from pbc.bundle.ladder import Ladder
-from pbc.errors import PbcError
+from pbc.runtime.costs import Costs, LevelCost
 from pbc.runtime.engines import Arrays, Executable
-from pbc.util.atomic import replace_bytes
 
 # Of the time that the run would take at level 0.
 _SHARE = 0.015
@@ -30,100 +26,15 @@ _REPEATS = 2
 # 0.9 ms per image in calls of 16, and 0.6 in calls of 32.
 _USUAL_AHEAD = 4
 _OTHER_AHEAD = (2, 8)
-# The first call of a shape takes so many times as long as the next: engines specialise their code.
+# The first call of a shape takes N times as long as the next: engines specialise their code.
 _COLD = 4
 
 
 @dataclass(frozen=True)
-class LevelCost:
-    """Milliseconds per sample at one level.
+class CostProfiler:
+    """Measurements of one run.
 
-    prefix_ms: in calls of `chunk` samples. forward_ms, backward_ms: of the body in mini-batches,
-    backward with the optimizer's update. measured: False where the ladder's ratio stands in.
-    """
-
-    prefix_ms: float
-    chunk: int
-    forward_ms: float
-    backward_ms: float
-    measured: bool
-
-    @property
-    def body_ms(self) -> float:
-        """Return what a visit costs once the features are there."""
-        return self.forward_ms + self.backward_ms
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds per sample of every level, and of what levels share."""
-
-    levels: tuple[LevelCost, ...]
-    decode_ms: float
-    gather_ms: float
-    policy_ms: float
-
-    def compute_ms(self) -> np.ndarray:
-        """f64[levels]: making a sample's features."""
-        return np.array([self.decode_ms + level.prefix_ms for level in self.levels])
-
-    def body_ms(self) -> np.ndarray:
-        """f64[levels]: learning from a sample whose features are there."""
-        return np.array([level.body_ms for level in self.levels])
-
-    def chunk(self, level: int) -> int:
-        """Return the samples per prefix call of a level."""
-        return self.levels[level].chunk
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any, levels: int) -> Costs:
-        """Read what `to_json` gave, for so many levels; raises PbcError on anything else."""
-        try:
-            costs = cls(
-                tuple(LevelCost(**level) for level in data["levels"]),
-                float(data["decode_ms"]),
-                float(data["gather_ms"]),
-                float(data["policy_ms"]),
-            )
-            least = min(
-                costs.decode_ms,
-                costs.gather_ms,
-                costs.policy_ms,
-                *(min(c.prefix_ms, c.body_ms, c.chunk - 1) for c in costs.levels),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PbcError(f"no costs as pbc train writes them ({error!r})") from error
-        if not least >= 0:
-            raise PbcError("the costs have a negative time or a chunk below 1")
-        if len(costs.levels) != levels:
-            raise PbcError(f"the costs are of {len(costs.levels)} levels, the bundle has {levels}")
-        return costs
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        replace_bytes(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: Path, levels: int) -> Costs:
-        """Read what `save` wrote for a bundle of so many levels."""
-        try:
-            return cls.from_json(json.loads(path.read_bytes()), levels)
-        except OSError as error:
-            raise PbcError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise PbcError(f"{path} is no JSON: {error}") from error
-        except PbcError as error:
-            raise PbcError(f"{path}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is to be measured.
-
-    images: so many views of the run, as its epochs show them, as f32[b, 3, H, W]. labels: int64[n].
+    images: number to f32[number, 3, H, W], views as the run's epochs show them. labels: int64[n].
     levels: those the run may use. batch: samples per mini-batch. chunk: samples per prefix call,
     None to choose. computed: how often the run would make a sample's features. epochs: how often it
     would learn from a sample. prefix, bodies: whether there is a prefix, one body per level.

@@ -1,4 +1,4 @@
-"""How long a run is going to take, from measured costs."""
+"""Estimates of how long a run is going to take, from measured costs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pbc.runtime.routing.costs import Costs
+from pbc.runtime.costs import Costs
 
 # Of the losses of a trained model more lie below their mean than above it.
 _BELOW_MEAN = 0.65
@@ -18,8 +18,8 @@ _LEAST_SAVED = 0.03
 
 
 @dataclass(frozen=True)
-class Rest:
-    """With which probability an easy sample rests an epoch, and for how many in a row at most."""
+class Skipping:
+    """The probability that an epoch skips an easy sample, and how many in a row may at most."""
 
     rate: float
     in_a_row: int
@@ -28,12 +28,12 @@ class Rest:
         """Return the expected share of an epoch's samples that is visited."""
         if self.rate == 0:
             return 1.0
-        # Between two visits of an easy sample lie as many rests as came in a row.
-        cycle = sum(self.rate**rests for rests in range(self.in_a_row + 1))
+        # Between two visits of an easy sample lie as many epochs as skipped it in a row.
+        cycle = sum(self.rate**count for count in range(self.in_a_row + 1))
         return 1 - _BELOW_MEAN * (1 - 1 / cycle)
 
 
-NEVER = Rest(0.0, 0)
+NEVER = Skipping(0.0, 0)
 
 
 def full_epochs(epochs: int) -> int:
@@ -52,26 +52,26 @@ class Workload:
     cached: np.ndarray
     views: int = 1
 
-    def run_ms(self, levels: np.ndarray, epochs: int, rest: Rest) -> float:
+    def run_ms(self, levels: np.ndarray, epochs: int, skipping: Skipping) -> float:
         """Return what `epochs` at int64[n] levels take in expectation, from an empty cache on."""
-        per_sample = self.sample_ms(epochs, rest)[np.arange(len(levels)), levels]
+        per_sample = self.sample_ms(epochs, skipping)[np.arange(len(levels)), levels]
         return float(self.costs.policy_ms * len(levels) + per_sample.sum())
 
-    def sample_ms(self, epochs: int, rest: Rest) -> np.ndarray:
+    def sample_ms(self, epochs: int, skipping: Skipping) -> np.ndarray:
         """Return f64[n, levels]: what a sample takes in `epochs` at each level, in expectation.
 
         Its features are computed at every visit, or once per view where they are cached.
         """
-        costs, visited = self.costs, visits(epochs, rest)
+        costs, visited = self.costs, visits(epochs, skipping)
         computed = np.where(self.cached, min(self.views, epochs), visited)[:, None]
         gathered = np.where(self.cached, visited * costs.gather_ms, 0)[:, None]
         return np.asarray(computed * costs.compute_ms() + gathered + visited * costs.body_ms())
 
 
-def visits(epochs: int, rest: Rest) -> float:
+def visits(epochs: int, skipping: Skipping) -> float:
     """Return how often a sample is visited in expectation: the first and last epochs visit all."""
-    resting = max(epochs - 1 - full_epochs(epochs), 0)
-    return epochs - resting * (1 - rest.visited_share())
+    skipping_epochs = max(epochs - 1 - full_epochs(epochs), 0)
+    return epochs - skipping_epochs * (1 - skipping.visited_share())
 
 
 def cheapest(allowed: np.ndarray, sample_ms: np.ndarray) -> np.ndarray:
