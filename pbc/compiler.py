@@ -18,9 +18,11 @@ from pbc.bundle.ladder import Ladder
 from pbc.data import class_names
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.frontend import models, strategy
+from pbc.frontend.agreement import confirm
 from pbc.frontend.capture import capture
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
+from pbc.ir.fold_constants import fold_constants
 from pbc.ir.program import MODEL, Head, Program, Provenance
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
@@ -227,8 +229,11 @@ def begin(model: str | models.Source, options: Options) -> Program:
             "pbc trains classifiers"
         )
     has_bias = classifier.bias is not None
+    graph = capture(module, source.input.shape, trainable)
+    graph = fold_constants(graph, trainable)
+    notes += confirm(source.name, module, graph, source.input.shape, trainable)
     return Program(
-        graphs={MODEL: capture(module, source.input.shape)},
+        graphs={MODEL: graph},
         strategy=options.strategy,
         trainable=trainable,
         target=target,
