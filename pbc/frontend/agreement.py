@@ -251,7 +251,8 @@ def _difference(name: str, parameter: str, error: float, suspects: Collection[st
     if not suspects:
         return (
             f"{gradient}: a graph of operators does not keep how its forward changes gradients, "
-            "such as a value changed in place under no_grad; write it with detach()"
+            "such as a value changed in place under no_grad, or no_grad inside of autocast; write it "
+            "with detach()"
         )
     first, *others = suspects
     more = f" (nor {len(others)} more like it)" if others else ""
