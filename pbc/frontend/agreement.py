@@ -251,7 +251,7 @@ def _difference(name: str, parameter: str, error: float, suspects: Collection[st
     if not suspects:
         return (
             f"{gradient}: a graph of operators does not keep how its forward changes gradients, "
-            "such as a value changed in place under no_grad, or no_grad inside of autocast; write it "
+            "such as a value changed in place under no_grad, or no_grad in autocast; write it "
             "with detach()"
         )
     first, *others = suspects
