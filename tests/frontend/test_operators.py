@@ -44,14 +44,14 @@ class Net(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """The last state over the pixels as a sequence."""
+    """The last state over the rows as a sequence."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        states, _ = self.layer(x.flatten(2).transpose(1, 2))
+        states, _ = self.layer(x.mean(3).transpose(1, 2))
         last: Tensor = states[:, -1]
         return last
 
