@@ -56,7 +56,7 @@ def capture(
                 )
             _refuse_what_is_no_function(name, exported)
             as_nodes(exported.graph_module)
-            exported = _decomposed(exported)
+            exported = _decomposed(exported, trainable)
         except PbcError:
             raise
         except Exception as error:
@@ -121,15 +121,20 @@ def _draws(node: Node) -> bool:
     return bool(trains) and 0.0 not in (given.get("p"), given.get("dropout_p"))
 
 
-def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Make the program functional, and take apart the operators that pbc does not know."""
+def _decomposed(
+    exported: torch.export.ExportedProgram, trainable: Collection[str] | None
+) -> torch.export.ExportedProgram:
+    """Make the program functional, and take apart the operators that pbc does not know.
+
+    What is made of frozen tensors alone stays whole: it is computed here, and no engine meets it.
+    """
     exported = exported.run_decompositions({})
     table = torch.export.default_decompositions()
     done: set[Any] = set()
     while True:
         unknown = {
             node.target
-            for node in exported.graph.nodes
+            for node in _at_run_time(exported, trainable)
             if isinstance(node.target, torch._ops.OpOverload)
             and node.users
             and op_name(node) not in OPS
@@ -139,6 +144,27 @@ def _decomposed(exported: torch.export.ExportedProgram) -> torch.export.Exported
             return exported
         exported = exported.run_decompositions({op: table[op] for op in unknown})
         done |= unknown
+
+
+def _at_run_time(
+    exported: torch.export.ExportedProgram, trainable: Collection[str] | None
+) -> set[Node]:
+    """Nodes that depend on the image or on a trainable parameter (None: on any)."""
+    signature = exported.graph_signature
+    names = signature.parameters if trainable is None else trainable
+    frozen = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    reached: set[Node] = set()
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in frozen or frozen[node.name] in names:
+                reached.add(node)
+        elif not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
 
 
 def _unlift(name: str, exported: torch.export.ExportedProgram) -> GraphModule:
@@ -238,7 +264,9 @@ def _gradient_carriers(graph: GraphModule, trainable: Collection[str] | None) ->
         if node.op == "get_attr":
             if node.target in names:
                 carriers.add(node)
-        elif node.target is not aten.detach.default and carriers.intersection(node.all_input_nodes):
+        elif node.target is not aten.detach.default and not carriers.isdisjoint(
+            node.all_input_nodes
+        ):
             carriers.add(node)
     return carriers
 
