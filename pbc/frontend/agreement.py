@@ -26,7 +26,7 @@ from pbc.training_graph.step_check import in_float64
 TOLERANCE = 1e-4
 """Largest difference, relative to a tensor's largest value."""
 
-_BATCH = 3
+_BATCH = 2
 # A gradient this much smaller than the largest is zero but for rounding.
 _NO_GRADIENT = 1e-6
 # Gradients of several sizes, for hooks and backwards that clip them.

@@ -179,13 +179,19 @@ def _unlift(name: str, exported: torch.export.ExportedProgram) -> GraphModule:
         **signature.inputs_to_lifted_tensor_constants,
     }
     tensors = {**exported.state_dict, **exported.constants}
-    images = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name not in lifted]
+    images = [n for n in exported.graph.nodes if n.name in signature.user_inputs]
     if len(images) != 1:
         raise PbcError(f"the model takes {len(images)} inputs; pbc trains models that take one")
+    logits = _logits(name, exported)
+    needed = made_of([logits])
     for node in exported.graph.nodes:
+        if node.op == "call_function" and node not in needed:
+            continue  # what is written to, and checks for which the program takes a token
         if node.op == "placeholder":
             if node in images:
                 copied = graph.placeholder("x")
+            elif node.name not in lifted:
+                continue
             else:
                 title = lifted[node.name]
                 tensor = tensors[title].detach()
@@ -194,7 +200,7 @@ def _unlift(name: str, exported: torch.export.ExportedProgram) -> GraphModule:
                 put_tensor(root, title, tensor)
                 copied = graph.get_attr(title)
         elif node.op == "output":
-            copied = graph.output((values[_logits(name, exported)],))
+            copied = graph.output((values[logits],))
         else:
             copied = graph.node_copy(node, lambda old: values[old])
         copied.meta = {
@@ -214,7 +220,7 @@ def _logits(name: str, exported: torch.export.ExportedProgram) -> Node:
     needed = made_of(returned)
     signature = exported.graph_signature
     titles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    read = {titles.get(node.name) for node in needed if node.op == "placeholder"}
+    read = {titles[node.name] for node in needed if node.name in titles}
     for node, spec in zip(outputs, specs, strict=True):
         if spec.kind not in _RETURNED and spec.target in read:
             raise PbcError(

@@ -86,6 +86,14 @@ class Tunes(Protocol):
         """
 
 
+@runtime_checkable
+class Tries(Protocol):
+    """What a lowering offers besides, where it can tell in seconds what its engine lacks."""
+
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
+
+
 def missing_packages(lowering: type[Lowering]) -> list[str]:
     """Those of the lowering's packages that are not installed here."""
     return [name for name in lowering.packages if importlib.util.find_spec(name) is None]

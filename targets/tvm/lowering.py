@@ -178,6 +178,9 @@ class TvmLowering:
         self.keep(where, module, content)
         return content, reads
 
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        self.converted(program, {name.replace("/", "_"): graph for name, graph in graphs.items()})
+
     def converted(
         self, program: Program, graphs: Mapping[str, GraphModule]
     ) -> tuple[tvm.IRModule, dict[str, Reads]]:
