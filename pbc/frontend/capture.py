@@ -16,6 +16,7 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from pbc.errors import PbcError, reason_of
+from pbc.frontend import decompositions
 from pbc.frontend.gradient_stops import as_nodes, spelt_out
 from pbc.frontend.user_code import where_raised
 from pbc.ir.program import made_of, op_name, origin, output_node, put_tensor
@@ -27,11 +28,17 @@ aten = torch.ops.aten
 # count keeps the batch axis recognisable in every product.
 EXAMPLE_BATCH = 13
 
+# What avg_pool2d takes where it is not given.
+_POOL = (None, None, [], [0, 0], False, True, None)
+
 _RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
 
 
 def capture(
-    module: nn.Module, shape: tuple[int, int, int], trainable: Collection[str] | None = None
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    trainable: Collection[str] | None = None,
+    operators: Collection[str] = OPS,
 ) -> GraphModule:
     """Export `module` in eval mode for inputs float32 [batch, *shape], any batch.
 
@@ -40,8 +47,8 @@ def capture(
     gone, `view` is `reshape` and a batch norm is one node. Where the model stops a gradient on its
     way to a parameter of `trainable` (None: to any), a `detach` node does.
 
-    An operator that pbc does not know is taken apart by torch's own decompositions into ones of
-    core ATen, until it does.
+    An operator that is not among `operators` is taken apart by torch's own decompositions into
+    ones of core ATen, until it is.
 
     Raises PbcError when the model cannot be exported, with torch's own first line and the line of
     the model; when it draws random numbers, reads a tensor's value or keeps state between calls.
@@ -56,7 +63,7 @@ def capture(
                 )
             _refuse_what_is_no_function(name, exported)
             as_nodes(exported.graph_module)
-            exported = _decomposed(exported, trainable)
+            exported = _decomposed(exported, trainable, operators)
         except PbcError:
             raise
         except Exception as error:
@@ -122,14 +129,16 @@ def _draws(node: Node) -> bool:
 
 
 def _decomposed(
-    exported: torch.export.ExportedProgram, trainable: Collection[str] | None
+    exported: torch.export.ExportedProgram,
+    trainable: Collection[str] | None,
+    operators: Collection[str],
 ) -> torch.export.ExportedProgram:
-    """Make the program functional, and take apart the operators that pbc does not know.
+    """Make the program functional, and take apart what is not among `operators`.
 
     What is made of frozen tensors alone stays whole: it is computed here, and no engine meets it.
     """
     exported = exported.run_decompositions({})
-    table = torch.export.default_decompositions()
+    parts = decompositions.table()
     done: set[Any] = set()
     while True:
         unknown = {
@@ -137,12 +146,12 @@ def _decomposed(
             for node in _at_run_time(exported, trainable)
             if isinstance(node.target, torch._ops.OpOverload)
             and node.users
-            and op_name(node) not in OPS
-            and node.target in table
+            and op_name(node) not in operators
+            and node.target in parts
         } - done
         if not unknown:
             return exported
-        exported = exported.run_decompositions({op: table[op] for op in unknown})
+        exported = exported.run_decompositions({op: parts[op] for op in unknown})
         done |= unknown
 
 
@@ -251,6 +260,8 @@ def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
             node.target = aten.reshape.default
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _single_batch_norm(graph, node)
+        elif node.target is aten.avg_pool2d.default:
+            _mean_of_windows(graph, node)
         elif node.target is aten._to_copy.default and _is_float32(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -309,6 +320,22 @@ def _single_batch_norm(graph: GraphModule, node: Node) -> None:
         single.meta["val"] = user.meta["val"]
         user.replace_all_uses_with(single)
         graph.graph.erase_node(user)
+    graph.graph.erase_node(node)
+
+
+def _mean_of_windows(graph: GraphModule, node: Node) -> None:
+    """Let a pool with a divisor of its own be a mean and a factor: the ONNX exporter drops it."""
+    x, size, stride, padding, ceil_mode, _, divisor = (*node.args, *_POOL[len(node.args) :])
+    if divisor is None or ceil_mode:
+        return
+    height, width = (*size, *size)[:2]  # type: ignore[misc]
+    with graph.graph.inserting_before(node):
+        mean = graph.graph.call_function(
+            aten.avg_pool2d.default, (x, size, stride, padding, False, True)
+        )
+        total = graph.graph.call_function(aten.mul.Tensor, (mean, height * width / divisor))
+    mean.meta, total.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(total)
     graph.graph.erase_node(node)
 
 

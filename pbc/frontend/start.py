@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
+from pbc import plugins
 from pbc.errors import PbcError, reason_of
 from pbc.frontend import models, strategy
 from pbc.frontend.agreement import confirm
 from pbc.frontend.capture import capture
 from pbc.ir.fold_constants import fold_constants
 from pbc.ir.program import MODEL, Head, Program, Provenance, Request
+from pbc.lower.lowering import Knows
+from pbc.runtime.engines.pytorch.ops import OPS
 
 
 def begin(
@@ -37,7 +42,8 @@ def begin(
     reference = _run_with(chosen, source, example)
     head = _head(source, reference)
     trainable = chosen.trainable(module, source.classifier)
-    graph = fold_constants(capture(module, source.input.shape, trainable), trainable)
+    graph = capture(module, source.input.shape, trainable, _operators(request.engine))
+    graph = fold_constants(graph, trainable)
     unreached = confirm(source.name, module, graph, source.input.shape, trainable)
     return Program(
         graphs={MODEL: graph},
@@ -64,6 +70,12 @@ def _loaded(
     if isinstance(model, models.Source):
         return model
     return models.load(model, weights, shape, seed)
+
+
+def _operators(engine: str) -> Collection[str]:
+    """Those that an engine has, by name."""
+    lowering = plugins.load("pbc.lowerings", engine)()
+    return lowering.operators() if isinstance(lowering, Knows) else OPS
 
 
 def _notes(source: models.Source) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional
 
-from pbc.ir.program import get_tensor, tensor_names
+from pbc.frontend.capture import capture
+from pbc.ir.program import get_tensor, op_name, tensor_names
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.runtime.engines.pytorch.engine import _Program
@@ -212,3 +214,27 @@ def test_what_is_allowed_changes_nothing_and_is_not_random(op: str) -> None:
         # Captured where it drops nothing.
         names = {argument.name for argument in operator._schema.arguments}
         assert names & {"train", "dropout_p"}
+
+
+def test_an_engine_with_fewer_operators_gets_those_that_it_has() -> None:
+    torch.manual_seed(0)
+    names = ("einsum", "pixel shuffle", "rms norm", "instance norm", "normalize", "channel shuffle")
+    net = Net([LAYERS[name] for name in names]).eval()
+    missing = {
+        "aten.einsum.default",
+        "aten.pixel_shuffle.default",
+        "aten.rms_norm.default",
+        "aten.instance_norm.default",
+        "aten.linalg_vector_norm.default",
+        "aten.channel_shuffle.default",
+    }
+
+    def operators(graph: GraphModule) -> set[str]:
+        return {op_name(node) for node in graph.graph.nodes if node.op == "call_function"}
+
+    assert missing <= operators(capture(net, (3, 16, 16)))
+    graph = capture(net, (3, 16, 16), operators=OPS - missing)
+    assert not missing & operators(graph)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x)[0], net(x), rtol=1e-4, atol=1e-5)
