@@ -6,7 +6,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -71,7 +71,7 @@ def capture(
                 f"{name} cannot be captured for inputs of shape {shape}: "
                 f"{reason_of(error)}{where_raised(error)}"
             ) from error
-    graph = _unlift(name, exported)
+    graph = _unlift(name, exported, _shared(module, trainable or ()))
     _normalise(graph, trainable)
     return _renumber(graph)
 
@@ -176,8 +176,27 @@ def _at_run_time(
     return reached
 
 
-def _unlift(name: str, exported: torch.export.ExportedProgram) -> GraphModule:
-    """Turn the exported program's lifted tensors back into get_attr nodes of a graph module."""
+def _shared(module: nn.Module, trainable: Collection[str]) -> dict[str, str]:
+    """Of a trainable parameter that layers share, its other names, each with the trainable one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    titles: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in trainable:
+            titles.setdefault(id(parameter), name)
+    return {
+        name: titles[id(parameter)]
+        for name, parameter in parameters.items()
+        if id(parameter) in titles
+    }
+
+
+def _unlift(
+    name: str, exported: torch.export.ExportedProgram, shared: Mapping[str, str]
+) -> GraphModule:
+    """Turn the exported program's lifted tensors back into get_attr nodes of a graph module.
+
+    shared: names of parameters that go by another.
+    """
     root = nn.Module()
     graph = Graph()
     values: dict[Node, Node] = {}
@@ -202,9 +221,10 @@ def _unlift(name: str, exported: torch.export.ExportedProgram) -> GraphModule:
             elif node.name not in lifted:
                 continue
             else:
-                title = lifted[node.name]
-                tensor = tensors[title].detach()
-                if title in signature.parameters:
+                own = lifted[node.name]
+                title = shared.get(own, own)
+                tensor = tensors[own].detach()
+                if own in signature.parameters:
                     tensor = nn.Parameter(tensor, requires_grad=False)
                 put_tensor(root, title, tensor)
                 copied = graph.get_attr(title)

@@ -199,6 +199,25 @@ def test_a_detach_on_the_way_to_nothing_that_trains_is_no_node() -> None:
         assert ("aten.detach.default" in names) is expected
 
 
+class Shared(Net):
+    """Two convolutions that share their weight, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__(straight_through)
+        self.again = nn.Conv2d(8, 8, 3)
+        self.first = nn.Conv2d(8, 8, 3)
+        self.first.weight = self.again.weight
+
+    def features(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(torch.relu(self.stem(x))))
+        return torch.relu(self.again(y)).mean((2, 3))
+
+
+def test_a_weight_that_layers_share_is_one_parameter() -> None:
+    program = make_program(Shared(), "full", passes=[MarkTrainable()])
+    assert sum(name.endswith(("again.weight", "first.weight")) for name in program.parameters) == 1
+
+
 # ---- refused -------------------------------------------------------------------------------
 
 
