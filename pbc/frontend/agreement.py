@@ -232,12 +232,12 @@ class _Watch(TorchFunctionMode):
             return apply(function, *args, **kwargs)
 
         torch.autograd.Function.apply = classmethod(watched)  # type: ignore[assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        torch.autograd.Function.apply = self._apply
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

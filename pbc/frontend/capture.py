@@ -6,7 +6,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 EXAMPLE_BATCH = 13
 
 # What avg_pool2d takes where it is not given.
-_POOL = (None, None, [], [0, 0], False, True, None)
+_POOL: tuple[Any, ...] = (None, None, [], [0, 0], False, True, None)
 
 _RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
 
@@ -241,7 +241,7 @@ def _unlift(
 
 def _logits(name: str, exported: torch.export.ExportedProgram) -> Node:
     """The one value that the model returns; what else it writes must be nothing that it reads."""
-    outputs = exported.graph.output_node().args[0]
+    outputs: Sequence[Node] = exported.graph.output_node().args[0]
     specs = exported.graph_signature.output_specs
     returned = [n for n, spec in zip(outputs, specs, strict=True) if spec.kind in _RETURNED]
     if len(returned) != 1 or not isinstance(returned[0].meta["val"], Tensor):
@@ -345,10 +345,11 @@ def _single_batch_norm(graph: GraphModule, node: Node) -> None:
 
 def _mean_of_windows(graph: GraphModule, node: Node) -> None:
     """Let a pool with a divisor of its own be a mean and a factor: the ONNX exporter drops it."""
-    x, size, stride, padding, ceil_mode, _, divisor = (*node.args, *_POOL[len(node.args) :])
+    given: tuple[Any, ...] = (*node.args, *_POOL[len(node.args) :])
+    x, size, stride, padding, ceil_mode, _, divisor = given
     if divisor is None or ceil_mode:
         return
-    height, width = (*size, *size)[:2]  # type: ignore[misc]
+    height, width = (*size, *size)[:2]
     with graph.graph.inserting_before(node):
         mean = graph.graph.call_function(
             aten.avg_pool2d.default, (x, size, stride, padding, False, True)

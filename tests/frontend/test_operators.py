@@ -76,7 +76,8 @@ def warped(x: Tensor) -> Tensor:
 
 
 def spectrum(x: Tensor) -> Tensor:
-    return torch.fft.rfft2(x).abs()
+    magnitudes: Tensor = torch.fft.rfft2(x).abs()
+    return magnitudes
 
 
 LAYERS: dict[str, Maps] = {
@@ -153,7 +154,7 @@ LAYERS: dict[str, Maps] = {
         x.flatten(2), x.flatten(2), torch.ones(1, 64, 64).expand(x.shape[0], -1, -1)
     ),
     "max unpool": lambda x: functional.max_unpool2d(
-        *functional.max_pool2d(x, 2, return_indices=True), 2
+        *functional.max_pool2d(x, 2, return_indices=True), [2, 2]
     ),
 }
 GROUPS = 6

@@ -22,7 +22,8 @@ class Standardised(nn.Conv2d):
         mean = self.weight.mean((1, 2, 3), keepdim=True)
         variance = self.weight.var((1, 2, 3), keepdim=True)
         weight = (self.weight - mean) / (variance + 1e-5).sqrt()
-        return self._conv_forward(x, weight, self.bias)
+        result: Tensor = self._conv_forward(x, weight, self.bias)
+        return result
 
 
 class BatchStandardised(nn.Conv2d):
@@ -31,7 +32,8 @@ class BatchStandardised(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         rows = self.weight.reshape(1, self.out_channels, -1)
         weight = nn.functional.batch_norm(rows, None, None, training=True).reshape_as(self.weight)
-        return self._conv_forward(x, weight, self.bias)
+        result: Tensor = self._conv_forward(x, weight, self.bias)
+        return result
 
 
 class Net(nn.Module):

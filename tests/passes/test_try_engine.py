@@ -38,7 +38,8 @@ class Net(nn.Module):
 
 def inverses(x: Tensor) -> Tensor:
     squares = x.flatten(2) @ x.flatten(2).transpose(1, 2)
-    return torch.linalg.inv(squares + torch.eye(8))[..., None]
+    inverse: Tensor = torch.linalg.inv(squares + torch.eye(8))[..., None]
+    return inverse
 
 
 def split(module: nn.Module, strategy: str, engine: str) -> Program:
