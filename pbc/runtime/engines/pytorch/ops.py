@@ -16,6 +16,7 @@ def _aten(names: str) -> frozenset[str]:
 _LAYERS = _aten(
     """
     conv1d.default conv2d.default conv2d.padding convolution.default
+    conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input conv3d.default
     linear.default addmm.default mm.default bmm.default baddbmm.default matmul.default
     einsum.default embedding.default
     batch_norm.default _native_batch_norm_legit_no_training.default
