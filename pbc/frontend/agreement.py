@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
-from pbc.errors import PbcError
+from pbc.errors import PbcError, reason_of
 from pbc.frontend.gradient_stops import without_checkpoints
 from pbc.frontend.user_code import where_called
 from pbc.ir.program import made_of, origin, output_node
@@ -64,7 +64,13 @@ def confirm(
     _check_logits(name, eager.logits, found.logits)
     _check_rows(name, module, images, eager.logits)
     sizes = _SIZES if watch.suspects else _SIZES[:1]
-    wrong = _first_difference(eager, found, sizes)
+    try:
+        wrong = _first_difference(eager, found, sizes)
+    except RuntimeError as error:
+        raise PbcError(
+            f"{name} cannot be trained in PyTorch either: {reason_of(error)}; freeze everything "
+            "before it, or replace it in the model"
+        ) from error
     if wrong is not None and not watch.suspects and _agree_in_float64(module, graph, images, names):
         wrong = None
     if wrong is not None:

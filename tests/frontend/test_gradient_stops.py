@@ -353,6 +353,15 @@ def test_a_model_that_nothing_trains_is_refused() -> None:
         make_program(Frozen(straight_through), "full")
 
 
+def test_what_has_no_gradient_in_pytorch_is_refused() -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        return torch.special.zeta(net.features(x).sigmoid() + 1.5, 2.0)
+
+    make_program(Net(between), "linear-probe")
+    with pytest.raises(PbcError, match=r"Net cannot be trained in PyTorch either: the derivative"):
+        make_program(Net(between), "full")
+
+
 # ---- more than a function of the image ------------------------------------------------------
 
 
