@@ -116,8 +116,8 @@ def test_an_operator_that_the_engine_lacks_is_named_with_its_line() -> None:
     program = run_passes(make_program(Inverting()), MarkTrainable(), SplitPrefix())
     with pytest.raises(
         PbcError,
-        match=r"operator aten.linalg_inv_ex.default .*test_lower.py\", line \d+\) is not supported by "
-        r"the pytorch engine; replace it in the model",
+        match=r"operator aten.linalg_inv_ex.default .*test_lower.py\", line \d+\) is not "
+        r"supported by the pytorch engine; replace it in the model",
     ):
         run_passes(program, Lower())
 
