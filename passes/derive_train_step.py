@@ -74,10 +74,8 @@ class DeriveTrainStep:
         return replace(program, levels=tuple(levels), checks=checks)
 
     def _derived(self, program: Program, level: LevelGraphs) -> LevelGraphs:
-        """The level with its step."""
-        open_head = program.request.class_count is None
-        opened = dict.fromkeys(program.network.head.parameters, 0) if open_head else {}
-        gradient = differentiate(level.body, opened)
+        """Return the level with its step."""
+        gradient = differentiate(level.body, program.open_axes)
         updates = {name: with_update(gradient.backward, name) for name in OPTIMIZERS}
         return replace(level, forward=gradient.forward, updates=updates)
 

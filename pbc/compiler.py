@@ -27,6 +27,7 @@ from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.lower.engine_choice import choose_engine, require_tuning
 from pbc.proxies import parallel
+from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.target import load_target
 from pbc.util.progress import tell
 
@@ -169,7 +170,14 @@ def start(model: str | models.Source, options: CompileOptions, work: Path | None
     """
     request, notes = requested(options)
     request = replace(request, work=work)
-    program = begin(model, request, weights=options.weights, shape=options.shape)
+    lowering = backend(request.engine).lowering()
+    program = begin(
+        model,
+        request,
+        weights=options.weights,
+        shape=options.shape,
+        operators=lowering.operators() or OPS,
+    )
     return replace(program, notes=(*notes, *program.notes))
 
 

@@ -60,7 +60,10 @@ def make_program(
 
 
 def retarget(program: Program, strategy: str, trainable: Iterable[str]) -> Program:
-    """Return the same captured model with other parameters to train: capturing takes long."""
+    """Return the same captured model with other parameters to train: capturing takes long.
+
+    Stopped gradients and folded constants stay those of the strategy it was captured for.
+    """
     if program.model is None:
         raise ValueError("only a program that was not split yet can change its strategy")
     program = with_request(program.copy(), strategy=strategy)

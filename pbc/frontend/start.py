@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
-from pbc.errors import PbcError
+from pbc.errors import PbcError, reason_of
 from pbc.frontend import models, strategy
+from pbc.frontend.agreement import confirm
 from pbc.frontend.capture import capture
+from pbc.ir.fold_constants import fold_constants
 from pbc.ir.program import Head, Network, Program, Request
+from pbc.runtime.engines.pytorch.ops import OPS
 
 
 def begin(
@@ -17,12 +22,14 @@ def begin(
     *,
     weights: str = models.DEFAULT,
     shape: tuple[int, int, int] | None = None,
+    operators: Collection[str] = OPS,
 ) -> Program:
     """Load a model, apply the strategy and capture it: the program that passes start from.
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    weights, shape: for a name, see pbc.frontend.models.load. Raises PbcError for a model that
-    does not run, is damaged, or is no classifier.
+    weights, shape: for a name, see pbc.frontend.models.load. operators: those that the engine has;
+    others are taken apart where torch can. Raises PbcError for a model that does not run, is
+    damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed)
@@ -32,21 +39,26 @@ def begin(
         _resize_classifier(module, source.classifier, request.class_count)
     example = torch.randn(2, *source.input.shape)
     reference = _run_with(chosen, source, example)
+    head = _head(source, reference)
+    trainable = chosen.trainable(module, source.classifier)
+    graph = capture(module, source.input.shape, trainable, operators)
+    graph = fold_constants(graph, trainable)
+    unreached = confirm(source.name, module, graph, source.input.shape, trainable)
     network = Network(
         name=source.name,
         weights=source.weights,
         weights_sha256=source.weights_sha256,
         input=source.input,
-        head=_head(source, reference),
+        head=head,
         example=example,
         reference=reference,
     )
     return Program(
         request=request,
         network=network,
-        trainable=chosen.trainable(module, source.classifier),
-        model=capture(module, source.input.shape),
-        notes=_notes(source),
+        trainable=trainable,
+        model=graph,
+        notes=(*_notes(source), *unreached),
     )
 
 
@@ -73,10 +85,9 @@ def _run_with(chosen: strategy.Strategy, source: models.Source, example: Tensor)
         except PbcError:
             raise
         except Exception as error:  # whatever a model raises, it is the model that failed
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise PbcError(
                 f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
-                f"{reason}"
+                f"{reason_of(error)}"
             ) from error
     if not isinstance(reference, Tensor):
         raise PbcError(

@@ -115,7 +115,10 @@ def op_name(node: Node) -> str:
 
 
 def origin(node: Node) -> str:
-    """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from."""
+    """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from.
+
+    The line is the innermost of those outside torch, if there is one.
+    """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
     if GRADIENT in node.meta:

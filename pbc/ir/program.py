@@ -138,6 +138,13 @@ class Program:
         )
 
     @property
+    def open_axes(self) -> dict[str, int]:
+        """The axis that counts classes, by parameter; none where the compiler knows how many."""
+        if self.request.class_count is not None:
+            return {}
+        return dict.fromkeys(self.network.head.parameters, 0)
+
+    @property
     def graphs(self) -> Mapping[GraphName, GraphModule]:
         """All graphs by name, to read: the model, the policy, then level by level."""
         found = {} if self.model is None else {MODEL: self.model}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError
@@ -49,6 +49,16 @@ class Lowering(ABC):
 
     def check(self, target: Target) -> None:  # noqa: B027 - most can lower to any target
         """Raise PbcError for a target that it cannot lower to here; before anything takes long."""
+
+    def operators(self) -> Collection[str] | None:
+        """Return the operators that the engine has; None where it has those of PyTorch's.
+
+        Capture takes apart what is not among them, where torch can.
+        """
+        return None
+
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:  # noqa: B027 - what takes long to convert is not tried
+        """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
 
     def notes(self) -> tuple[str, ...]:
         """Return what whoever compiles must know of the files, beside what they hold."""

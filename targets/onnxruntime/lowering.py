@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -109,6 +109,10 @@ class OnnxRuntimeLowering(Lowering):
             session_options(None),
             providers=["CPUExecutionProvider"],
         )
+
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+        for name, graph in graphs.items():
+            self._model(program, name, graph, tensor_names(graph))
 
     def _model(
         self, program: Program, name: GraphName, graph: GraphModule, tensors: Sequence[str]

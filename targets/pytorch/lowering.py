@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class PyTorchLowering(Lowering):
                 data, indent=None, separators=(",", ":")
             ).encode()
         return {**files, **store.files()}
+
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+        for graph in graphs.values():
+            graph_json(graph, dict.fromkeys(tensor_names(graph), ""))
 
     def contents(self, program: Program) -> dict[str, Any]:
         weights = {}
