@@ -26,6 +26,7 @@ Keep = Mapping[str, list[int]]
 
 Size = tuple[int, int]
 """Height and width in pixels."""
+
 MODEL = GraphName("model")
 
 
