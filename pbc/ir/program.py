@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +53,14 @@ def step_update(level: int, optimizer: str) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """The classifier that is always trained: the names of its parameters and its input width."""
+    """The classifier that is always trained.
 
-    weight: str
-    bias: str | None
-    in_features: int
+    parameters: the name of each of its parameters, whose first axis is the classes, and the width
+    of the layer that it belongs to, from which its first values are drawn. Two heads that are
+    averaged, a 1×1 convolution and a weight given by parts are all of this form.
+    """
+
+    parameters: Mapping[str, int]
 
 
 @dataclass(frozen=True)
