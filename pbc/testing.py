@@ -50,8 +50,8 @@ def make_program(
         weights="given",
         weights_sha256=None,
     )
-    options = compiler.Options(target=target, strategy=strategy, shape=shape, seed=seed)
-    return run_passes(compiler.begin(source, options), *passes)
+    options = compiler.CompileOptions(target=target, strategy=strategy, shape=shape, seed=seed)
+    return run_passes(compiler.start(source, options), *passes)
 
 
 def retarget(program: Program, strategy: str, trainable: Iterable[str]) -> Program:

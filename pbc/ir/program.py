@@ -74,6 +74,25 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What a compilation was asked for, whatever the model turns out to be.
+
+    strategy: its text, such as `last-k:3`. batch: samples per mini-batch on the device.
+    class_names, class_count: None where the head is left open. work: a folder in which long passes
+    keep what lets them resume.
+    """
+
+    target: Target
+    engine: str
+    strategy: str = "linear-probe"
+    batch: int = 8
+    seed: int = 0
+    class_names: tuple[str, ...] | None = None
+    class_count: int | None = None
+    work: Path | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """Named graphs, the trainable parameters they share, and what passes need to work on them.
 
