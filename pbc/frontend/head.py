@@ -55,15 +55,17 @@ def find(trace: Trace) -> Found | Missing:
         return Missing(f"it returns {_described(trace.output)}")
     if len(result.shape) != 2:
         return Missing(f"it puts out {list(result.shape)} for two images, not class scores")
-    walk = _Walk(result.shape[1])
+    walk = _Walk()
     try:
         walk.scores(result, 1)
     except _Lost as lost:
         return Missing(str(lost))
-    if not walk.layers:
+    if not walk.widths:
         return Missing("its outputs are made by no linear layer")
+    if _depends_on(walk.data, walk.seen):
+        return Missing("its outputs are a residual sum")
     _check_not_shared(trace, walk)
-    return Found(Head(walk.parameters), result.shape[1], tuple(walk.notes))
+    return Found(Head(walk.head()), result.shape[1], tuple(walk.notes))
 
 
 class _Lost(Exception):
@@ -74,16 +76,20 @@ class _Lost(Exception):
 class _Walk:
     """The way back from the scores.
 
-    parameters: found so far, with the width of the layer that reads each. seen: the operators on
-    the way.
+    parameters: found so far, with the width of the layer that reads each, None for what is added
+    or multiplied afterwards. widths, data: of the layers
+    found. seen: the operators on the way.
     """
 
-    classes: int
-    parameters: dict[str, int] = field(default_factory=dict)
-    layers: list[Operator] = field(default_factory=list)
+    parameters: dict[str, int | None] = field(default_factory=dict)
+    widths: list[int] = field(default_factory=list)
+    data: list[Value] = field(default_factory=list)
     seen: set[Operator] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     _done: set[tuple[int, int]] = field(default_factory=set)
+
+    def head(self) -> dict[str, int]:
+        return {name: width or self.widths[0] for name, width in self.parameters.items()}
 
     def scores(self, value: Value, axis: int, pooled: bool = False) -> None:
         """Follow scores to their layers. pooled: they are averaged over positions afterwards."""
@@ -120,7 +126,7 @@ class _Walk:
                 if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
                     continue  # no class axis: a temperature, a scale for each image
                 if operand.constant:
-                    self._parameter(operand, at, 1)
+                    self._parameter(operand, at, None)
                 else:
                     self.scores(operand, at, pooled)
         elif word in ("cat", "stack"):
@@ -138,17 +144,14 @@ class _Walk:
     ) -> None:
         if not weight.constant:
             raise _Lost(self._at(operator, f"`{operator.word}` of two features"))
-        self.layers.append(operator)
         width = math.prod(weight.shape) // weight.shape[axis]
+        self.widths.append(width)
+        self.data.append(data)
         self._parameter(weight, axis, width)
         if isinstance(bias, Value):
             self._parameter(bias, len(bias.shape) - 1, width)
-        else:
-            self._unpaired = width
 
-    _unpaired: int = 1
-
-    def _parameter(self, value: Value, axis: int, width: int) -> None:
+    def _parameter(self, value: Value, axis: int, width: int | None) -> None:
         """Follow a weight back through what it is computed from, to what is stored."""
         if value.name is not None:
             if axis != 0:
@@ -157,7 +160,7 @@ class _Walk:
                     f"{list(value.shape)}; pbc trains heads whose classes are the first axis, as "
                     "in torch.nn.Linear"
                 )
-            self.parameters.setdefault(value.name, width if width > 1 else self._unpaired)
+            self.parameters.setdefault(value.name, width)
             return
         operator = value.made_by
         if operator is None:
@@ -235,6 +238,21 @@ def _before(operator: Operator, operand: Value, result: Value, axis: int) -> int
         if math.prod(operand.shape[:before]) == wanted and operand.shape[before] == size:
             return before
     raise _Lost(f"its outputs are regrouped by `{word}`")
+
+
+def _depends_on(values: list[Value], operators: set[Operator]) -> bool:
+    """Whether a layer reads what was followed as scores: then these are features like others."""
+    waiting, reached = list(values), set(values)
+    while waiting:
+        made = waiting.pop().made_by
+        if made is None:
+            continue
+        if made in operators and not all(value.constant for value in made.results):
+            return True
+        new = [value for value in made.inputs if value not in reached]
+        reached.update(new)
+        waiting += new
+    return False
 
 
 def _check_not_shared(trace: Trace, walk: _Walk) -> None:
