@@ -90,15 +90,14 @@ class DeriveTrainStep:
     def _open_axes(self, program: Program) -> dict[str, int]:
         if program.class_count is not None:
             return {}
-        names = (program.head.weight, program.head.bias)
-        return {name: 0 for name in names if name is not None}
+        return dict.fromkeys(program.head.parameters, 0)
 
     def _verified(
         self, program: Program, level: int, gradient: Gradient, updates: dict[str, GraphModule]
     ) -> dict[str, float]:
         graph = program.graphs[body(level)]
         theta = starting_parameters(program, level)
-        batches = random_batches(program, level, len(theta[program.head.weight]))
+        batches = random_batches(program, level, program.class_count_in(theta))
         errors = step_errors(graph, theta, batches, GraphStep(gradient.forward, updates))
         if not all(error <= TOLERANCE for error in errors.values()):
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:

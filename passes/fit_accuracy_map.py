@@ -11,11 +11,21 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
+from pbc.ir.program import (
+    PARAMETER,
+    Program,
+    body,
+    copy_graph,
+    output_node,
+    placeholders,
+    prefix,
+    shape_of,
+)
 from pbc.passes.learn_policy import affordable
 from pbc.proxies.fidelity import BATCH, dtype_of, precision_of
 from pbc.util.progress import report
@@ -134,20 +144,41 @@ def head_inputs(
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
             read = run(calibration.batch(indices[start : start + BATCH]))
-            # A head that reads tokens or positions is pooled afterwards.
-            rows.append(read.flatten(1, -2).mean(1) if read.dim() > 2 else read)
+            rows.append(torch.cat([_pooled(value) for value in read], 1))
     return torch.cat(rows)
 
 
-def _until_head(program: Program, level: int) -> Callable[[Tensor], Tensor]:
-    """Prefix and body of a level up to the head's input, in the level's precision."""
+def _pooled(read: Tensor) -> Tensor:
+    """[samples, channels]: what a head that reads tokens or positions is pooled from."""
+    if read.dim() == 4:
+        return read.mean((2, 3))
+    return read.flatten(1, -2).mean(1) if read.dim() > 2 else read
+
+
+def _read_by_head(graph: GraphModule, program: Program) -> list[Node]:
+    """What the layers of the head read: one, or one for each of several heads."""
+    weights = {
+        node
+        for node in placeholders(graph)
+        if node.meta.get(PARAMETER) in program.head.parameters and len(shape_of(node)) > 1
+    }
+    read: dict[Node, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output" or not weights & set(node.all_input_nodes):
+            continue
+        if set(node.all_input_nodes) <= weights:
+            weights.add(node)  # a weight that is normalised, or given by parts
+        else:
+            inputs = (value for value in node.all_input_nodes if value not in weights)
+            read.setdefault(next(value for value in inputs if PARAMETER not in value.meta))
+    return list(read)
+
+
+def _until_head(program: Program, level: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Prefix and body of a level up to what the head reads, in the level's precision."""
     precision = program.ladder.levels[level].precision
     last = copy_graph(program.graphs[body(level)])
-    (weight,) = (
-        node for node in placeholders(last) if node.meta.get(PARAMETER) == program.head.weight
-    )
-    (layer,) = weight.users
-    output_node(last).args = ((layer.args[0],),)
+    output_node(last).args = (tuple(_read_by_head(last, program)),)
     last.graph.eliminate_dead_code()
     last.recompile()
     steps = []
@@ -159,13 +190,12 @@ def _until_head(program: Program, level: int) -> Callable[[Tensor], Tensor]:
             theta = [value.detach().to(dtype) for value in program.parameter_values(graph)]
             steps.append((own, dtype, theta))
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Sequence[Tensor]:
         values: Sequence[Tensor] = (images,)
         for graph, dtype, theta in steps:
             values = graph(*(value.to(dtype) for value in values), *theta)
             values = [value.float() for value in values]
-        (read,) = values
-        return read
+        return values
 
     return run
 

@@ -72,7 +72,7 @@ class Lower:
                 continue
             seen.add(tuple(files))
             theta = starting_parameters(program, level)
-            batches = random_batches(program, level, len(theta[program.head.weight]))
+            batches = random_batches(program, level, program.class_count_in(theta))
             found = step_errors(program.graphs[body(level)], theta, batches, step)
             errors[str(level)] = found
             worst = max(found.values())

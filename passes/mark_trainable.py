@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -39,8 +40,9 @@ class MarkTrainable:
                 parameters[node.target] = get_tensor(graph, node.target).detach().clone()
             with graph.graph.inserting_after(last_input):
                 last_input = theta = graph.graph.placeholder(
-                    "theta_" + node.target.replace(".", "_")
+                    "theta_" + re.sub(r"\W", "_", node.target)
                 )
+            theta.target = theta.name  # `a.b` and `a_b` are two arguments
             theta.meta = {**node.meta, PARAMETER: node.target}
             node.replace_all_uses_with(theta)
             graph.graph.erase_node(node)

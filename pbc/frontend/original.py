@@ -17,8 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
-from pbc.frontend import models, strategy
-from pbc.frontend.start import begin
+from pbc.frontend import head, models, start, strategy
 from pbc.ir.program import PARAMETER, Request, body, placeholders, prefix
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
@@ -59,10 +58,11 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
         target=host,
         engine=host.engine,
         strategy=bundle.manifest["strategy"],
+        blocks=bundle.manifest.get("blocks_pattern"),
         seed=bundle.manifest["provenance"]["seed"],
         class_count=classes,
     )
-    program = SplitPrefix()(MarkTrainable()(begin(source, request)))
+    program = SplitPrefix()(MarkTrainable()(start.begin(source, request)))
     if sorted(program.parameters) != sorted(bundle.manifest["parameters"]):
         raise PbcError(
             f"the rebuilt {source.name} trains other parameters than {bundle_path}; "
@@ -87,13 +87,11 @@ def module(bundle: Bundle, weights: Path | None, theta: dict[str, np.ndarray]) -
     source = _source(bundle, weights)
     network = source.module
     torch.manual_seed(bundle.manifest["provenance"]["seed"])
-    strategy.parse(bundle.manifest["strategy"]).insert(network, torch.zeros(2, *source.input.shape))
+    chosen = strategy.parse(bundle.manifest["strategy"])
+    example = torch.zeros(2, *source.input.shape)
+    start.prepared(source, chosen, example, bundle.manifest.get("blocks_pattern"))
     for name, value in theta.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(torch.from_numpy(value.copy())))
-    classifier = network.get_submodule(source.classifier)
-    assert isinstance(classifier, nn.Linear)
-    classifier.out_features = len(classifier.weight)
+        head.replace_parameter(network, name, torch.from_numpy(value.copy()))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

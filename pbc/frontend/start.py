@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pbc.errors import PbcError
-from pbc.frontend import models, strategy
+from pbc.frontend import head, models, strategy
 from pbc.frontend.capture import capture
-from pbc.ir.program import MODEL, Head, Program, Provenance, Request
+from pbc.frontend.network import Network
+from pbc.ir.program import MODEL, Program, Provenance, Request
 
 
 def begin(
@@ -27,21 +28,21 @@ def begin(
     """
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed)
-    module = source.module
     torch.manual_seed(request.seed)
     if request.class_count is not None:
-        _resize_classifier(module, source.classifier, request.class_count)
+        head.resize(source.module, source.head, request.class_count)
     example = torch.randn(2, *source.input.shape)
-    reference = _run_with(chosen, source, example)
-    trainable = chosen.trainable(module, source.classifier)
+    network = prepared(source, chosen, example, request.blocks)
+    reference = _scores(network, source)
+    trainable = _trained(chosen, network)
     return Program(
-        graphs={MODEL: capture(module, source.input.shape)},
+        graphs={MODEL: capture(source.module, source.input.shape)},
         strategy=request.strategy,
         trainable=trainable,
         target=request.target,
         engine=request.engine,
         input=source.input,
-        head=_head(source, reference),
+        head=source.head,
         example=example,
         reference=reference,
         provenance=Provenance(source.name, source.weights, source.weights_sha256, command),
@@ -49,8 +50,31 @@ def begin(
         seed=request.seed,
         class_names=request.class_names,
         class_count=request.class_count,
+        blocks=network.described(trainable),
+        blocks_pattern=request.blocks,
         notes=_notes(source),
     )
+
+
+def prepared(
+    source: models.Source,
+    chosen: strategy.Strategy,
+    example: Tensor,
+    blocks: str | None,
+) -> Network:
+    """Read a network and insert what the strategy trains, in place.
+
+    Raises PbcError for a model that does not run.
+    """
+
+    def read() -> Network:
+        network = Network.of(source.module, source.head, example, blocks)
+        before = len(list(source.module.parameters()))
+        chosen.insert(network, example)
+        inserted = len(list(source.module.parameters())) > before
+        return network.again(example) if inserted else network
+
+    return models.run(read, source.name, source.input.shape)
 
 
 def _loaded(
@@ -63,57 +87,30 @@ def _loaded(
 
 def _notes(source: models.Source) -> tuple[str, ...]:
     if source.weights != models.RANDOM:
-        return ()
-    return ("random weights: costs are real, fidelity and accuracy mean nothing",)
+        return source.notes
+    random = "random weights: costs are real, fidelity and accuracy mean nothing"
+    return (*source.notes, random)
 
 
-def _run_with(chosen: strategy.Strategy, source: models.Source, example: Tensor) -> Tensor:
-    """Insert what the strategy trains; the logits for the example, or why there are none."""
-    with torch.no_grad():
-        try:
-            chosen.insert(source.module, example)
-            reference = source.module.eval()(example)
-        except PbcError:
-            raise
-        except Exception as error:  # whatever a model raises, it is the model that failed
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise PbcError(
-                f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
-                f"{reason}"
-            ) from error
-    if not isinstance(reference, Tensor):
+def _scores(network: Network, source: models.Source) -> Tensor:
+    """The class scores of the example, or why there are none."""
+    scores, name = network.trace.output, source.name
+    classes = len(source.module.get_parameter(next(iter(source.head.parameters))))
+    if not isinstance(scores, Tensor) or scores.shape != (2, classes):
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PbcError(
-            f"{source.name} returns a {type(reference).__name__}; pbc trains models that return "
-            "one tensor of logits"
+            f"{name} puts out {found} for two images with a head of {classes} classes "
+            f"({', '.join(source.head.parameters)}): its code counts on another number of classes"
         )
-    if not torch.isfinite(reference).all():
+    if not torch.isfinite(scores).all():
         raise PbcError(
-            f"{source.name} puts out values that are not finite: its weights ({source.weights}) "
+            f"{name} puts out values that are not finite: its weights ({source.weights}) "
             "are damaged"
         )
-    return reference
+    return scores
 
 
-def _head(source: models.Source, logits: Tensor) -> Head:
-    """The facts of the classifier; PbcError where the last linear layer is none."""
-    classifier = source.module.get_submodule(source.classifier)
-    assert isinstance(classifier, nn.Linear)
-    if logits.shape != (2, classifier.out_features):
-        raise PbcError(
-            f"{source.name} puts out {list(logits.shape)} for two images, but its last linear "
-            f"layer {source.classifier} has {classifier.out_features} outputs; "
-            "pbc trains classifiers"
-        )
-    return Head(
-        f"{source.classifier}.weight",
-        None if classifier.bias is None else f"{source.classifier}.bias",
-        classifier.in_features,
-    )
-
-
-def _resize_classifier(module: nn.Module, name: str, count: int) -> None:
-    old = module.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    owner, _, leaf = name.rpartition(".")
-    new = nn.Linear(old.in_features, count, bias=old.bias is not None)
-    setattr(module.get_submodule(owner), leaf, new)
+def _trained(chosen: strategy.Strategy, network: Network) -> frozenset[str]:
+    """What trains: of the strategy's choice and the head, whatever the network reads."""
+    names = chosen.trainable(network) | frozenset(network.head.parameters)
+    return names & frozenset(network.trace.read)

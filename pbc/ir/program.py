@@ -64,6 +64,15 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A part that the network repeats: its name, its values, and how many of them train."""
+
+    name: str
+    values: int
+    trained: int
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where a program came from, for the manifest."""
 
@@ -77,7 +86,8 @@ class Provenance:
 class Request:
     """What a compilation was asked for, whatever the model turns out to be.
 
-    strategy: its text, such as `last-k:3`. batch: samples per mini-batch on the device.
+    strategy: its text, such as `last-k:3`. blocks: a glob over the modules that it counts, None
+    where pbc finds them. batch: samples per mini-batch on the device.
     class_names, class_count: None where the head is left open. work: a folder in which long passes
     keep what lets them resume.
     """
@@ -85,6 +95,7 @@ class Request:
     target: Target
     engine: str
     strategy: str = "linear-probe"
+    blocks: str | None = None
     batch: int = 8
     seed: int = 0
     class_names: tuple[str, ...] | None = None
@@ -109,6 +120,7 @@ class Program:
         stay, by the dimension's name (empty for level 0).
     policy_margins: for each proxy, how much its predicted fidelity is lowered for confidence.
     accuracy_map: (fidelity, points of accuracy lost), ascending in fidelity; empty where unknown.
+    blocks: in the order in which they run; blocks_pattern: the glob that chose them, if any.
     work: a folder in which long passes keep what lets them resume.
     artifacts: the bundle's files, once lowered. notes: what the user should know, one line each.
     """
@@ -136,6 +148,8 @@ class Program:
     accuracy_map: tuple[tuple[float, float], ...] = ()
     class_names: tuple[str, ...] | None = None
     class_count: int | None = None
+    blocks: tuple[Block, ...] = ()
+    blocks_pattern: str | None = None
     checks: dict[str, Any] = field(default_factory=dict)
     work: Path | None = None
     artifacts: dict[str, bytes] = field(default_factory=dict)
@@ -172,6 +186,10 @@ class Program:
             graph, inputs = self.graphs[body(level)], [*self.features(level, images)]
         logits: Tensor = graph(*inputs, *self.parameter_values(graph))[0]
         return logits
+
+    def class_count_in(self, theta: Mapping[str, Tensor]) -> int:
+        """How many classes the head has at these values of the trainable parameters."""
+        return next(len(theta[name]) for name in self.head.parameters if name in theta)
 
     def parameter_values(self, graph: GraphModule) -> list[Tensor]:
         """The trainable parameters in the order in which the graph takes them."""

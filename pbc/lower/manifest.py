@@ -26,7 +26,7 @@ def manifest(
 
     contents: what the lowering says about the artifacts.
     """
-    head = {program.head.weight, program.head.bias}
+    head = program.head.parameters
     by_name = {node.name: node for node in placeholders(program.graphs[body(0)])}
     return {
         "model": program.provenance.model,
@@ -38,11 +38,9 @@ def manifest(
         "batch": program.batch,
         "classes": None if program.class_names is None else list(program.class_names),
         "class_count": program.class_count,
-        "head": {
-            "weight": program.head.weight,
-            "bias": program.head.bias,
-            "in_features": program.head.in_features,
-        },
+        "head": {n: width for n, width in head.items() if n in program.parameters},
+        "blocks": [vars(block) for block in program.blocks],
+        "blocks_pattern": program.blocks_pattern,
         "parameters": {
             name: [
                 None if name in head and axis == 0 else size for axis, size in enumerate(p.shape)
@@ -87,7 +85,7 @@ def policy(program: Program) -> dict[str, Any]:
 
 def trainable_file(program: Program) -> bytes:
     """Initial values of what trains, without the head, which the device sizes and seeds."""
-    head = {program.head.weight, program.head.bias}
+    head = program.head.parameters
     return safetensors.torch.save(
         {n: p.detach().contiguous() for n, p in program.parameters.items() if n not in head}
     )

@@ -229,13 +229,13 @@ def in_float64(graph: GraphModule) -> GraphModule:
 
 def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
     """What a body reads of θ, f32, at the values that a device would begin with."""
-    head = {program.head.weight, program.head.bias}
+    head = program.head.parameters
     generator = torch.Generator().manual_seed(program.seed)
     theta = {}
     for name in parameter_names(program.graphs[body(level)]):
         value = program.parameters[name].detach()
         if name in head and program.class_count is None:
-            bound = program.head.in_features**-0.5
+            bound = head[name] ** -0.5
             shape = (_OPEN_CLASSES, *value.shape[1:])
             value = (2 * torch.rand(shape, generator=generator) - 1) * bound
         theta[name] = value

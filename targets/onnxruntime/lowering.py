@@ -160,7 +160,7 @@ class OnnxRuntimeLowering:
         from pbc.targets.onnxruntime.convert import Converter
 
         self._converter = self._converter or Converter()
-        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
+        head = list(program.head.parameters)
         open_head = program.class_count is None
         return self._converter(name, graph, tensors, head, open_head=open_head)
 

@@ -184,7 +184,7 @@ class TvmLowering:
         """Graphs, by their functions' names, as one module."""
         from pbc.targets.tvm.convert import convert
 
-        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
+        head = list(program.head.parameters)
         return convert(graphs, head, open_head=program.class_count is None)
 
     def keep(self, where: Platform, module: tvm.IRModule, content: bytes) -> None:

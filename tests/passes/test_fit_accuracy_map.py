@@ -129,9 +129,8 @@ def test_the_head_reads_what_makes_the_logits(
     data = program.calibration
     assert data is not None
     read = head_inputs(program, level, data, data.held_out)
-    assert read.shape == (len(data.held_out), program.head.in_features)
-    assert program.head.bias is not None
-    weight, bias = (program.parameters[n] for n in (program.head.weight, program.head.bias))
+    weight, bias = (program.parameters[name] for name in program.head.parameters)
+    assert read.shape == (len(data.held_out), weight.shape[1])
     with torch.no_grad():
         expected = program.logits(level, data.batch(data.held_out))
         assert torch.allclose(read @ weight.T + bias, expected, atol=1e-4)

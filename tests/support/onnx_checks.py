@@ -35,7 +35,7 @@ def run(
 
 
 def converted(program: Program, name: str, converter: Converter) -> onnxruntime.InferenceSession:
-    head = [p for p in (program.head.weight, program.head.bias) if p is not None]
+    head = list(program.head.parameters)
     open_head = program.class_count is None
     graph = program.graphs[name]
     return session(graph, converter(name, graph, None, head, open_head=open_head))

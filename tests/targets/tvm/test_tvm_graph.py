@@ -346,11 +346,12 @@ def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:
 def test_an_open_head_takes_any_number_of_classes() -> None:
     program = pruned(ConvNet)
     graph = program.graphs["body/0"]
-    head = [program.head.weight, program.head.bias]
+    head = list(program.head.parameters)
     (runner,) = loaded({"body": graph}, head=head, open_head=True).values()
-    features = torch.rand(3, program.head.in_features)
+    width = program.head.parameters[head[0]]
+    features = torch.rand(3, width)
     for classes in (2, 7):
-        weight, bias = tensors((classes, program.head.in_features), (classes,))
+        weight, bias = tensors((classes, width), (classes,))
         run(graph, runner, (features, weight, bias))
 
 
