@@ -35,7 +35,8 @@ class CompileOptions:
     """Everything that `pbc compile` takes besides the model.
 
     blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
-    (see pbc.frontend.blocks). classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
+    (see pbc.frontend.blocks).
+    classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
     plan even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import nn
 
@@ -18,11 +19,11 @@ def blocks(trace: Trace, head: Iterable[str]) -> tuple[str, ...]:
     head: the names of the head's parameters. A layer is a product of data and a weight; a unit is
     a module with one layer (a convolution with its norm and activation), a composite has several.
     A stage runs similar modules one after the other and adds nothing of its own: two or more
-    composites of a kind (of any, in a nn.Sequential) that hold half of its layers, or two or more units in a nn.Sequential or a
-    module of which the network has only one, directly or in the child that holds half of its
-    layers. Whatever holds more than half of a network's layers is a stage too, and what holds the
-    head. A block is a composite that is no stage, found from the outside in, or a unit of a stage
-    of units. A stage of layers alone has its layers for blocks.
+    composites of a kind (of any, in a nn.Sequential) that hold half of its layers, directly or in
+    the child that holds half of them; or two or more units in a nn.Sequential or in a module of
+    which the network has only one. Whatever holds more than half of a network's layers is a stage
+    too, and what holds the head. A block is a composite that is no stage, found from the outside
+    in, or a unit of a stage of units. A stage of layers alone has its layers for blocks.
     """
     return tuple(dict.fromkeys(call.name for call in _Search(trace, frozenset(head)).found()))
 
@@ -193,15 +194,15 @@ def _in_chain(children: Sequence[Call], group: Sequence[Call]) -> bool:
     """
     direct = all(
         set(map(_origin, before.outputs)) & set(map(_origin, after.inputs))
-        for before, after in zip(children, children[1:], strict=False)
-        if after in group and before is not after
+        for before, after in pairwise(children)
+        if after in group
     )
     return direct or (len(group) > 2 and _follow(group))
 
 
 def _follow(group: Sequence[Call]) -> bool:
     """Whether each of the group depends on the one before."""
-    for before, after in zip(group, group[1:], strict=False):
+    for before, after in pairwise(group):
         reached = set(before.outputs)
         wanted = set(after.inputs)
         waiting = list(wanted)

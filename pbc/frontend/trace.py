@@ -1,4 +1,4 @@
-"""Trace: one run of an eager network as its operators and the modules that they ran in, in order."""
+"""Trace: one run of an eager network, as its operators and the modules that they ran in."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
     return Trace(
         recorder.root,
         tuple(recorder.operators),
-        {name: number for name, number in recorder.read.items()},
+        recorder.read,
         output,
         result,
     )

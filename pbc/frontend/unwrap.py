@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,12 +82,16 @@ def with_tensor_output(module: nn.Module, output: Any) -> str | None:
     """
     for key in _OUTPUTS:
         if isinstance(_item(output, key), Tensor):
-            module.register_forward_hook(lambda owner, inputs, x: _item(x, key))
+            module.register_forward_hook(partial(_take, key))
             return key
     if isinstance(output, (tuple, list)) and len(output) == 1 and isinstance(output[0], Tensor):
         module.register_forward_hook(lambda owner, inputs, x: x[0])
         return "the only element"
     return None
+
+
+def _take(key: str, owner: nn.Module, inputs: Any, output: Any) -> Any:
+    return _item(output, key)
 
 
 def _item(output: Any, key: str) -> Any:

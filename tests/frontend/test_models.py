@@ -51,9 +51,10 @@ def test_an_unknown_timm_model_gets_a_short_suggestion() -> None:
 
 def test_the_weights_file_decides_the_class_count(examples: Path, state: dict[str, Tensor]) -> None:
     source = models.load(MODEL, str(examples / WEIGHTS), (3, 64, 64))
-    classifier = source.module.get_submodule(source.classifier)
+    classifier = source.module.get_submodule("classifier.3")
     assert isinstance(classifier, nn.Linear)
-    assert (source.classifier, classifier.out_features) == ("classifier.3", 200)
+    assert classifier.out_features == 200
+    assert source.head.parameters == {"classifier.3.weight": 1280, "classifier.3.bias": 1280}
     assert source.weights == "mobilenet_v3_large.safetensors"
     assert source.weights_sha256 is not None
     assert source.input.shape == (3, 64, 64)
@@ -172,7 +173,7 @@ def user_model(tmp_path: Path, source: str) -> str:
 def test_a_user_s_file(examples: Path) -> None:
     source = models.load(f"{examples / 'custom_model.py'}:factory", "random", (3, 32, 32))
     assert type(source.module).__name__ == "SmallResNet"
-    assert source.classifier == "classifier"
+    assert source.head.parameters == {"classifier.weight": 96, "classifier.bias": 96}
     assert source.input.shape == (3, 32, 32)
 
 
@@ -200,7 +201,7 @@ def test_a_user_s_file_takes_its_class_count_from_the_weights(
         ("def factory(): return 3", PbcError, "mine.py:factory returned int; expected a torch.nn"),
         ("def factory(): return 1 / 0", PbcError, "factory failed: ZeroDivisionError"),
         ("def factory(size): return nn.Linear(3, 3)", PbcError, "factory failed: TypeError"),
-        ("def factory(): return nn.Conv2d(3, 3, 1)", PbcError, "has no linear layer to use as a"),
+        ("def factory(): return nn.LSTM(32, 3)", PbcError, "factory does not run on inputs of sha"),
     ],
 )
 def test_a_user_s_file_that_is_broken(
@@ -226,11 +227,7 @@ def test_a_user_s_file_that_is_not_there_or_has_no_default_weights(
     ("forward", "message"),
     [
         ("return self.fc(x)", r"factory does not run on inputs of shape \[3, 16, 16\]: "),
-        (
-            "return x.mean((2, 3))",
-            r"puts out \[2, 3\] for two images, but its last linear layer fc",
-        ),
-        ("return self.fc(x.mean((2, 3))), x", "returns a tuple; pbc trains models that return one"),
+        ("return self.fc(x.mean((2, 3))), x", r"no classifier .* \(it returns a tuple\), and puts"),
         ("raise KeyError", r"does not run on inputs of shape \[3, 16, 16\]: KeyError"),
         ("y", "does not run on inputs .*: name 'y' is not defined"),
     ],
