@@ -97,7 +97,16 @@ def dense() -> nn.Module:
                 maps.append(layer(torch.cat(maps, 1)))
             return torch.cat(maps, 1)
 
-    layers = {f"l{n}": nn.Sequential(Unit(8 + 4 * n, 8), Unit(8, 4)) for n in range(3)}
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.one, self.two = Unit(width, 8), Unit(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.two(self.one(x))
+            return y
+
+    layers = {f"l{n}": Layer(8 + 4 * n) for n in range(3)}
     return Classifier(20, ["stem", "dense"], stem=Unit(3, 8), dense=Dense(layers))
 
 

@@ -29,10 +29,10 @@ def test_what_stands_in_front_of_all_names_is_taken_off(prefix: str) -> None:
 
 
 def test_wrappers_inside_are_taken_off() -> None:
-    got, notes = named_as(NAMES, {"stem.module.weight": torch.zeros(1), **state()}, PATH)
+    got, notes = named_as(NAMES, {"stem.module.weight": torch.zeros(1), **state("")}, PATH)
     assert "stem.module.weight" in got  # two tensors would get one name: left for the check
     assert notes == ()
-    inside = {name.replace("stem.", "stem.module."): t for name, t in state().items()}
+    inside = {name.replace("stem.", "stem.module."): t for name, t in state("").items()}
     got, notes = named_as(NAMES, inside, PATH)
     assert sorted(got) == sorted(NAMES)
     assert "module." in notes[0]
@@ -51,12 +51,12 @@ def test_names_that_fit_stay() -> None:
     for names in (NAMES, tuple("model." + name for name in NAMES)):
         given = {name: torch.zeros(1) for name in names}
         assert named_as(names, given, PATH) == (given, ())
-    given = state(a="surprise")
+    given = state("", a="surprise")
     assert named_as(NAMES, given, PATH) == (given, ())
 
 
 def test_a_path_may_be_missing_in_front() -> None:
-    got, (note,) = named_as([f"net.body.{name}" for name in NAMES], state(), PATH)
+    got, (note,) = named_as([f"net.body.{name}" for name in NAMES], state(""), PATH)
     assert sorted(got) == sorted(f"net.body.{name}" for name in NAMES)
     assert note == "'net.body.' was put before the names in w.safetensors"
 
