@@ -9,6 +9,7 @@ from pbc.errors import PbcError
 from pbc.frontend import head, models, strategy
 from pbc.frontend.capture import capture
 from pbc.frontend.network import Network
+from pbc.frontend.open_classes import open_classes
 from pbc.ir.program import MODEL, Program, Provenance, Request
 
 
@@ -35,8 +36,11 @@ def begin(
     network = prepared(source, chosen, example, request.blocks)
     reference = _scores(network, source)
     trainable = _trained(chosen, network)
+    graph = capture(source.module, source.input.shape)
+    if request.class_count is None:
+        open_classes(graph, source.head)
     return Program(
-        graphs={MODEL: capture(source.module, source.input.shape)},
+        graphs={MODEL: graph},
         strategy=request.strategy,
         trainable=trainable,
         target=request.target,
