@@ -306,7 +306,7 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
                     if getattr(owner, count, None) == before:
                         setattr(owner, count, after)
     for owner in module.modules():
-        if getattr(owner, "num_classes", None) == before and type(owner.num_classes) is int:
+        if isinstance(count := getattr(owner, "num_classes", None), int) and count == before:
             owner.num_classes = after
 
 

@@ -107,24 +107,31 @@ def given(
     if not isinstance(run_of.output, Tensor) and with_tensor_output(module, run_of.output):
         run_of = trace(module, example)
     found = head.find(run_of)
-    classifier = found.head if isinstance(found, head.Found) else None
     if weights is not None:
-        path, state = weights
-        state, renamed = named_as(module.state_dict(), state, path)
-        notes += renamed
-        own = () if classifier is None else classifier.parameters
-        for parameter in own:
-            size = len(state[parameter]) if parameter in state else found.classes
-            if size != found.classes:
-                head.resize(module, classifier, size)
-                break
-        apply(module, state, own, str(path))
-    if classifier is None:
+        notes += _weighted(module, found, *weights)
+    if isinstance(found, head.Missing):
         classifier, note = head.add(module, example, run_of, found.reason)
         notes += (note,)
     else:
+        classifier = found.head
         notes += found.notes
     return Source(name, module, spec, classifier, "given", None, notes)
+
+
+def _weighted(
+    module: nn.Module, found: head.Found | head.Missing, path: Path, state: State
+) -> tuple[str, ...]:
+    """Load a file's tensors, which decide the class count of the head; notes."""
+    state, notes = named_as(module.state_dict(), state, path)
+    if isinstance(found, head.Missing):
+        apply(module, state, (), str(path))
+        return notes
+    counts = (len(state[name]) for name in found.head.parameters if name in state)
+    count = next(counts, found.classes)
+    if count != found.classes:
+        head.resize(module, found.head, count)
+    apply(module, state, found.head.parameters, str(path))
+    return notes
 
 
 T = TypeVar("T")

@@ -127,6 +127,7 @@ def trace(module: nn.Module, example: Tensor) -> Trace:
             hook.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
     assert recorder.root is not None
+    recorder.root.last = len(recorder.operators)
     result = recorder.value(output) if isinstance(output, Tensor) else None
     return Trace(
         recorder.root,
@@ -145,7 +146,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self.read: dict[str, int] = {}
         self.root: Call | None = None
@@ -209,9 +210,11 @@ class _Recorder(TorchDispatchMode):
         self._running.append(call)
 
     def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        call = self._running.pop()
+        call = self._running[-1]
         call.last = len(self.operators)
         call.outputs = self.values(outputs)
+        if call is not self.root:  # whose own hooks run now, and modules in them
+            self._running.pop()
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -103,7 +103,8 @@ def _counts(name: str) -> bool:
 
 def _without_wrappers(wanted: frozenset[str], state: State) -> tuple[State, str]:
     """Take wrappers' parts out of names that the model does not have; which parts these were."""
-    renamed, parts = {}, set()
+    renamed: dict[str, Tensor] = {}
+    parts: set[str] = set()
     for name, tensor in state.items():
         words = name.split(".")
         short = ".".join(word for word in words if word not in _WRAPPERS)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from pbc.ir.program import Head
 SPEC = InputSpec((3, 8, 8), models.IMAGENET_MEAN, models.IMAGENET_STD)
 
 
+Scores = Callable[[Any, Tensor], object]
+
+
 class Net(nn.Module):
     """Eight pooled features and whatever head a test gives."""
 
-    def __init__(self, scores: Callable[[Net, Tensor], object], **layers: nn.Module) -> None:
+    def __init__(self, scores: Scores, **layers: nn.Module) -> None:
         super().__init__()
         self.scores = scores
         for name, layer in layers.items():
@@ -133,7 +137,8 @@ class ResidualMlp(nn.Module):
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(functional.gelu(self.up(x)))
+        total: Tensor = x + self.down(functional.gelu(self.up(x)))
+        return total
 
 
 MISSING: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
@@ -208,14 +213,14 @@ def test_a_head_shared_with_another_layer_is_refused() -> None:
         a=nn.Linear(8, 8),
         b=nn.Linear(8, 8),
     )
-    net.b.weight = net.a.weight  # type: ignore[union-attr]
+    net.get_submodule("b").weight = net.get_parameter("a.weight")
     with pytest.raises(PbcError, match=r"head's a\.weight is also read by `mm`"):
         models.given(net, "net", SPEC)
 
 
 def test_a_tied_pair_of_heads_is_one() -> None:
     net = Net(lambda n, x: n.a(pool(x)) + n.b(pool(x)), a=linear(), b=linear())
-    net.b.weight = net.a.weight  # type: ignore[union-attr]
+    net.get_submodule("b").weight = net.get_parameter("a.weight")
     source = models.given(net, "net", SPEC)
     assert list(source.head.parameters) == ["a.weight", "a.bias", "b.bias"]
     head.resize(net, source.head, 6)

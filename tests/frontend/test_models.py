@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from pbc.compiler import CompileOptions, start
 from pbc.errors import PbcError, UsageError
-from pbc.frontend import models
+from pbc.frontend import head, models
 from pbc.testing import TARGET
 
 WEIGHTS = "weights/mobilenet_v3_large.safetensors"
@@ -248,3 +250,59 @@ factory = Net
     with pytest.raises(PbcError, match=message) as error:
         start(user_model(tmp_path, source), options)
     one_line(error)
+
+
+def test_a_user_s_file_may_build_on_torchvision(tmp_path: Path) -> None:
+    """In a process of its own, where nothing imported it before."""
+    (tmp_path / "mine.py").write_text(
+        "import timm\n"
+        "import torchvision\n\n\n"
+        "def factory():\n"
+        "    return torchvision.models.resnet18(weights=None, num_classes=3)\n"
+    )
+    code = (
+        "from pbc.frontend import models\n"
+        f"source = models.load({str(tmp_path / 'mine.py')!r} + ':factory', 'random', (3, 32, 32))\n"
+        "print(source.head.parameters)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "{'fc.weight': 512, 'fc.bias': 512}" in result.stdout, result.stderr
+
+
+def test_weights_saved_from_a_wrapper_are_said(examples: Path, tmp_path: Path) -> None:
+    name = f"{examples / 'custom_model.py'}:factory"
+    module = models.load(name, "random", (3, 32, 32)).module
+    path = tmp_path / "w.safetensors"
+    save_file({f"state_dict.model.{n}": t.clone() for n, t in module.state_dict().items()}, path)
+    source = models.load(name, str(path), (3, 32, 32), seed=1)
+    assert source.notes == ("'state_dict.model.' was taken off the names in w.safetensors",)
+    for parameter, value in module.named_parameters():
+        assert torch.equal(source.module.get_parameter(parameter), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("timm:deit_tiny_distilled_patch16_224", (3, 32, 48), {"head", "head_dist"}),
+        ("timm:swin_tiny_patch4_window7_224", (3, 64, 96), {"head.fc"}),
+        ("timm:dla34", (3, 64, 64), {"fc"}),
+        ("timm:maxvit_rmlp_pico_rw_256", (3, 128, 128), {"head.fc"}),
+        ("squeezenet1_1", (3, 64, 64), {"classifier.1"}),
+    ],
+)
+def test_heads_of_library_networks(
+    name: str, shape: tuple[int, int, int], parameters: set[str]
+) -> None:
+    source = models.load(name, "random", shape)
+    assert {name.rpartition(".")[0] for name in source.head.parameters} == parameters
+    head.resize(source.module, source.head, 3)
+    with torch.no_grad():
+        assert source.module(torch.randn(2, *shape)).shape == (2, 3)
+
+
+def test_a_library_s_backbone_gets_a_head() -> None:
+    source = models.load("timm:vit_small_patch14_dinov2", "random", (3, 28, 28))
+    assert source.head.parameters == {"added_head.weight": 384, "added_head.bias": 384}
+    assert "its outputs come from `native_layer_norm` in norm" in source.notes[0]

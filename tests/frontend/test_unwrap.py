@@ -27,8 +27,15 @@ class Lightning(nn.Module):
 
 
 def inside(net: nn.Module) -> nn.Module:
-    net.blocks[1] = nn.DataParallel(net.blocks[1])  # type: ignore[operator, index]
+    blocks = net.get_submodule("blocks")
+    blocks.add_module("1", nn.DataParallel(blocks.get_submodule("1")))
     return net
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    wrapper = torch.compile(net)
+    assert isinstance(wrapper, nn.Module)
+    return wrapper
 
 
 def in_place(net: nn.Module) -> nn.Module:
@@ -43,7 +50,7 @@ def in_place(net: nn.Module) -> nn.Module:
         (nn.DataParallel, "DataParallel"),
         (AveragedModel, "AveragedModel"),
         (Lightning, "Lightning"),
-        (lambda net: nn.DataParallel(torch.compile(net)), "OptimizedModule"),
+        (lambda net: nn.DataParallel(compiled(net)), "OptimizedModule"),
         (inside, "DataParallel"),
         (in_place, "torch.compile"),
     ],
