@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -106,7 +105,7 @@ def given(
     run_of = run(lambda: trace(module, example), name, spec.shape)
     if not isinstance(run_of.output, Tensor) and with_tensor_output(module, run_of.output):
         run_of = trace(module, example)
-    found = head.find(run_of)
+    found = head.Missing(_NO_HEAD) if _has_no_classifier(module) else head.find(run_of)
     if weights is not None:
         notes += _weighted(module, found, *weights)
     if isinstance(found, head.Missing):
@@ -116,6 +115,15 @@ def given(
         classifier = found.head
         notes += found.notes
     return Source(name, module, spec, classifier, "given", None, notes)
+
+
+_NO_HEAD = "its get_classifier() has none"
+
+
+def _has_no_classifier(module: nn.Module) -> bool:
+    """Whether a timm model was made without its classifier: whatever ends it is no head."""
+    getter = getattr(module, "get_classifier", None)
+    return callable(getter) and isinstance(getter(), nn.Identity)
 
 
 def _weighted(
@@ -163,10 +171,8 @@ def _torchvision(
     size = preset.crop_size[0]
     chosen = shape or (3, size, size)
     options: dict[str, Any] = {}
-    if chosen[1:] != (size, size) and "image_size" in inspect.signature(
-        inspect.unwrap(models.get_model_builder(name))
-    ).parameters | _vit_parameters(name):
-        options["image_size"] = chosen[1]
+    if chosen[1:] != (size, size):
+        options = _size_options(name, chosen)
     if pretrained:
         try:
             module = models.get_model(name, weights=default, **options)
@@ -182,9 +188,14 @@ def _torchvision(
     return module, _spec(chosen, preset.mean, preset.std)
 
 
-def _vit_parameters(name: str) -> dict[str, Any]:
-    # torchvision's vit builders pass image_size on through **kwargs, where a signature hides it.
-    return {"image_size": None} if name.startswith("vit_") else {}
+def _size_options(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What torchvision's builders need to know of a size.
+
+    They pass it on through **kwargs, where a signature hides it; others take any size.
+    """
+    if name.startswith("vit_"):
+        return {"image_size": shape[1]}
+    return {"input_size": shape[1:]} if name.startswith("maxvit_") else {}
 
 
 def _timm(
