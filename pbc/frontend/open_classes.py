@@ -6,7 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
-from pbc.ir.program import Head, shape_of
+from pbc.ir.graph import shape_of
+from pbc.ir.program import Head
 
 aten = torch.ops.aten
 

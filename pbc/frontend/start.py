@@ -8,9 +8,9 @@ from torch import Tensor
 from pbc.errors import PbcError
 from pbc.frontend import head, models, strategy
 from pbc.frontend.capture import capture
-from pbc.frontend.network import Network
 from pbc.frontend.open_classes import open_classes
-from pbc.ir.program import MODEL, Program, Provenance, Request
+from pbc.frontend.traced_network import TracedNetwork
+from pbc.ir.program import Network, Program, Request
 
 
 def begin(
@@ -19,13 +19,12 @@ def begin(
     *,
     weights: str = models.DEFAULT,
     shape: tuple[int, int, int] | None = None,
-    command: str = "",
 ) -> Program:
     """Load a model, apply the strategy and capture it: the program that passes start from.
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    weights, shape: for a name, see pbc.frontend.models.load. command: for the provenance. Raises
-    PbcError for a model that does not run, is damaged, or is no classifier.
+    weights, shape: for a name, see pbc.frontend.models.load. Raises PbcError for a model that
+    does not run, is damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed)
@@ -33,29 +32,27 @@ def begin(
     if request.class_count is not None:
         head.resize(source.module, source.head, request.class_count)
     example = torch.randn(2, *source.input.shape)
-    network = prepared(source, chosen, example, request.blocks)
-    reference = _scores(network, source)
-    trainable = _trained(chosen, network)
-    graph = capture(source.module, source.input.shape)
+    traced = prepared(source, chosen, example, request.blocks)
+    reference = _scores(traced, source)
+    trainable = _trained(chosen, traced)
+    model_graph = capture(source.module, source.input.shape)
     if request.class_count is None:
-        open_classes(graph, source.head)
-    return Program(
-        graphs={MODEL: graph},
-        strategy=request.strategy,
-        trainable=trainable,
-        target=request.target,
-        engine=request.engine,
+        open_classes(model_graph, source.head)
+    network = Network(
+        name=source.name,
+        weights=source.weights,
+        weights_sha256=source.weights_sha256,
         input=source.input,
         head=source.head,
         example=example,
         reference=reference,
-        provenance=Provenance(source.name, source.weights, source.weights_sha256, command),
-        batch=request.batch,
-        seed=request.seed,
-        class_names=request.class_names,
-        class_count=request.class_count,
-        blocks=network.described(trainable),
-        blocks_pattern=request.blocks,
+        blocks=traced.described(trainable),
+    )
+    return Program(
+        request=request,
+        network=network,
+        trainable=trainable,
+        model=model_graph,
         notes=_notes(source),
     )
 
@@ -65,14 +62,14 @@ def prepared(
     chosen: strategy.Strategy,
     example: Tensor,
     blocks: str | None,
-) -> Network:
+) -> TracedNetwork:
     """Read a network and insert what the strategy trains, in place.
 
     Raises PbcError for a model that does not run.
     """
 
-    def read() -> Network:
-        network = Network.of(source.module, source.head, example, blocks)
+    def read() -> TracedNetwork:
+        network = TracedNetwork.of(source.module, source.head, example, blocks)
         before = len(list(source.module.parameters()))
         chosen.insert(network, example)
         inserted = len(list(source.module.parameters())) > before
@@ -96,7 +93,7 @@ def _notes(source: models.Source) -> tuple[str, ...]:
     return (*source.notes, random)
 
 
-def _scores(network: Network, source: models.Source) -> Tensor:
+def _scores(network: TracedNetwork, source: models.Source) -> Tensor:
     """The class scores of the example, or why there are none."""
     scores, name = network.trace.output, source.name
     classes = len(source.module.get_parameter(next(iter(source.head.parameters))))
@@ -114,7 +111,7 @@ def _scores(network: Network, source: models.Source) -> Tensor:
     return scores
 
 
-def _trained(chosen: strategy.Strategy, network: Network) -> frozenset[str]:
+def _trained(chosen: strategy.Strategy, network: TracedNetwork) -> frozenset[str]:
     """What trains: of the strategy's choice and the head, whatever the network reads."""
     names = chosen.trainable(network) | frozenset(network.head.parameters)
     return names & frozenset(network.trace.read)

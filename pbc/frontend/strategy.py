@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
-from pbc.frontend.network import Network
+from pbc.frontend.traced_network import TracedNetwork
 
 
 class Strategy(Protocol):
@@ -20,13 +20,13 @@ class Strategy(Protocol):
     argument: ClassVar[str | None]
     """What follows the colon in the strategy's text (`K` in last-k:K), None if nothing does."""
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         """Add to the eager module, in place, what this strategy trains besides its own weights.
 
         example: float32 [batch, channels, height, width], an input of the module.
         """
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         """The names of the module's parameters that train, besides the head's, which always do."""
 
 
@@ -54,10 +54,10 @@ class LinearProbe:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         return frozenset()
 
 
@@ -68,10 +68,10 @@ class LastK:
     count: int
     argument: ClassVar[str | None] = "K"
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         start = network.start(network.last_blocks(self.count)[0])
         return frozenset(name for name, first in network.trace.read.items() if first >= start)
 
@@ -85,10 +85,10 @@ class Norm:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         affine = {
             f"{name}.{parameter}"
             for name, layer in network.module.named_modules()
@@ -108,10 +108,10 @@ class Bias:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         names = (name for name, _ in network.module.named_parameters())
         return frozenset(name for name in names if name.rpartition(".")[2].endswith("bias"))
 
@@ -127,14 +127,14 @@ class Adapters:
     count: int
     argument: ClassVar[str | None] = "N"
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         module, names = network.module, network.last_blocks(self.count)
         for name, output in block_outputs(module, names, example).items():
             block = module.get_submodule(name)
             block.add_module("adapter", Adapter(output))
             block.register_forward_hook(lambda owner, inputs, x: owner.adapter(x))
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         return frozenset(
             f"{name}.{parameter}"
             for name, layer in network.module.named_modules()
@@ -149,10 +149,10 @@ class Full:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, network: Network, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, network: Network) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         return frozenset(name for name, _ in network.module.named_parameters())
 
 

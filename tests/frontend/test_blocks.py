@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.frontend import models, strategy
-from pbc.frontend.network import Network
 from pbc.frontend.torchvision_shim import import_torchvision
+from pbc.frontend.traced_network import TracedNetwork
 from pbc.testing import make_program
 
 
-def read(module: nn.Module, size: int = 32, pattern: str | None = None) -> Network:
+def read(module: nn.Module, size: int = 32, pattern: str | None = None) -> TracedNetwork:
     spec = InputSpec((3, size, size), models.IMAGENET_MEAN, models.IMAGENET_STD)
     source = models.given(module, "net", spec)
-    return Network.of(source.module, source.head, torch.randn(2, 3, size, size), pattern)
+    return TracedNetwork.of(source.module, source.head, torch.randn(2, 3, size, size), pattern)
 
 
 class Unit(nn.Sequential):

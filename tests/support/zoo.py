@@ -10,7 +10,7 @@ from torch import nn
 
 from pbc import compiler
 from pbc.frontend import models, strategy
-from pbc.frontend.network import Network
+from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.program import Program
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
@@ -42,8 +42,8 @@ def captured(model: str, shape: Shape) -> Captured:
 
 def trained(chosen: strategy.Strategy, module: nn.Module, program: Program) -> frozenset[str]:
     """What a strategy that inserts nothing trains of a module that was captured."""
-    network = Network.of(module, program.head, program.example)
-    return chosen.trainable(network) | frozenset(program.head.parameters)
+    network = TracedNetwork.of(module, program.network.head, program.network.example)
+    return chosen.trainable(network) | frozenset(program.network.head.parameters)
 
 
 def apply(text: str, model: str, shape: Shape) -> Captured:
@@ -53,7 +53,8 @@ def apply(text: str, model: str, shape: Shape) -> Captured:
     if not isinstance(chosen, strategy.Adapters):
         return Captured(module, retarget(program, text, trained(chosen, module, program)))
     module = copy.deepcopy(module)
-    source = models.Source(model, module, program.input, program.head, models.RANDOM, None)
+    facts = program.network
+    source = models.Source(model, module, facts.input, facts.head, models.RANDOM, None)
     options = compiler.CompileOptions(target=TARGET, strategy=text, shape=shape)
     return Captured(module, compiler.start(source, options))
 

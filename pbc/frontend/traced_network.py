@@ -14,7 +14,7 @@ from pbc.ir.program import Block, Head
 
 
 @dataclass(frozen=True, eq=False)
-class Network:
+class TracedNetwork:
     """A module that maps images to class scores, with the run in which it was read.
 
     blocks: names of the modules that strategies count, in the order of execution.
@@ -28,7 +28,7 @@ class Network:
     @classmethod
     def of(
         cls, module: nn.Module, head: Head, example: Tensor, pattern: str | None = None
-    ) -> Network:
+    ) -> TracedNetwork:
         """Run the module once and read it; whatever it raises passes through.
 
         pattern: a glob over the names of modules, for those who know better what the blocks are.
@@ -37,7 +37,7 @@ class Network:
         found = blocks(run, head.parameters) if pattern is None else matching(run, pattern)
         return cls(module, head, run, found)
 
-    def again(self, example: Tensor) -> Network:
+    def again(self, example: Tensor) -> TracedNetwork:
         """The same network after something was inserted into it, with the blocks that it had."""
         return replace(self, trace=trace(self.module, example))
 
