@@ -85,7 +85,7 @@ class _Search:
         found = []
         for child in self._children(call):
             if self._count(child) == 1:
-                found.append(child)
+                found.append(self._unwrapped(child))
             elif not self._holds_head(child):
                 found += self._alone(child)
         return found
@@ -93,7 +93,7 @@ class _Search:
     def _is_stage(self, call: Call) -> bool:
         if self._holds_head(call):
             return True
-        if 2 * self._count(call) > self._total and call.calls:
+        if 2 * self._count(call) > self._total and self._count(call) > 1 and call.calls:
             return True
         if self._kind(call) in self._own:
             return False

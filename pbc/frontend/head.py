@@ -306,8 +306,9 @@ def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
                     if getattr(owner, count, None) == before:
                         setattr(owner, count, after)
     for owner in module.modules():
-        if isinstance(count := getattr(owner, "num_classes", None), int) and count == before:
-            owner.num_classes = after
+        known = getattr(owner, "num_classes", None)
+        if isinstance(known, int) and known == before:
+            setattr(owner, "num_classes", after)  # noqa: B010, a name that nn.Module does not have
 
 
 def add(module: nn.Module, example: Tensor, trace: Trace, reason: str) -> tuple[Head, str]:

@@ -208,9 +208,9 @@ def test_a_pattern_says_which_modules_are_blocks() -> None:
 
 def test_a_program_lists_its_blocks_and_what_of_them_trains() -> None:
     program = make_program(ResidualNet(), "last-k:1")
-    assert [(b.name, b.values > 0, b.trained == b.values) for b in program.blocks] == [
+    assert [(b.name, b.values > 0, b.trained == b.values) for b in program.network.blocks] == [
         ("blocks.0", True, False),
         ("blocks.1", True, False),
         ("blocks.2", True, True),
     ]
-    assert program.blocks[0].trained == 0
+    assert program.network.blocks[0].trained == 0

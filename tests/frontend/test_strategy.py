@@ -120,10 +120,10 @@ def test_adapters_on_token_sequences() -> None:
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3, 3)
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+        return self.layers(x), x
 
 
 def test_adapters_need_one_tensor_per_block() -> None:
