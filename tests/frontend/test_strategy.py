@@ -130,11 +130,12 @@ def test_adapters_need_one_tensor_per_block() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.stem = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(3)])
             self.layers = nn.Sequential(Pair())
             self.fc = nn.Linear(3, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.fc(self.layers(x)[0].mean((2, 3)))
+            logits: Tensor = self.fc(self.layers(self.stem(x))[0].mean((2, 3)))
             return logits
 
     with pytest.raises(PbcError, match=r"block layers.0 puts out tuple; adapters need one tensor"):
