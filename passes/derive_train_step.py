@@ -81,7 +81,7 @@ class DeriveTrainStep:
 
     def _verified(self, program: Program, number: int, level: LevelGraphs) -> dict[str, float]:
         theta = starting_parameters(program, level)
-        batches = random_batches(program, level, len(theta[program.network.head.weight]))
+        batches = random_batches(program, level, program.network.head.classes_in(theta))
         errors = step_errors(level.body, theta, batches, TorchRunner(level))
         if not all(error <= TOLERANCE for error in errors.values()):
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:

@@ -11,15 +11,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
-from pbc.ir.graph import PARAMETER, parameter_names, placeholders
+from pbc.ir.graph import PARAMETER, parameter_names, placeholders, shape_of
 from pbc.ir.levels import LevelGraphs
-from pbc.ir.program import Program
+from pbc.ir.program import Head, Program
 from pbc.ir.rewrite import cut_at
 from pbc.passes.learn_policy import affordable
 from pbc.proxies.fidelity import BATCH, dtype_of, precision_of
@@ -136,22 +136,40 @@ def head_inputs(
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
             read = run(calibration.batch(indices[start : start + BATCH]))
-            # A head that reads tokens or positions is pooled afterwards.
-            rows.append(read.flatten(1, -2).mean(1) if read.dim() > 2 else read)
+            rows.append(torch.cat([_pooled(value) for value in read], 1))
     return torch.cat(rows)
 
 
-def _until_head(program: Program, level: LevelGraphs) -> Callable[[Tensor], Tensor]:
-    """Prefix and body of a level up to the head's input, in the level's precision."""
-    (weight,) = (
+def _pooled(read: Tensor) -> Tensor:
+    """[samples, channels]: what a head that reads tokens or positions is pooled from."""
+    if read.dim() == 4:
+        return read.mean((2, 3))
+    return read.flatten(1, -2).mean(1) if read.dim() > 2 else read
+
+
+def _read_by_head(graph: GraphModule, head: Head) -> list[Node]:
+    """Return what the layers of the head read: one value, or one for each of several heads."""
+    weights = {
         node
-        for node in placeholders(level.body)
-        if node.meta.get(PARAMETER) == program.network.head.weight
-    )
-    (layer,) = weight.users
-    read = layer.args[0]
-    assert isinstance(read, Node)
-    last = cut_at(level.body, [read.name])
+        for node in placeholders(graph)
+        if node.meta.get(PARAMETER) in head.parameters and len(shape_of(node)) > 1
+    }
+    read: dict[Node, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output" or not weights & set(node.all_input_nodes):
+            continue
+        if set(node.all_input_nodes) <= weights:
+            weights.add(node)  # a weight that is normalised, or given by parts
+        else:
+            inputs = (value for value in node.all_input_nodes if value not in weights)
+            read.setdefault(next(value for value in inputs if PARAMETER not in value.meta))
+    return list(read)
+
+
+def _until_head(program: Program, level: LevelGraphs) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Prefix and body of a level up to what the head reads, in the level's precision."""
+    read = _read_by_head(level.body, program.network.head)
+    last = cut_at(level.body, [node.name for node in read])
     steps = []
     for role, graph in ((PREFIX, level.prefix), (BODY, last)):
         if graph is not None:
@@ -162,13 +180,12 @@ def _until_head(program: Program, level: LevelGraphs) -> Callable[[Tensor], Tens
             theta = [program.parameters[name].detach().to(dtype) for name in names]
             steps.append((own, dtype, theta))
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Sequence[Tensor]:
         values: Sequence[Tensor] = (images,)
         for graph, dtype, theta in steps:
             values = graph(*(value.to(dtype) for value in values), *theta)
             values = [value.float() for value in values]
-        (read,) = values
-        return read
+        return values
 
     return run
 

@@ -84,7 +84,7 @@ class Lower:
                 continue
             seen.add(files)
             theta = starting_parameters(program, level)
-            batches = random_batches(program, level, len(theta[program.network.head.weight]))
+            batches = random_batches(program, level, program.network.head.classes_in(theta))
             found = step_errors(level.body, theta, batches, lowering.runner(program, level))
             errors[str(number)] = found
             worst = max(found.values())

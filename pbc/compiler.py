@@ -19,7 +19,7 @@ from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.levels import ladder
-from pbc.ir.program import Program, Request
+from pbc.ir.program import Block, Program, Request
 from pbc.ir.stages import STAGES
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
@@ -38,6 +38,8 @@ UP_TO_PLAN = STAGES.index("plan")
 class CompileOptions:
     """Everything that `pbc compile` takes besides the model.
 
+    blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
+    (see pbc.frontend.blocks).
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
@@ -50,6 +52,7 @@ class CompileOptions:
     target: str = "host"
     weights: str = models.DEFAULT
     strategy: str = "linear-probe"
+    blocks: str | None = None
     classes: int | None = None
     data: Path | None = None
     levels: int = 4
@@ -96,6 +99,7 @@ class Forecast:
     notes: tuple[str, ...]
     engine: str
     requires: Mapping[str, str]
+    blocks: tuple[Block, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -105,6 +109,7 @@ class Forecast:
             "cost_model": self.ladder.cost_model,
             "levels": self.ladder.to_json(),
             "file_bytes": dict(self.file_bytes),
+            "blocks": [vars(block) for block in self.blocks],
             "notes": list(self.notes),
         }
 
@@ -146,6 +151,7 @@ def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast
         notes=(*program.notes, *_without_calibration(options, len(planned))),
         engine=program.request.engine,
         requires=_requires(program),
+        blocks=program.network.blocks,
     )
 
 
@@ -195,6 +201,7 @@ def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
         target=target,
         engine=engine,
         strategy=options.strategy,
+        blocks=options.blocks,
         batch=options.batch,
         seed=options.seed,
         class_names=names,

@@ -47,14 +47,8 @@ def make_program(
 
     The program shares the module's tensors; what the strategy inserts stays in the module.
     """
-    source = models.Source(
-        name=type(module).__name__,
-        module=module.eval(),
-        input=InputSpec(shape, models.IMAGENET_MEAN, models.IMAGENET_STD),
-        classifier=models.last_linear(module, type(module).__name__),
-        weights="given",
-        weights_sha256=None,
-    )
+    spec = InputSpec(shape, models.IMAGENET_MEAN, models.IMAGENET_STD)
+    source = models.given(module, type(module).__name__, spec)
     options = compiler.CompileOptions(target=target, strategy=strategy, shape=shape, seed=seed)
     return run_passes(compiler.start(source, options), *passes)
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pbc import compiler
 from pbc.bundle import Bundle
-from pbc.cli.inspect import show_levels
+from pbc.cli.inspect import show_blocks, show_levels
 from pbc.errors import UsageError
 from pbc.util.progress import reporting_to, telling
 from pbc.util.sizes import size_text
@@ -45,6 +45,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     default="linear-probe",
     show_default=True,
     help="What trains; see `pbc strategies` (last-k:K, adapters:N, …).",
+)
+@click.option(
+    "--blocks",
+    metavar="PATTERN",
+    help="The modules that the strategy counts, such as 'layers.*'; found by pbc by default.",
 )
 @click.option(
     "--classes", type=int, help="How many classes; without it and --data, training decides."
@@ -156,6 +161,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     click.echo(f"passes: {', '.join(plan.passes)}")
     click.echo(f"engine: {plan.engine}")
     _show_requires(plan.requires)
+    show_blocks([vars(block) for block in plan.blocks])
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
         click.echo(f"{name}: {size_text(size)} expected")

@@ -68,6 +68,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
     for key, value in rows.items():
         grid.add_row(Text(key, style="bold"), Text(str(value)))
     console().print(grid)
+    show_blocks(manifest.get("blocks", []))
     show_levels(manifest["levels"], manifest["cost_model"])
     _show_policy(manifest["policy"])
     _show_accuracy_map(manifest["accuracy_map"])
@@ -117,6 +118,19 @@ def _elements(shape: list[int | None], classes: int | None) -> int:
     for size in shape:
         product *= size if size is not None else (classes or 1)
     return product
+
+
+def show_blocks(blocks: list[dict[str, Any]]) -> None:
+    """Print the network's blocks in the order in which they run, and what of them trains."""
+    if not blocks:
+        return
+    table = Table("block", "values", "train", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
+    for block in blocks:
+        values, trained = block["values"], block["trained"]
+        train = "all" if trained == values > 0 else f"{trained:,}" if trained else "-"
+        table.add_row(block["name"], f"{values:,}", train)
+    console().print(table)
 
 
 def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Request:
     """The wishes of whoever compiles, whatever the model turns out to be.
 
-    strategy: its text, such as `last-k:3`. batch: samples per mini-batch on the device.
+    strategy: its text, such as `last-k:3`. blocks: a glob over the modules that it counts, None
+    where pbc finds them. batch: samples per mini-batch on the device.
     class_names, class_count: None where the head is left open. work: a folder in which long passes
     keep what lets them resume. command: for the provenance.
     """
@@ -37,6 +38,7 @@ class Request:
     target: Target
     engine: str
     strategy: str = "linear-probe"
+    blocks: str | None = None
     batch: int = 8
     seed: int = 0
     class_names: tuple[str, ...] | None = None
@@ -47,16 +49,27 @@ class Request:
 
 @dataclass(frozen=True)
 class Head:
-    """The classifier that is always trained: the names of its parameters and its input width."""
+    """The classifier that is always trained.
 
-    weight: str
-    bias: str | None
-    in_features: int
+    parameters: the name of each of its parameters, whose first axis is the classes, and the width
+    of the layer that it belongs to, from which its first values are drawn. Two heads that are
+    averaged, a 1×1 convolution and a weight given by parts are all of this form.
+    """
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names of its parameters, whose first axis counts classes."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+    parameters: Mapping[str, int]
+
+    def classes_in(self, theta: Mapping[str, Tensor]) -> int:
+        """Return how many classes there are at these values of the trainable parameters."""
+        return next(len(theta[name]) for name in self.parameters if name in theta)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part that the network repeats: its name, its values, and how many of them train."""
+
+    name: str
+    values: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ class Network:
     """The network that is compiled: where it came from, what it takes, and what it answers.
 
     weights: a file's name, `default` or `random`. example: float32 [batch, channels, height,
-    width], preprocessed; `reference`: the original module's logits for it.
+    width], preprocessed; `reference`: the original module's logits for it. blocks: in the order in
+    which they run.
     """
 
     name: str
@@ -74,6 +88,7 @@ class Network:
     head: Head
     example: Tensor
     reference: Tensor
+    blocks: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True)

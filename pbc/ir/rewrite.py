@@ -7,6 +7,7 @@ the graph that it is given: whoever still needs that one hands in a copy.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -143,7 +144,8 @@ def tensors_to_inputs(graph: GraphModule, names: Collection[str]) -> dict[str, T
         if node.target not in values:
             values[node.target] = get_tensor(graph, node.target).detach().clone()
         with graph.graph.inserting_after(last):
-            last = theta = graph.graph.placeholder("theta_" + node.target.replace(".", "_"))
+            last = theta = graph.graph.placeholder("theta_" + re.sub(r"\W", "_", node.target))
+        theta.target = theta.name  # `a.b` and `a_b` are two arguments
         theta.meta = {**node.meta, PARAMETER: node.target}
         node.replace_all_uses_with(theta)
         graph.graph.erase_node(node)

@@ -40,11 +40,9 @@ def manifest(
         "batch": request.batch,
         "classes": None if request.class_names is None else list(request.class_names),
         "class_count": request.class_count,
-        "head": {
-            "weight": network.head.weight,
-            "bias": network.head.bias,
-            "in_features": network.head.in_features,
-        },
+        "head": dict(network.head.parameters),
+        "blocks": [vars(block) for block in network.blocks],
+        "blocks_pattern": request.blocks,
         "parameters": {
             name: [
                 None if name in network.head.parameters and axis == 0 else size

@@ -18,7 +18,7 @@ def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.
     """Return every trainable parameter in f32, in the manifest's order."""
     manifest = bundle.manifest
     stored = bundle.tensors(manifest["trainable"])
-    head = {manifest["head"]["weight"], manifest["head"]["bias"]}
+    head = manifest["head"]
     missing = [name for name in manifest["parameters"] if name not in stored and name not in head]
     if missing:
         raise PbcError(f"{bundle.path} has no initial value for {missing[0]!r}; compile it again")
@@ -30,17 +30,16 @@ def with_head(
 ) -> dict[str, np.ndarray]:
     """Add a head to the stored parameters; all in f32, in the manifest's order.
 
-    The head is always drawn here, uniformly from ±1/sqrt(in_features), so that a seed means the
-    same for a bundle whose classes were known at compile time and for one left open.
+    The head is always drawn here, each parameter uniformly from ±1/sqrt(width of its layer), so
+    that a seed means the same for a bundle whose classes were known at compile time and for one
+    left open.
     """
-    head = manifest["head"]
     random = np.random.Generator(np.random.PCG64(seed))
-    bound = 1 / math.sqrt(head["in_features"])
     theta = dict(stored)
-    for name in (head["weight"], head["bias"]):
-        if name is not None:
-            shape = [classes if size is None else size for size in manifest["parameters"][name]]
-            theta[name] = random.uniform(-bound, bound, shape)
+    for name, width in manifest["head"].items():
+        bound = 1 / math.sqrt(width)
+        shape = [classes if size is None else size for size in manifest["parameters"][name]]
+        theta[name] = random.uniform(-bound, bound, shape)
     return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
 
 

@@ -204,13 +204,13 @@ def in_float64(graph: GraphModule) -> GraphModule:
 
 def starting_parameters(program: Program, level: LevelGraphs) -> dict[str, Tensor]:
     """Return what a body reads of θ, f32, at the values that a device would begin with."""
-    head = program.network.head
+    head = program.network.head.parameters
     generator = torch.Generator().manual_seed(program.request.seed)
     theta = {}
     for name in parameter_names(level.body):
         value = program.parameters[name].detach()
-        if name in head.parameters and program.request.class_count is None:
-            bound = head.in_features**-0.5
+        if name in head and program.request.class_count is None:
+            bound = head[name] ** -0.5
             shape = (_OPEN_CLASSES, *value.shape[1:])
             value = (2 * torch.rand(shape, generator=generator) - 1) * bound
         theta[name] = value

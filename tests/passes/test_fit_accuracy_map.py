@@ -139,11 +139,8 @@ def test_the_head_reads_what_makes_the_logits(
     data = program.calibration
     assert data is not None
     read = head_inputs(program, program.levels[level], data, data.held_out)
-    assert read.shape == (len(data.held_out), program.network.head.in_features)
-    assert program.network.head.bias is not None
-    weight, bias = (
-        program.parameters[n] for n in (program.network.head.weight, program.network.head.bias)
-    )
+    weight, bias = (program.parameters[name] for name in program.network.head.parameters)
+    assert read.shape == (len(data.held_out), weight.shape[1])
     with torch.no_grad():
         expected = program.logits(level, data.batch(data.held_out))
         assert torch.allclose(read @ weight.T + bias, expected, atol=1e-4)

@@ -209,7 +209,7 @@ def contents(
         "batch": batch,
         "classes": list(classes) if classes is not None else None,
         "class_count": len(classes) if classes is not None else class_count,
-        "head": {"weight": "head.weight", "bias": "head.bias", "in_features": CHANNELS},
+        "head": {"head.weight": CHANNELS, "head.bias": CHANNELS},
         "parameters": parameters,
         "features": features,
         "cost_model": "macs",

@@ -10,6 +10,7 @@ from math import prod
 
 import pytest
 import torch
+import zoo
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, settled
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -204,8 +205,7 @@ def split(kind: Kind, text: str) -> Program:
     if isinstance(chosen, strategy.Adapters):
         return prepared(make_program(settled(kind()), text))
     module, program = captured(kind)
-    classifier = program.network.head.weight.removesuffix(".weight")
-    return prepared(retarget(program, text, chosen.trainable(module, classifier)))
+    return prepared(retarget(program, text, zoo.trained(chosen, module, program)))
 
 
 def prepared(program: Program) -> Program:
@@ -213,11 +213,7 @@ def prepared(program: Program) -> Program:
 
 
 def head_axes(program: Program) -> dict[str, int]:
-    return {
-        name: 0
-        for name in (program.network.head.weight, program.network.head.bias)
-        if name is not None
-    }
+    return dict.fromkeys(program.network.head.parameters, 0)
 
 
 @cache

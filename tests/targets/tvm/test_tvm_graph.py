@@ -347,11 +347,12 @@ def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:
 def test_an_open_head_takes_any_number_of_classes() -> None:
     program = pruned(ConvNet)
     graph = graph_of(program, "body/0")
-    head = [program.network.head.weight, program.network.head.bias]
+    head = list(program.network.head.parameters)
     (runner,) = loaded({"body": graph}, head=head, open_head=True).values()
-    features = torch.rand(3, program.network.head.in_features)
+    width = program.network.head.parameters[head[0]]
+    features = torch.rand(3, width)
     for classes in (2, 7):
-        weight, bias = tensors((classes, program.network.head.in_features), (classes,))
+        weight, bias = tensors((classes, width), (classes,))
         run(graph, runner, (features, weight, bias))
 
 
