@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pbc.ir.dims import Dims, atoms
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.program import Program, body, prefix
 from pbc.ir.slice_graph import emit
+from pbc.proxies import importance
 from pbc.proxies.resolution import reduced
 
 
@@ -30,15 +30,22 @@ class PruneDims:
     its aligned neighbour. Node names, inputs and outputs stay as they are at level 0; a level of a
     lower resolution begins with a node that reduces the images. Does nothing when only level 0 is
     planned.
+
+    importance: the criterion that says which indices stay, of `pbc.proxies.importance.CRITERIA`.
     """
 
+    importance: str = importance.MAGNITUDE
     stage: ClassVar[str] = "prune"
+
+    def __post_init__(self) -> None:
+        """Refuse a criterion that there is not."""
+        importance.require(self.importance)
 
     def __call__(self, program: Program) -> Program:
         dims = program.dims
         assert dims is not None
         program = program.copy()
-        scores = magnitude(program, dims)
+        scores = importance.scores(program, dims, self.importance)
         graphs = dict(program.graphs)
         plans: list[dict[str, list[int]]] = [{}]
         for level in range(1, len(program.sizes)):
@@ -54,35 +61,6 @@ class PruneDims:
             if resolution is not None:
                 graphs[prefix(level)] = reduced(graphs[prefix(level)], resolution)
         return replace(program, graphs=graphs, plan=tuple(plans))
-
-
-def magnitude(program: Program, dims: Dims) -> dict[str, Tensor]:
-    """Importance of every index of every independent dimension, float32 [size].
-
-    The squared norm of the weights that belong to an index, summed over the matrices and kernels
-    that share the dimension, each tensor's norms first divided by their mean (DepGraph, Fang et
-    al., CVPR 2023, «group-level importance»; Torch-Pruning's GroupMagnitudeImportance).
-    """
-    tensors = {
-        name: get_tensor(graph, name)
-        for graph in (program.graphs.get(prefix(0)), program.graphs[body(0)])
-        if graph is not None
-        for name in tensor_names(graph)
-    }
-    scores = {}
-    for dimension in dims.independent():
-        score = torch.zeros(dimension.size)
-        for slot in dimension.slots:
-            tensor = tensors[slot.tensor]
-            if tensor.dim() < 2:
-                continue
-            parts = [variable.size for variable in atoms(dims.tensors[slot.tensor][slot.axis])]
-            by_index = tensor.detach().float().square().movedim(slot.axis, 0)
-            by_index = by_index.reshape(*parts, -1).movedim(slot.part, 0)
-            norms = by_index.reshape(dimension.size, -1).sum(1)
-            score += norms / norms.mean().clamp_min(1e-12)
-        scores[dimension.name] = score
-    return scores
 
 
 def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:
