@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ import pytest
 
 # Threads that find the cores busy only wait for each other; set before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Captures make many objects that stay; looking for rubbish among them each time takes longer than
+# what the rubbish would.
+gc.set_threshold(200_000, 20, 50)
 
 ROOT = Path(__file__).resolve().parent.parent
 
