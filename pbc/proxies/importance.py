@@ -5,7 +5,8 @@ that share a dimension from its own dependency graph; here they read them from o
 which also cover what that graph does not see (fused qkv, parts of an axis, functional networks).
 Scores are compared within one dimension only, so criteria that differ from another by a
 normalisation of whole dimensions (LAMP, against magnitude) would choose the same indices, and have
-no name here.
+no name here. Magnitude is the default because it needs no images and was the better one where it
+was compared: after 80 steps of alignment 0.797 against 0.777 by Taylor (docs/alignment.md).
 """
 
 from __future__ import annotations
