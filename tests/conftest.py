@@ -19,6 +19,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # what the rubbish would.
 gc.set_threshold(200_000, 20, 50)
 
+pytest_plugins = ["skips"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

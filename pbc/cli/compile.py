@@ -16,9 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pbc import compiler
 from pbc.bundle import Bundle
-from pbc.cli.inspect import show_levels
+from pbc.cli.inspect import show_blocks, show_levels
 from pbc.errors import UsageError
-from pbc.util.progress import reporting_to
+from pbc.util.progress import reporting_to, telling
+from pbc.util.sizes import size_text
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -44,6 +45,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     default="linear-probe",
     show_default=True,
     help="What trains; see `pbc strategies` (last-k:K, adapters:N, …).",
+)
+@click.option(
+    "--blocks",
+    metavar="PATTERN",
+    help="The modules that the strategy counts, such as 'layers.*'; found by pbc by default.",
 )
 @click.option(
     "--classes", type=int, help="How many classes; without it and --data, training decides."
@@ -129,7 +135,7 @@ def compile(
     **options: Any,
 ) -> None:
     """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
-    chosen = compiler.Options(
+    chosen = compiler.CompileOptions(
         shape=None if shape is None else parse_shape(shape),
         axes=tuple(filter(None, axes.split(","))),
         command=shlex.join(["pbc", *sys.argv[1:]]),
@@ -140,12 +146,14 @@ def compile(
     try:
         with progress_bar(quiet=as_json):
             result = (
-                compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
+                compiler.forecast(model, chosen)
+                if dry_run
+                else compiler.compile(model, output, chosen)
             )
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on from here", err=True)
         sys.exit(130)
-    if isinstance(result, compiler.Plan):
+    if isinstance(result, compiler.Forecast):
         _show_plan(result, as_json)
     elif as_json:
         click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
@@ -153,16 +161,17 @@ def compile(
         _show_result(result)
 
 
-def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
+def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2))
         return
     click.echo(f"passes: {', '.join(plan.passes)}")
     click.echo(f"engine: {plan.engine}")
     _show_requires(plan.requires)
+    show_blocks([vars(block) for block in plan.blocks])
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
-        click.echo(f"{name}: {size / 1e6:.2f} MB expected")
+        click.echo(f"{name}: {size_text(size)} expected")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was written")
 
@@ -174,7 +183,7 @@ def _show_result(bundle: Bundle) -> None:
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
-        f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
+        f"wrote {bundle.path} ({size_text(size)}); next: pbc train {bundle.path} PHOTOS -o OUT"
     )
 
 
@@ -192,6 +201,16 @@ def _show_notes(notes: tuple[str, ...] | list[str]) -> None:
 def progress_bar(quiet: bool) -> Iterator[None]:
     """Show what the compiler reports: a bar on a terminal, a line per stage otherwise."""
     console = Console(stderr=True)
+
+    def print_line(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with telling(print_line), _bar(console, quiet):
+        yield
+
+
+@contextmanager
+def _bar(console: Console, quiet: bool) -> Iterator[None]:
     if quiet:
         yield
     elif not console.is_terminal:

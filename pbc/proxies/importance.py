@@ -6,7 +6,8 @@ which also cover what that graph does not see (fused qkv, parts of an axis, func
 Scores are compared within one dimension only, so criteria that differ from another by a
 normalisation of whole dimensions (LAMP, against magnitude) would choose the same indices, and have
 no name here. Magnitude is the default because it needs no images and was the better one where it
-was compared: after 80 steps of alignment 0.797 against 0.777 by Taylor (docs/alignment.md).
+was compared: after 80 steps of alignment 0.797, and 0.777 by activations times their gradients
+(docs/alignment.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from torch_pruning.pruner.function import PrunerBox
 
 from pbc.errors import UsageError, suggest
 from pbc.ir.dims import Dimension, Dims, atoms
-from pbc.ir.program import Program, body, get_tensor, op_name, prefix, tensor_names
+from pbc.ir.graph import get_tensor, op_name, parameter_names, tensor_names
+from pbc.ir.program import Program
 from pbc.proxies.distillation import unaugmented
 
 MAGNITUDE = "magnitude"
@@ -102,7 +104,11 @@ def magnitude(program: Program, dims: Dims) -> dict[str, Tensor]:
     ten times larger then decides alone for all that share its dimension, though a batch norm makes
     that scale mean nothing; and it leaves depthwise kernels out, which are counted here.
     """
-    tensors = {name: get_tensor(graph, name) for graph, name in _frozen(program)}
+    tensors = {
+        name: get_tensor(graph, name)
+        for graph in program.levels[0].frozen
+        for name in tensor_names(graph)
+    }
     found = {}
     for dimension in dims.independent():
         score = torch.zeros(dimension.size)
@@ -129,18 +135,18 @@ def gradients(program: Program, weights: Mapping[str, nn.Parameter], *, squared:
     """
     assert program.calibration is not None
     (images,) = unaugmented(program.calibration, 1)
-    graph = program.graphs[body(0)]
-    before = program.graphs.get(prefix(0))
+    level = program.levels[0]
+    theta = [program.parameters[name] for name in parameter_names(level.body)]
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     chunks = images.split(1) if squared else (images,)
     for chunk in chunks:
         for weight in weights.values():
             weight.grad = None
-        sent = (chunk,) if before is None else _call(before, weights, chunk)
-        logits = _call(graph, weights, *sent, *program.parameter_values(graph))
+        sent = (chunk,) if level.prefix is None else _call(level.prefix, weights, chunk)
+        logits = _call(level.body, weights, *sent, *theta)
         energy = sum(value.square().mean() for value in (*sent, *logits))
         assert isinstance(energy, Tensor)
-        energy.backward()  # type: ignore[no-untyped-call]
+        energy.backward()
         for name, weight in weights.items():
             if weight.grad is not None:
                 sums[name] += weight.grad.square() if squared else weight.grad
@@ -151,25 +157,15 @@ def gradients(program: Program, weights: Mapping[str, nn.Parameter], *, squared:
 def _call(
     graph: GraphModule, weights: Mapping[str, nn.Parameter], *inputs: Tensor
 ) -> tuple[Tensor, ...]:
-    own = {name: weights[name] for name, _ in graph.named_parameters()}
+    own: dict[str, Tensor] = {name: weights[name] for name, _ in graph.named_parameters()}
     return tuple(functional_call(graph, own, inputs))
-
-
-def _graphs(program: Program) -> list[GraphModule]:
-    return [program.graphs[name] for name in (prefix(0), body(0)) if name in program.graphs]
-
-
-def _frozen(program: Program) -> Iterator[tuple[GraphModule, str]]:
-    for graph in _graphs(program):
-        for name in tensor_names(graph):
-            yield graph, name
 
 
 def _weights(program: Program) -> dict[str, nn.Parameter]:
     """The frozen parameters of level 0, as parameters of their own that can have gradients."""
     return {
         name: nn.Parameter(weight.detach())
-        for graph in _graphs(program)
+        for graph in program.levels[0].frozen
         for name, weight in graph.named_parameters()
     }
 
@@ -181,7 +177,7 @@ def _layers(
     program: Program, weights: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, nn.Module]]:
     """The layers of level 0 by their weights' names; these weights are theirs."""
-    for graph in _graphs(program):
+    for graph in program.levels[0].frozen:
         for node in graph.graph.nodes:
             weight = _argument(node, "weight")
             if weight is None or weight.op != "get_attr" or str(weight.target) not in weights:
@@ -207,14 +203,19 @@ def _argument(node: Node, name: str) -> Node | None:
 
 def _layer(node: Node, shape: torch.Size) -> nn.Module | None:
     """A module like the one that the operator came from, without tensors; None for others."""
-    empty = {"bias": False, "device": "meta"}
     match op_name(node):
         case "aten.conv2d.default":
             groups = int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
-            size = (int(shape[2]), int(shape[3]))
-            return nn.Conv2d(groups * shape[1], shape[0], size, groups=groups, **empty)
+            return nn.Conv2d(
+                groups * shape[1],
+                shape[0],
+                (shape[2], shape[3]),
+                groups=groups,
+                bias=False,
+                device="meta",
+            )
         case "aten.linear.default":
-            return nn.Linear(shape[1], shape[0], **empty)
+            return nn.Linear(shape[1], shape[0], bias=False, device="meta")
         case "aten.batch_norm.default":
             return nn.BatchNorm2d(shape[0], device="meta")
         case "aten.layer_norm.default" if len(shape) == 1:

@@ -21,6 +21,7 @@ from pbc.ir.pipeline import PassPipeline
 from pbc.runtime.events import Report
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
+from pbc.testing import with_request
 
 ENGINES = ("onnxruntime", "pytorch")
 LEVELS = 2
@@ -38,7 +39,7 @@ def bundles(
     for photo in sorted((examples / "calibration").iterdir())[::10]:
         (calibration / photo.name).symlink_to(photo)
     # Costs by counting, on a target that is not this machine: the same plan for both.
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         target="generic-x86-64",
         engine=ENGINES[0],
         weights=str(examples / "weights" / "mobilenet_v3_large.safetensors"),
@@ -49,7 +50,7 @@ def bundles(
         axes=("width",),
         align_steps=2,
     )
-    program = compiler.begin("mobilenet_v3_large", options)
+    program = compiler.start("mobilenet_v3_large", options)
     data = Calibration.open(calibration, program.input, options.seed)
     passes = pipeline.build(vars(options)).passes
     # What the engines share is made once: the proxy, and all before the training step.
@@ -57,7 +58,7 @@ def bundles(
     shared = PassPipeline(passes[:last]).run(replace(program, calibration=data))
     found = {}
     for engine in ENGINES:
-        lowered = PassPipeline(passes[last:]).run(replace(shared, engine=engine))
+        lowered = PassPipeline(passes[last:]).run(with_request(shared, engine=engine))
         found[engine] = write(root / f"{engine}.pbc", *compiler.package(lowered))
     return found
 

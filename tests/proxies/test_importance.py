@@ -14,6 +14,8 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, settled
 from torch import Tensor, nn
 
 from pbc.errors import UsageError
+from pbc.ir.dim_rules import dims_of
+from pbc.ir.levels import LevelPlan
 from pbc.ir.program import Program
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
@@ -21,7 +23,7 @@ from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.distillation import unaugmented
 from pbc.proxies.importance import CRITERIA, GRADIENTS, scores
-from pbc.testing import make_program, run_passes
+from pbc.testing import graph_of, make_program, run_passes
 
 
 class DepthwiseNet(nn.Module):
@@ -48,8 +50,7 @@ def analysed(module: nn.Module) -> Program:
 
 
 def found(program: Program, criterion: str) -> dict[str, Tensor]:
-    assert program.dims is not None
-    return scores(program, program.dims, criterion)
+    return scores(program, dims_of(program), criterion)
 
 
 def of_torch_pruning(
@@ -62,8 +63,8 @@ def of_torch_pruning(
     target = module.get_submodule(layer)
     convolution = isinstance(target, nn.Conv2d)
     prune = (torch_pruning.prune_linear_out_channels, torch_pruning.prune_conv_out_channels)
+    assert isinstance(target.weight, Tensor)
     count = target.weight.shape[0]
-    assert isinstance(count, int)
     return judge(graph.get_pruning_group(target, prune[convolution], list(range(count))))
 
 
@@ -86,7 +87,7 @@ def test_on_our_dimensions_a_criterion_says_what_it_says_on_its_own(
     judge = CRITERIA[criterion]
     assert judge is not None
     for layer in layers:
-        theirs = of_torch_pruning(module, layer, judge(normalizer=None), program.input.shape)
+        theirs = of_torch_pruning(module, layer, judge(normalizer=None), program.network.input.shape)
         torch.testing.assert_close(ours[f"{layer}.weight:0"], theirs.detach())
 
 
@@ -114,7 +115,7 @@ def test_magnitude_ranks_as_torch_pruning_does_where_weights_are_alike() -> None
 @pytest.fixture
 def calibrated(tmp_path: Path) -> Program:
     program = networks.analysed(ConvNet)
-    data = networks.calibration(tmp_path / "photos", program.input, 20)
+    data = networks.calibration(tmp_path / "photos", program.network.input, 20)
     return replace(program, calibration=data)
 
 
@@ -155,7 +156,7 @@ def test_gradients_are_those_of_the_energy(calibrated: Program, criterion: str) 
         squares = [torch.stack(gs).square().mean(0) for gs in zip(*each, strict=True)]
         terms = [w.square() * h for w, h in zip((first, second), squares, strict=True)]
     conv1 = terms[0].sum((1, 2, 3)) + terms[1].sum((0, 2, 3))
-    (name,) = (d.name for d in calibrated.dims.independent())  # type: ignore[union-attr]
+    (name,) = (d.name for d in dims_of(calibrated).independent())
     score = found(calibrated, criterion)[name]
     if criterion == "hessian":  # which reads batch norms too
         assert torch.corrcoef(torch.stack([score, conv1.detach()]))[0, 1] > 0.5
@@ -165,16 +166,16 @@ def test_gradients_are_those_of_the_energy(calibrated: Program, criterion: str) 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_each_criterion_makes_proxies(calibrated: Program, criterion: str) -> None:
-    sizes = ({}, {"conv1.weight:0": 8}, {"conv1.weight:0": 4})
-    before = replace(calibrated, sizes=sizes)
+    plans = tuple(LevelPlan({"conv1.weight:0": size}, 0.5, 0.0) for size in (8, 4))
+    before = replace(calibrated, plans=plans)
     after = PruneDims(importance=criterion)(before)
     score = found(before, criterion)["conv1.weight:0"]
     assert len(set(score.tolist())) > 8
     for level, size in ((1, 8), (2, 4)):
         kept = sorted(score.topk(size).indices.tolist())
-        assert after.plan[level] == {"conv1.weight:0": kept}
-        assert after.logits(level, after.example).shape == after.reference.shape
-    assert all(weight.grad is None for weight in before.graphs["prefix/0"].parameters())
+        assert after.levels[level].keep == {"conv1.weight:0": kept}
+        assert after.logits(level, after.network.example).shape == after.network.reference.shape
+    assert all(weight.grad is None for weight in graph_of(before, "prefix/0").parameters())
 
 
 def test_a_dimension_that_a_criterion_does_not_read_is_ranked_by_magnitude() -> None:

@@ -1,0 +1,126 @@
+"""The start of a compilation: a model is loaded, given its strategy and captured."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from pbc.errors import PbcError
+from pbc.frontend import head, models, strategy
+from pbc.frontend.agreement import confirm
+from pbc.frontend.capture import capture
+from pbc.frontend.open_classes import open_classes
+from pbc.frontend.traced_network import TracedNetwork
+from pbc.ir.fold_constants import fold_constants
+from pbc.ir.program import Network, Program, Request
+from pbc.runtime.engines.pytorch.ops import OPS
+
+
+def begin(
+    model: str | models.Source,
+    request: Request,
+    *,
+    weights: str = models.DEFAULT,
+    shape: tuple[int, int, int] | None = None,
+    operators: Collection[str] = OPS,
+) -> Program:
+    """Load a model, apply the strategy and capture it: the program that passes start from.
+
+    model: its name, or a module with its facts; what a strategy inserts stays in that module.
+    weights, shape: for a name, see pbc.frontend.models.load. operators: those that the engine has;
+    others are taken apart where torch can. Raises PbcError for a model that does not run, is
+    damaged, or is no classifier.
+    """
+    chosen = strategy.parse(request.strategy)
+    source = _loaded(model, weights, shape, request.seed)
+    torch.manual_seed(request.seed)
+    if request.class_count is not None:
+        head.resize(source.module, source.head, request.class_count)
+    example = torch.randn(2, *source.input.shape)
+    traced = prepared(source, chosen, example, request.blocks)
+    reference = _scores(traced, source)
+    trainable = _trained(chosen, traced)
+    graph = capture(source.module, source.input.shape, trainable, operators)
+    graph = fold_constants(graph, trainable)
+    unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
+    if request.class_count is None:
+        open_classes(graph, source.head)
+    network = Network(
+        name=source.name,
+        weights=source.weights,
+        weights_sha256=source.weights_sha256,
+        input=source.input,
+        head=source.head,
+        example=example,
+        reference=reference,
+        blocks=traced.described(trainable),
+    )
+    return Program(
+        request=request,
+        network=network,
+        trainable=trainable,
+        model=graph,
+        notes=(*_notes(source), *unreached),
+    )
+
+
+def prepared(
+    source: models.Source,
+    chosen: strategy.Strategy,
+    example: Tensor,
+    blocks: str | None,
+) -> TracedNetwork:
+    """Read a network and insert what the strategy trains, in place.
+
+    Raises PbcError for a model that does not run.
+    """
+
+    def read() -> TracedNetwork:
+        network = TracedNetwork.of(source.module, source.head, example, blocks)
+        before = len(list(source.module.parameters()))
+        chosen.insert(network, example)
+        inserted = len(list(source.module.parameters())) > before
+        return network.again(example) if inserted else network
+
+    return models.run(read, source.name, source.input.shape)
+
+
+def _loaded(
+    model: str | models.Source, weights: str, shape: tuple[int, int, int] | None, seed: int
+) -> models.Source:
+    if isinstance(model, models.Source):
+        return model
+    return models.load(model, weights, shape, seed)
+
+
+def _notes(source: models.Source) -> tuple[str, ...]:
+    if source.weights != models.RANDOM:
+        return source.notes
+    random = "random weights: costs are real, fidelity and accuracy mean nothing"
+    return (*source.notes, random)
+
+
+def _scores(network: TracedNetwork, source: models.Source) -> Tensor:
+    """The class scores of the example, or why there are none."""
+    scores, name = network.trace.output, source.name
+    classes = len(source.module.get_parameter(next(iter(source.head.parameters))))
+    if not isinstance(scores, Tensor) or scores.shape != (2, classes):
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise PbcError(
+            f"{name} puts out {found} for two images with a head of {classes} classes "
+            f"({', '.join(source.head.parameters)}): its code counts on another number of classes"
+        )
+    if not torch.isfinite(scores).all():
+        raise PbcError(
+            f"{name} puts out values that are not finite: its weights ({source.weights}) "
+            "are damaged"
+        )
+    return scores
+
+
+def _trained(chosen: strategy.Strategy, network: TracedNetwork) -> frozenset[str]:
+    """What trains: of the strategy's choice and the head, whatever the network reads."""
+    names = chosen.trainable(network) | frozenset(network.head.parameters)
+    return names & frozenset(network.trace.read)
