@@ -51,7 +51,7 @@ def bundles(
         align_steps=2,
     )
     program = compiler.start("mobilenet_v3_large", options)
-    data = Calibration.open(calibration, program.input, options.seed)
+    data = Calibration.open(calibration, program.network.input, options.seed)
     passes = pipeline.build(vars(options)).passes
     # What the engines share is made once: the proxy, and all before the training step.
     last = [step.stage for _, step in passes].index("derive")

@@ -87,7 +87,9 @@ def test_on_our_dimensions_a_criterion_says_what_it_says_on_its_own(
     judge = CRITERIA[criterion]
     assert judge is not None
     for layer in layers:
-        theirs = of_torch_pruning(module, layer, judge(normalizer=None), program.network.input.shape)
+        theirs = of_torch_pruning(
+            module, layer, judge(normalizer=None), program.network.input.shape
+        )
         torch.testing.assert_close(ours[f"{layer}.weight:0"], theirs.detach())
 
 
