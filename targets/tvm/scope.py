@@ -190,6 +190,11 @@ def constant(value: Any, dtype: str) -> Expr:
     return relax.const(np.array(value, dtype), dtype)
 
 
+def zero(x: Any) -> Any:
+    """Zero, of the type of a tensor expression's values."""
+    return tirx.const(0, x.dtype)
+
+
 def shape_of(x: Expr) -> list[Size]:
     """The sizes of a tensor."""
     return [int(s) if isinstance(s, tirx.IntImm) else s for s in x.ty.shape.values]
