@@ -26,7 +26,7 @@ from pbc.training_graph.autodiff import Gradient, differentiate
 from pbc.training_graph.optimizers import OPTIMIZERS, with_update
 from pbc.training_graph.step_check import (
     TOLERANCE,
-    GraphStep,
+    TorchStep,
     in_float64,
     random_batches,
     starting_parameters,
@@ -99,7 +99,7 @@ class DeriveTrainStep:
         graph = program.graphs[body(level)]
         theta = starting_parameters(program, level)
         batches = random_batches(program, level, len(theta[program.head.weight]))
-        errors = step_errors(graph, theta, batches, GraphStep(gradient.forward, updates))
+        errors = step_errors(graph, theta, batches, TorchStep(gradient.forward, updates))
         if not all(error <= TOLERANCE for error in errors.values()):
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:
             # float64, which takes its time, knows.
@@ -107,7 +107,7 @@ class DeriveTrainStep:
                 in_float64(graph),
                 _in_float64(theta),
                 [(_in_float64(features), labels) for features, labels in batches],
-                GraphStep(
+                TorchStep(
                     in_float64(gradient.forward), {n: in_float64(u) for n, u in updates.items()}
                 ),
             )

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from pbc.errors import PbcError
 from pbc.ir.program import GRADIENT, Program, op_name, origin
 from pbc.target import Target
-from pbc.training_graph.step_check import Step
+from pbc.training_graph.step_check import DerivedStep
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Lowering(Protocol):
     def requires(self) -> dict[str, str]:
         """What the device must have installed to run the artifacts, by name."""
 
-    def step(self, program: Program, level: int) -> Step | None:
+    def step(self, program: Program, level: int) -> DerivedStep | None:
         """What runs a level's derived step as the device will, None where none is derived."""
 
     def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:

@@ -19,7 +19,7 @@ from pbc.ir.program import (
     graph_outputs,
     parameter_names,
 )
-from pbc.training_graph.autodiff import LABELS, LOSSES
+from pbc.training_graph.names import LABELS, LOSSES
 from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 
 STEPS = 5
@@ -39,8 +39,8 @@ _NO_GRADIENT = 1e-2
 Tensors = Mapping[str, Tensor]
 
 
-class Step(Protocol):
-    """Something that runs a derived step: by name, tensors in and tensors out."""
+class DerivedStep(Protocol):
+    """Runner of a derived step in some engine: by name, tensors in and tensors out."""
 
     def forward(self, inputs: Tensors) -> Tensors:
         """Run `forward/k`: losses, logits and what is saved."""
@@ -53,7 +53,7 @@ def step_errors(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    step: DerivedStep,
     optimizers: Sequence[str] = tuple(OPTIMIZERS),
 ) -> dict[str, float]:
     """By optimizer the largest relative error of any parameter or state over one step per batch.
@@ -71,7 +71,7 @@ def _error(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    step: DerivedStep,
     optimizer: str,
 ) -> float:
     found = (_error_at(change, body, parameters, batches, step, optimizer) for change in CHANGES)
@@ -83,7 +83,7 @@ def _error_at(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    step: DerivedStep,
     optimizer: str,
 ) -> float | None:
     """The error of steps that change parameters by so much; None where torch's own blow up."""
@@ -129,7 +129,7 @@ def _error_at(
 def _state(
     optimizer: str, rule: torch.optim.Optimizer, theta: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What torch's optimizer keeps, under our names; zeros before its first step."""
+    """State of torch's optimizer, under our names; zeros before its first step."""
     of_torch = {"momentum": "momentum_buffer"}
     return {
         f"{part}/{name}": rule.state[value]
@@ -198,8 +198,8 @@ def _relative(value: Tensor, expected: Tensor, least: float) -> float:
     return float(difference / expected.detach().abs().max().clamp_min(least))
 
 
-class GraphStep:
-    """Runs the derived graphs themselves."""
+class TorchStep:
+    """Runs the derived graphs themselves, in torch."""
 
     def __init__(self, forward: GraphModule, updates: Mapping[str, GraphModule]) -> None:
         self._forward, self._updates = forward, updates
@@ -228,7 +228,7 @@ def in_float64(graph: GraphModule) -> GraphModule:
 
 
 def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
-    """What a body reads of θ, f32, at the values that a device would begin with."""
+    """Parameters that a body reads, f32, at the values that a device would begin with."""
     head = {program.head.weight, program.head.bias}
     generator = torch.Generator().manual_seed(program.seed)
     theta = {}

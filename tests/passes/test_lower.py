@@ -27,7 +27,7 @@ from pbc.runtime.objective import Objective
 from pbc.targets.onnxruntime.lowering import OnnxRuntimeLowering
 from pbc.targets.pytorch.lowering import PyTorchLowering
 from pbc.testing import assert_same, assert_unchanged, gradients, make_program, run_passes
-from pbc.training_graph.step_check import Step, Tensors
+from pbc.training_graph.step_check import DerivedStep, Tensors
 
 
 def test_a_graph_becomes_data() -> None:
@@ -158,7 +158,7 @@ def test_latency_is_measured_per_candidate() -> None:
 class Shifted:
     """A lowered step whose parameters end where they should, and a share of their size further."""
 
-    def __init__(self, step: Step, share: float) -> None:
+    def __init__(self, step: DerivedStep, share: float) -> None:
         self._step, self._share = step, share
 
     def forward(self, inputs: Tensors) -> Tensors:
@@ -172,7 +172,7 @@ class Shifted:
 def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = OnnxRuntimeLowering.step
 
-    def step(self: OnnxRuntimeLowering, program: Program, level: int) -> Step:
+    def step(self: OnnxRuntimeLowering, program: Program, level: int) -> DerivedStep:
         return Shifted(right(self, program, level), 0.05)
 
     monkeypatch.setattr(OnnxRuntimeLowering, "step", step)

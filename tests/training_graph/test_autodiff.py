@@ -36,16 +36,8 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter
 from pbc.testing import make_program, retarget, run_passes
-from pbc.training_graph.autodiff import (
-    LABELS,
-    LOGITS,
-    LOSS,
-    LOSSES,
-    SAVED,
-    SMOOTHING,
-    Gradient,
-    differentiate,
-)
+from pbc.training_graph.autodiff import Gradient, differentiate
+from pbc.training_graph.names import LABELS, LOGITS, LOSS, LOSSES, SAVED, SMOOTHING
 from pbc.training_graph.step_check import in_float64
 
 aten = torch.ops.aten
