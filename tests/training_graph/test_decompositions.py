@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -148,6 +149,61 @@ def test_convolution_backward_over_other_numbers_of_axes(
         assert_close(value, goal)
 
 
+@given(
+    axes=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    inputs=st.integers(1, 2),
+    outputs=st.integers(1, 2),
+    bias=st.booleans(),
+    small=st.booleans(),
+    is_frozen=st.booleans(),
+    data=st.data(),
+)
+def test_transposed_convolution_backward(
+    axes: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    small: bool,
+    is_frozen: bool,
+    data: st.DataObject,
+) -> None:
+    def sizes(least: int, most: int) -> list[int]:
+        return data.draw(st.lists(st.integers(least, most), min_size=axes, max_size=axes))
+
+    kernel, stride, dilation, size = sizes(1, 3), sizes(1, 3), sizes(1, 3), sizes(2, 4)
+    padding = [p % (k + 1) for p, k in zip(sizes(0, 2), kernel, strict=True)]
+    # torch allows one below the stride or the dilation, whichever is larger.
+    output_padding = [o % max(s, d) for o, s, d in zip(sizes(0, 2), stride, dilation, strict=True)]
+    whole = [
+        s * (n - 1) + d * (k - 1) + 1
+        for s, n, d, k in zip(stride, size, dilation, kernel, strict=True)
+    ]
+    assume(all(w > 2 * p for w, p in zip(whole, padding, strict=True)))
+    x = random(2, groups * inputs, *size)
+    weight = random(groups * inputs, outputs, *kernel)
+    window = (stride, padding, dilation, True, output_padding, groups)
+    result = aten.convolution.default(x, weight, None, *window)
+    arguments = (
+        random(*result.shape),
+        x,
+        weight,
+        [groups * outputs] if bias else None,
+        *window,
+        (True, True, bias),
+    )
+    expected = aten.convolution_backward.default(*arguments)
+    with (
+        mock.patch.object(convolution_gradients, "_SMALL_FEATURE_MAP", 256 if small else 0),
+        mock.patch.object(convolution_gradients, "_SMALL_ROW", 64 if small else 0),
+        frozen([weight] if is_frozen else []),
+    ):
+        found = convolution_gradients.convolution_backward(*arguments)
+    for value, goal in zip(found, expected, strict=True):
+        assert_close(value, goal)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False)])
 def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool, bool]) -> None:
     x, weight = random(2, 3, 6), random(4, 3, 3)
@@ -194,26 +250,73 @@ def test_max_pool_backward(
 
 
 @given(
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    channels=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padded=st.booleans(),
+    ceil_mode=st.booleans(),
+    count_include_pad=st.booleans(),
     divisor=st.sampled_from([None, 5]),
-    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
 )
 def test_avg_pool_backward(
+    channels: int,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padded: bool,
+    ceil_mode: bool,
+    count_include_pad: bool,
     divisor: int | None,
     size: tuple[int, int],
 ) -> None:
-    x = random(2, 3, *size)
+    x = random(2, channels, *size)
     padding = tuple(k // 2 for k in kernel) if padded else (0, 0)
-    window = (kernel, stride, padding, False, True, divisor)
+    window = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
     result = aten.avg_pool2d.default(x, *window)
     arguments = (random(*result.shape), x, *window)
     expected = aten.avg_pool2d_backward.default(*arguments)
     assert_close(pooling.avg_pool2d_backward(*arguments), expected)
+
+
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    divisor=st.sampled_from([None, 5]),
+)
+def test_an_average_over_volumes_and_its_gradient(
+    kernel: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    padded: bool,
+    divisor: int | None,
+) -> None:
+    padding = tuple(k // 2 for k in kernel) if padded else (0, 0, 0)
+    window = (kernel, stride, padding, False, True, divisor)
+    assert_same_gradient(pooling.avg_pool3d, aten.avg_pool3d.default, random(2, 3, 5, 4, 6), window)
+
+
+def assert_same_gradient(
+    found: Callable[..., Tensor], expected: Callable[..., Tensor], x: Tensor, rest: Sequence[Any]
+) -> None:
+    """Compare the results of two functions, and the gradients of all that torch derives."""
+    slopes = []
+    for function in (found, expected):
+        leaf = x.clone().requires_grad_()
+        result = function(leaf, *rest)
+        slopes.append((result, *torch.autograd.grad(result, leaf, random(*result.shape))))
+    for value, goal in zip(*slopes, strict=True):
+        assert_close(value, goal)
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_adaptive_max_pool_backward(size: tuple[int, int], bins: tuple[int, int]) -> None:
+    x, grad = random(2, 3, *size), random(2, 3, *bins)
+    _, indices = aten.adaptive_max_pool2d.default(x, bins)
+    expected = aten.adaptive_max_pool2d_backward.default(grad, x, indices)
+    assert_close(pooling.adaptive_max_pool2d_backward(grad, x, indices), expected)
 
 
 @given(
