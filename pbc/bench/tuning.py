@@ -45,8 +45,8 @@ def tune(
 ) -> Rate:
     """Train PET at every rate on cached level-0 features; the most accurate on held-out photos.
 
-    Of equals the one of the lowest loss. Without a frozen prefix a trial would be as dear as a
-    run: the optimizer's default is taken then.
+    Of equals the one of the lowest loss. Without a frozen prefix a trial would be as expensive
+    as a run: the optimizer's default is taken then.
     """
     default = default_rate(options.optimizer)
     bundle = runtime.bundle

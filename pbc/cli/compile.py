@@ -18,7 +18,8 @@ from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli.inspect import show_levels
 from pbc.errors import UsageError
-from pbc.util.progress import reporting_to
+from pbc.util.progress import reporting_to, telling
+from pbc.util.sizes import size_text
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -122,7 +123,7 @@ def compile(
     **options: Any,
 ) -> None:
     """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
-    chosen = compiler.Options(
+    chosen = compiler.CompileOptions(
         shape=None if shape is None else parse_shape(shape),
         axes=tuple(filter(None, axes.split(","))),
         command=shlex.join(["pbc", *sys.argv[1:]]),
@@ -133,12 +134,14 @@ def compile(
     try:
         with progress_bar(quiet=as_json):
             result = (
-                compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
+                compiler.forecast(model, chosen)
+                if dry_run
+                else compiler.compile(model, output, chosen)
             )
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on from here", err=True)
         sys.exit(130)
-    if isinstance(result, compiler.Plan):
+    if isinstance(result, compiler.Forecast):
         _show_plan(result, as_json)
     elif as_json:
         click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
@@ -146,7 +149,7 @@ def compile(
         _show_result(result)
 
 
-def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
+def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2))
         return
@@ -155,7 +158,7 @@ def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
     _show_requires(plan.requires)
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
-        click.echo(f"{name}: {size / 1e6:.2f} MB expected")
+        click.echo(f"{name}: {size_text(size)} expected")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was written")
 
@@ -167,7 +170,7 @@ def _show_result(bundle: Bundle) -> None:
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
-        f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
+        f"wrote {bundle.path} ({size_text(size)}); next: pbc train {bundle.path} PHOTOS -o OUT"
     )
 
 
@@ -185,6 +188,16 @@ def _show_notes(notes: tuple[str, ...] | list[str]) -> None:
 def progress_bar(quiet: bool) -> Iterator[None]:
     """Show what the compiler reports: a bar on a terminal, a line per stage otherwise."""
     console = Console(stderr=True)
+
+    def print_line(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with telling(print_line), _bar(console, quiet):
+        yield
+
+
+@contextmanager
+def _bar(console: Console, quiet: bool) -> Iterator[None]:
     if quiet:
         yield
     elif not console.is_terminal:

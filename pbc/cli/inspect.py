@@ -1,4 +1,4 @@
-"""`pbc inspect`: what is in a bundle."""
+"""`pbc inspect`: show the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from pbc.bundle import Bundle
 from pbc.cli.tables import console
 from pbc.errors import PbcError
-from pbc.runtime.routing.bounds import floor_for
+from pbc.runtime.routing.fidelity_floor import floor_for
 
 DIMS = "dims.json"
 SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
@@ -109,7 +109,7 @@ def _show_accuracy_map(points: list[list[float]] | None) -> None:
         click.echo("accuracy: unknown what a fidelity costs (no map was fitted)")
         return
     needed = ", ".join(f"{lost:g}: {floor_for(points, lost):.3f}" for lost in SHOWN_LOSSES)
-    click.echo(f"accuracy: fidelity that keeps the loss to so many points: {needed}")
+    click.echo(f"accuracy: fidelity that keeps the loss to N points: {needed}")
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:

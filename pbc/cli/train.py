@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
-from pbc.data import ImageFolder, Samples, read_image
+from pbc.data import ImageFolder, Samples, has_held_out, read_image
+from pbc.data.inventory import printable
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
 
@@ -32,7 +34,11 @@ _DEFAULTS = TrainOptions()
 @click.argument("bundle", type=_PATH)
 @click.argument("data", type=_PATH)
 @click.option("-o", "--output", "out", type=_PATH, required=True, help="Folder of the result.")
-@click.option("--val", type=_PATH, help="Labelled photos to evaluate the result on.")
+@click.option(
+    "--val",
+    type=_PATH,
+    help="Labelled photos to evaluate the result on.  [default: val/ beside train/ in DATA]",
+)
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @click.option(
     "--lr",
@@ -93,7 +99,7 @@ _DEFAULTS = TrainOptions()
 @click.option("--threads", type=int, help="Threads of the engine.  [default: the engine's choice]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
-@click.option("--strict", is_flag=True, help="Stop at the first broken image.")
+@click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")
 @click.option(
     "--checkpoint-seconds", type=float, default=_DEFAULTS.checkpoint_seconds, show_default=True
 )
@@ -112,6 +118,8 @@ def train(
 ) -> None:
     """Train a bundle on labelled photos: a folder of class folders, or a zip file of them.
 
+    Of a data set with train/ and val/, train/ is trained on and val/ evaluated.
+
     Training can be killed at any moment; the same command with --resume goes on, to the same
     result. Photos, features and metrics stay on this machine; `pbc forget` removes them.
     """
@@ -125,13 +133,15 @@ def train(
         display = TrainDisplay(options.epochs)
         with display:
             samples = ImageFolder.open(data, runtime.spec, strict=strict, progress=display.reading)
-            _tell_skipped(samples, display.line)
+            _tell(samples, display.line)
             validation = None
+            if val is None and has_held_out(data):
+                val = data
             if val is not None:
                 validation = ImageFolder.open(
-                    val, runtime.spec, strict=strict, progress=display.reading
+                    val, runtime.spec, held_out=True, strict=strict, progress=display.reading
                 )
-                _tell_skipped(validation, display.line)
+                _tell(validation, display.line)
             result = runtime.fit(
                 samples,
                 options,
@@ -154,20 +164,24 @@ def train(
 @click.argument("data", type=_PATH)
 @click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
-@click.option("--strict", is_flag=True, help="Stop at the first broken image.")
+@click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     out: Path, data: Path, level: int, threads: int | None, strict: bool, as_json: bool
 ) -> None:
     """Measure the accuracy of a personal model on labelled photos."""
     personal = Personal.open(out, threads=threads)
-    samples = ImageFolder.open(data, personal.spec, strict=strict)
-    _tell_skipped(samples, functools.partial(click.echo, err=True))
+    samples = ImageFolder.open(data, personal.spec, held_out=True, strict=strict)
+    _tell(samples, functools.partial(click.echo, err=True))
     result = personal.evaluate(samples, level=level)
     if as_json:
-        click.echo(
-            json.dumps({**result.to_json(), "level": level, "skipped": len(samples.skipped)})
-        )
+        facts = {
+            **result.to_json(),
+            "level": level,
+            "skipped": len(samples.skipped),
+            "inventory": samples.inventory.to_json(),
+        }
+        click.echo(json.dumps(facts))
         return
     click.echo(
         f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
@@ -185,12 +199,34 @@ def evaluate(
 def predict(
     out: Path, images: tuple[Path, ...], top: int, level: int, threads: int | None, as_json: bool
 ) -> None:
-    """Name what a personal model sees in photos, the likeliest class first."""
+    """Name what a personal model sees in photos, the likeliest class first.
+
+    A photo that cannot be read is named, and the others are answered for; the exit code is then 1.
+    """
     personal = Personal.open(out, threads=threads)
-    found = {
-        str(path): personal.predict(read_image(path, personal.spec), top=top, level=level)
-        for path in images
-    }
+    found: dict[str, list[tuple[str, float]]] = {}
+    unread = 0
+    for path in images:
+        pixels = _read_or_tell(path, personal)
+        if pixels is None:
+            unread += 1
+        else:
+            found[str(path)] = personal.predict(pixels, top=top, level=level)
+    _show_predictions(found, as_json)
+    if unread:
+        sys.exit(1)
+
+
+def _read_or_tell(path: Path, personal: Personal) -> np.ndarray | None:
+    """Return uint8[H, W, 3] of a photo; None for one that cannot be read, and name it."""
+    try:
+        return read_image(path, personal.spec)
+    except PbcError as error:
+        click.echo(f"error: {printable(str(error))}", err=True)
+        return None
+
+
+def _show_predictions(found: dict[str, list[tuple[str, float]]], as_json: bool) -> None:
     if as_json:
         rows = [
             {
@@ -205,7 +241,8 @@ def predict(
     for image, best in found.items():
         for rank, (name, share) in enumerate(best):
             table.add_row(Text("" if rank else image), Text(name), f"{share:.1%}")
-    console().print(table)
+    if found:
+        console().print(table)
 
 
 @click.command()
@@ -226,12 +263,7 @@ def forget(out: Path, everything: bool) -> None:
         click.echo(f"nothing to forget in {out}")
 
 
-def _tell_skipped(samples: Samples, tell: Callable[[str], None]) -> None:
-    """Name the broken images that were left out, the first few of them."""
-    broken = samples.skipped
-    if not broken:
-        return
-    shown = ", ".join(f"{name} ({reason})" for name, reason in broken[:3])
-    more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-    total = len(samples) + len(broken)
-    tell(f"skipped {len(broken)} broken images of {total}: {shown}{more}")
+def _tell(samples: Samples, tell: Callable[[str], None]) -> None:
+    """Say what of the data was left out or changed, and why."""
+    for line in samples.inventory.lines():
+        tell(line)

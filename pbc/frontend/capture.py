@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from pbc.errors import PbcError
-from pbc.ir.program import op_name, output_node, put_tensor
+from pbc.ir.graph import op_name, output_node, put_tensor
 
 aten = torch.ops.aten
 

@@ -16,13 +16,15 @@ from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
-from pbc.compiler import Options, begin
 from pbc.errors import PbcError
 from pbc.frontend import models, strategy
-from pbc.ir.program import PARAMETER, body, placeholders, prefix
-from pbc.passes.mark_trainable import MarkTrainable
-from pbc.passes.split_prefix import SplitPrefix
+from pbc.frontend.start import begin
+from pbc.ir.graph import PARAMETER, placeholders
+from pbc.ir.program import Request
+from pbc.ir.rewrite import tensors_to_inputs
+from pbc.ir.split import split_at_parameters
 from pbc.runtime.objective import Objective
+from pbc.target import load_target
 
 Features = tuple[Tensor, ...]
 Call = Callable[..., Any]
@@ -53,29 +55,31 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
     """
     bundle = _open(bundle_path, digest)
     source = _source(bundle, weights)
-    options = Options(
-        target="host",
+    host = load_target("host")
+    request = Request(
+        target=host,
+        engine=host.engine,
         strategy=bundle.manifest["strategy"],
-        classes=classes,
-        shape=_shape(bundle),
         seed=bundle.manifest["provenance"]["seed"],
+        class_count=classes,
     )
-    program = SplitPrefix()(MarkTrainable()(begin(source, options)))
-    if sorted(program.parameters) != sorted(bundle.manifest["parameters"]):
+    program = begin(source, request)
+    assert program.model is not None  # it was just captured
+    theta = tensors_to_inputs(program.model, program.trainable)
+    frozen, body = split_at_parameters(program.model)
+    if sorted(theta) != sorted(bundle.manifest["parameters"]):
         raise PbcError(
             f"the rebuilt {source.name} trains other parameters than {bundle_path}; "
             "compile the bundle again with this pbc"
         )
-    frozen = program.graphs.get(prefix(0))
     inputs = tuple(
-        (node.meta.get(PARAMETER, node.name), PARAMETER in node.meta)
-        for node in placeholders(program.graphs[body(0)])
+        (node.meta.get(PARAMETER, node.name), PARAMETER in node.meta) for node in placeholders(body)
     )
     return Parts(
         None if frozen is None else _channels_last(frozen),
-        _channels_last(program.graphs[body(0)]),
+        _channels_last(body),
         inputs,
-        program.parameters,
+        theta,
         _shape(bundle),
     )
 

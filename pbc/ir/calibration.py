@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pbc.data import InputSpec, Samples, images
 from pbc.errors import PbcError
-from pbc.util.progress import report
+from pbc.util.progress import report, tell
 
 HELD_OUT_SHARE = 0.2
 HELD_OUT_MOST = 1000
@@ -39,6 +39,8 @@ class Calibration:
             ram_bytes=RAM_BYTES,
             progress=lambda done, total: report("calibration images", done / total, f"{done}"),
         )
+        for line in samples.inventory.lines():
+            tell(f"calibration: {line}")
         if len(samples) < LEAST:
             raise PbcError(
                 f"{path} has {len(samples)} readable images; calibration needs at least {LEAST}"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import UsageError, suggest
 
 # Far beyond use; what an optimizer makes of a larger one is no float32.
 _LARGEST = 1e30
 
-LEARNING_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001}
-"""The optimizers, and the learning rate of each where none is given."""
-
 
 def default_rate(optimizer: str) -> float:
     """Return the learning rate of an optimizer; raises UsageError for one that there is not."""
-    if optimizer not in LEARNING_RATES:
-        raise UsageError(suggest("optimizer", optimizer, LEARNING_RATES))
-    return LEARNING_RATES[optimizer]
+    if optimizer not in OPTIMIZERS:
+        raise UsageError(suggest("optimizer", optimizer, OPTIMIZERS))
+    return OPTIMIZERS[optimizer].learning_rate
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Objective:
     """
 
     optimizer: str = "sgd"
-    learning_rate: float = LEARNING_RATES["sgd"]
+    learning_rate: float = OPTIMIZERS["sgd"].learning_rate
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0

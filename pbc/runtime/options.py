@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pbc.errors import UsageError, suggest
-from pbc.runtime.features.cache import DTYPES
+from pbc.runtime.features.stores import DTYPES
 from pbc.runtime.objective import Objective, default_rate
 
 CACHES = ("off", "ram", "disk")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def labelled_for(bundle: Bundle, samples: Samples) -> Samples:
         raise PbcError(f"the data has one class, {samples.classes[0]!r}; two are the least")
     names, count = bundle.manifest.get("classes"), bundle.manifest.get("class_count")
     if names is not None:
-        differences = _differences(set(samples.classes), set(names), "data", "bundle")
+        differences = _differences(set(samples.classes), _composed(names), "data", "bundle")
         if differences:
             raise PbcError(f"the classes of data and bundle differ: {differences}")
         return samples.with_classes(names)
@@ -60,10 +61,15 @@ def labelled_for(bundle: Bundle, samples: Samples) -> Samples:
 
 def labelled_as(classes: Sequence[str], samples: Samples) -> Samples:
     """Number the labels as a trained model does; it must know every class, not meet every one."""
-    unknown = sorted(set(samples.classes) - set(classes))
+    unknown = sorted(set(samples.classes) - _composed(classes))
     if unknown:
         raise PbcError(f"the model knows no class {_first(unknown)}; it has {_first(classes)}")
     return samples.with_classes(classes)
+
+
+def _composed(names: Iterable[str]) -> set[str]:
+    """Return names in Unicode's form NFC, which those of samples are in."""
+    return {unicodedata.normalize("NFC", name) for name in names}
 
 
 def _differences(a: set[str], b: set[str], a_name: str, b_name: str) -> str:

@@ -19,7 +19,7 @@ from pbc.runtime.engines import Engine
 from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Report, silent
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.stream import Stream, StreamTraining
 from pbc.runtime.trainer import Trainer
 from pbc.util.interrupt import deferred_interrupt

@@ -17,15 +17,15 @@ from PIL import Image
 
 from pbc.bundle import Bundle
 from pbc.bundle.ladder import Ladder
-from pbc.data import InputSpec, Samples
+from pbc.data import InputSpec, Inventory, Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import EpochReport, Progress, Report, silent
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.output import Output
 from pbc.runtime.output.personal import write_model
 from pbc.runtime.parameters import initial_parameters, labelled_for
 from pbc.runtime.routing.preparation import Preparation, Prepared
@@ -163,7 +163,7 @@ class StreamTraining:
                     np.array(labels, dtype=np.int64),
                     tuple(self.classes),
                     tuple(hashlib.sha256(image.tobytes()).digest() for image in images),
-                    (),
+                    Inventory(read=len(names)),
                     images,
                     lambda name: b"",  # all are decoded
                 ),

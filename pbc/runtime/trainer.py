@@ -21,8 +21,8 @@ from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint, difference, join
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.output import Output
 from pbc.runtime.output.personal import write_model
 from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
 from pbc.runtime.routing.preparation import Decisions, Preparation, Prepared

@@ -7,7 +7,8 @@ import math
 import torch
 from torch.fx import GraphModule
 
-from pbc.ir.program import PARAMETER, copy_graph, shape_of
+from pbc.ir.graph import PARAMETER, shape_of
+from pbc.ir.rewrite import copy_graph
 from pbc.training_graph.decompositions.convolutions import normed_convolution
 
 aten = torch.ops.aten

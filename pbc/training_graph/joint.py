@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.traceback import set_current_meta
 
 from pbc.frontend.capture import EXAMPLE_BATCH
-from pbc.ir.program import PARAMETER, get_tensor, placeholders, put_tensor, shape_of, tensor_names
+from pbc.ir.graph import PARAMETER, get_tensor, placeholders, put_tensor, shape_of, tensor_names
 from pbc.training_graph.decompositions import DIFFERENTIABLE
 from pbc.training_graph.decompositions.constants import frozen as constants
 from pbc.training_graph.decompositions.slices import unbind

@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.ir.program import GRADIENT, NAME, PARAMETER, get_tensor, made_of, output_node, put_tensor
+from pbc.ir.graph import GRADIENT, NAME, PARAMETER, get_tensor, output_node, put_tensor
+from pbc.ir.rewrite import ancestors
 from pbc.training_graph.names import LOGITS, LOSS, LOSSES, SAVED
 
 aten = torch.ops.aten
@@ -45,10 +46,10 @@ def partition(
     """
     results: list[Node] = list(output_node(joint).args[0])  # type: ignore[arg-type]
     answers, gradients = results[:3], results[3:]
-    first = made_of(answers)
+    first = ancestors(answers)
     # Whoever computes several results computes those, too, that the backward alone reads.
     first |= {n for n in joint.graph.nodes if n.target is operator.getitem and n.args[0] in first}
-    second = made_of(gradients) - first
+    second = ancestors(gradients) - first
     saved = _saved(second, first)
     names = {**names} | {node: node.name for node in saved}
     forward = _part(joint, first, [], answers + saved, names)
@@ -78,7 +79,7 @@ def _is_recomputed(node: Node) -> bool:
         return False
     if isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
-    return node.target in _RECOMPUTED or all(n.op != "placeholder" for n in made_of([node]))
+    return node.target in _RECOMPUTED or all(n.op != "placeholder" for n in ancestors([node]))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

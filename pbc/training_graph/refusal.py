@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pbc.errors import PbcError
-from pbc.ir.program import op_name, origin, tensor_names
+from pbc.ir.graph import op_name, origin, tensor_names
 from pbc.training_graph.decompositions import DIFFERENTIABLE
 from pbc.training_graph.trace import traced
 

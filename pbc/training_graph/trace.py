@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from pbc.ir.program import op_name
+from pbc.ir.graph import op_name
 from pbc.training_graph.decompositions import table
 from pbc.training_graph.simplify import ONLY_FOR_AUTOGRAD
 

@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, str] = {
     "tvm": "tvm",
     "tvm_ffi": "tvm",
     "ziglang": "tvm",
+    "pillow_heif": "heic",
 }
 """Where bundles are made and rivals rebuilt."""
 

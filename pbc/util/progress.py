@@ -7,13 +7,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Report = Callable[[str, float, str], None]
+Tell = Callable[[str], None]
 
 
 def _silent(stage: str, fraction: float, text: str) -> None:
     pass
 
 
+def _untold(line: str) -> None:
+    pass
+
+
 _current: ContextVar[Report] = ContextVar("pbc_progress", default=_silent)
+
+_teller: ContextVar[Tell] = ContextVar("pbc_tell", default=_untold)
 
 
 def report(stage: str, fraction: float, text: str = "") -> None:
@@ -29,3 +36,18 @@ def reporting_to(receiver: Report) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def tell(line: str) -> None:
+    """Say what the user has to know of their data, in a line."""
+    _teller.get()(line)
+
+
+@contextmanager
+def telling(receiver: Tell) -> Iterator[None]:
+    """Send the lines that are told inside the block to `receiver`."""
+    token = _teller.set(receiver)
+    try:
+        yield
+    finally:
+        _teller.reset(token)

@@ -145,6 +145,12 @@ def test_labels_follow_the_classes_of_a_bundle(folder: Path) -> None:
     assert samples.labels.tolist() == [1] * 4 + [3] * 4 + [0] * 4
 
 
+def test_labels_follow_classes_in_another_normal_form(folder: Path) -> None:
+    (folder / "red").rename(folder / "caf\u00e9")
+    samples = ImageFolder.open(folder, tiny.SPEC).with_classes(["cafe\u0301", "blue", "green"])
+    assert samples.labels.tolist() == [1] * 4 + [0] * 4 + [2] * 4
+
+
 def test_normalised_images_are_channels_last_memory() -> None:
     spec = InputSpec((3, 4, 5), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3)).astype(np.uint8)

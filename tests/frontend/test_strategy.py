@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError, UsageError
 from pbc.frontend import strategy
-from pbc.testing import assert_gradients, eager_gradients, gradients, make_program, retarget
+from pbc.testing import (
+    assert_gradients,
+    eager_gradients,
+    gradients,
+    graph_of,
+    make_program,
+    retarget,
+)
 
 # What each strategy trains, as patterns over the names of all parameters.
 EXPECTED = {
@@ -55,8 +62,8 @@ def test_on_every_architecture(model: str, text: str) -> None:
     program = zoo.split(program)
     assert program.parameters.keys() == program.trainable
     with torch.no_grad():
-        expected = module(program.example)
-        logits = program.logits(0, program.example)
+        expected = module(program.network.example)
+        logits = program.logits(0, program.network.example)
     assert float((logits - expected).abs().max()) <= 1e-4 * max(1, float(expected.abs().max()))
     assert_gradients(gradients(program), eager_gradients(module, program), tolerance=2e-3)
 
@@ -64,17 +71,17 @@ def test_on_every_architecture(model: str, text: str) -> None:
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v3_large", "vit_b_16"])
 def test_frozen_layers_before_what_trains_are_in_the_prefix(model: str) -> None:
     program = zoo.split(zoo.apply("last-k:2", model, zoo.SMALL[model]).program)
-    assert list(program.graphs) == ["prefix/0", "body/0"]
+    assert program.levels[0].prefix is not None
     whole = zoo.split(zoo.apply("full", model, zoo.SMALL[model]).program)
-    assert list(whole.graphs) == ["body/0"]
+    assert whole.levels[0].prefix is None
 
 
 def test_a_model_starts_as_it_was_under_adapters() -> None:
     module, program = zoo.captured("mobilenet_v3_large", zoo.SMALL["mobilenet_v3_large"])
     adapted = copy.deepcopy(module)
-    strategy.Adapters(2).insert(adapted, program.example)
+    strategy.Adapters(2).insert(adapted, program.network.example)
     with torch.no_grad():
-        assert torch.equal(adapted(program.example), module(program.example))
+        assert torch.equal(adapted(program.network.example), module(program.network.example))
 
 
 def test_adapters_suit_what_the_blocks_put_out() -> None:
@@ -104,7 +111,7 @@ class Encoder(nn.Module):
 
 def test_adapters_on_token_sequences() -> None:
     program = make_program(Encoder(), "adapters:1")
-    weights = dict(program.graphs["model"].named_parameters())
+    weights = dict(graph_of(program, "model").named_parameters())
     assert weights["layers.1.adapter.down.weight"].shape == (8, 16)
     assert weights["layers.1.adapter.up.weight"].shape == (16, 8)
 

@@ -14,6 +14,7 @@ from pbc.testing import (
     assert_unchanged,
     eager_gradients,
     gradients,
+    graph_of,
     make_program,
     retarget,
 )
@@ -64,7 +65,7 @@ def test_the_classifier_becomes_an_input() -> None:
     )
     assert list(marked.parameters) == ["fc.weight", "fc.bias"]
     # What trains is no frozen tensor any more.
-    assert not [n for n, _ in marked.graphs["model"].named_parameters() if n.startswith("fc")]
+    assert not [n for n, _ in graph_of(marked, "model").named_parameters() if n.startswith("fc")]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_parameters_are_copies() -> None:
     marked = MarkTrainable()(program)
     marked.parameters["fc.bias"].add_(1)
     assert torch.equal(
-        module.get_parameter("fc.bias"), program.graphs["model"].get_parameter("fc.bias")
+        module.get_parameter("fc.bias"), graph_of(program, "model").get_parameter("fc.bias")
     )
 
 

@@ -13,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pbc.errors import PbcError
-from pbc.runtime.features.cache import (
-    DiskStore,
-    FeatureCache,
-    Layout,
-    MemoryStore,
-    Store,
-    assign_slots,
-    chunk_keys,
-)
+from pbc.runtime.features.cache import FeatureCache, assign_slots
+from pbc.runtime.features.keys import chunk_keys
+from pbc.runtime.features.stores import DiskStore, Layout, MemoryStore, Store
 
 LAYOUT = Layout({"map": (2, 3, 4), "flat": (5,), "tokens": (2, 3)})
 COUNT = 10

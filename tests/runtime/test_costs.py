@@ -19,8 +19,8 @@ from pbc.errors import PbcError
 from pbc.runtime.engines import Executable
 from pbc.runtime.events import Event, Note
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.routing.bounds import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
 from pbc.runtime.routing.costs import Bench, Costs
+from pbc.runtime.routing.fidelity_floor import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
 from pbc.runtime.runtime import Runtime
 from pbc.runtime.trainer import Trainer
 

@@ -22,13 +22,13 @@ import safetensors.numpy
 import tiny
 from killing import Killed, killed_until_done
 
-from pbc.bundle import bundle
+from pbc import bundle
 from pbc.cli import main
 from pbc.cli.display import epoch_line, level_shares
 from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError
 from pbc.runtime.events import EpochReport, Event, Report, StepReport
-from pbc.runtime.features import features
+from pbc.runtime.features import cache as feature_cache
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
@@ -184,7 +184,7 @@ def test_a_cache_that_holds_a_part_gives_what_none_gives(
         index = np.arange(samples)
         return np.where(index % 3 == 0, index // 3, -1)
 
-    monkeypatch.setattr(features, "assign_slots", every_third)
+    monkeypatch.setattr(feature_cache, "assign_slots", every_third)
     runtime = Runtime.open(assets / f"{kind}.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
     trained = []

@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.data import InputSpec
 
 COLOURS = {"blue": (0.1, 0.2, 0.9), "green": (0.2, 0.9, 0.1), "red": (0.9, 0.1, 0.2)}

@@ -13,21 +13,12 @@ from typing import Any
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, EPSILON, NEW, OPTIMIZERS
 from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays
 from pbc.runtime.objective import Objective
 
 ALIGNMENT = 64
-
-# What a row of zeros is called for each parameter, by the optimizer.
-_MOMENTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-_NEW = "new/"
 
 
 class DerivedExecutable(ABC):
@@ -79,7 +70,7 @@ class DerivedExecutable(ABC):
         self._theta = {name: self._kept(value) for name, value in parameters.items()}
         self._moments = {
             f"{moment}/{name}": self._kept(np.zeros_like(value, np.float32))
-            for moment in _MOMENTS[objective.optimizer]
+            for moment in OPTIMIZERS[objective.optimizer].state
             for name, value in parameters.items()
         }
         self._steps = 0
@@ -111,7 +102,7 @@ class DerivedExecutable(ABC):
         )
         # New tensors replace the old: one buffer as input and output gives wrong results.
         for name, value in outputs.items():
-            own = name.removeprefix(_NEW)
+            own = name.removeprefix(NEW)
             (self._moments if own in self._moments else self._theta)[own] = value
 
     def parameters(self) -> dict[str, np.ndarray]:
@@ -136,12 +127,12 @@ class DerivedExecutable(ABC):
 
         The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
         """
-        mean, square = (1 - beta**self._steps for beta in _BETAS)
+        mean, square = (1 - beta**self._steps for beta in (BETA_MEAN, BETA_SQUARE))
         return {
             "learning_rate": _scalar(self._objective.learning_rate),
             "weight_decay": _scalar(self._objective.weight_decay),
             "momentum": _scalar(self._objective.momentum),
-            "epsilon": _scalar(_EPSILON),
+            "epsilon": _scalar(EPSILON),
             "mean_correction": _scalar(mean),
             "square_correction": _scalar(square),
         }

@@ -19,7 +19,7 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines import Executable
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import labelled_as
 from pbc.util.atomic import replace_bytes
 

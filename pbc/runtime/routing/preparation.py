@@ -16,14 +16,16 @@ from pbc.bundle.ladder import Ladder
 from pbc.data import Samples
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import Note, Report
-from pbc.runtime.features.cache import DiskFullError, FeatureCache
-from pbc.runtime.features.features import Features, has_prefix, level_key, one_body, open_cache
+from pbc.runtime.features.cache import FeatureCache, open_cache
+from pbc.runtime.features.keys import level_key
 from pbc.runtime.features.lookahead import look_ahead
+from pbc.runtime.features.source import Features
+from pbc.runtime.features.stores import DiskFullError
 from pbc.runtime.features.views import Views
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.routing.audit import Finding, audit, chosen
 from pbc.runtime.routing.costs import Bench, Costs
 from pbc.runtime.routing.router import means, predict
@@ -220,7 +222,7 @@ class Preparation:
 
     def _costs(self, levels: list[int]) -> Costs:
         options, views = self.options, self._views()
-        keeps = options.cache != "off" and has_prefix(self.bundle)
+        keeps = options.cache != "off" and self.bundle.has_prefix
         return Bench(
             executable=self.executable,
             images=lambda count: views.images(views.rows(0, np.arange(count))),
@@ -231,8 +233,8 @@ class Preparation:
             chunk=options.prefix_batch,
             computed=min(options.views, options.epochs) if keeps else options.epochs,
             epochs=options.epochs,
-            prefix=has_prefix(self.bundle),
-            bodies=not one_body(self.bundle),
+            prefix=self.bundle.has_prefix,
+            bodies=not self.bundle.shares_body,
             width=sum(math.prod(shape) for shape in self.bundle.manifest["features"].values()),
         ).measure()
 
@@ -270,7 +272,7 @@ class Preparation:
         if predicted is None:
             predicted = np.full((len(self.samples), len(self.ladder) - 1), -np.inf)
         routing = self._routes.route(predicted, findings)
-        views, mixed = self._views(), one_body(self.bundle)
+        views, mixed = self._views(), self.bundle.shares_body
         # Without costs features are made mini-batch by mini-batch at one level, unless none are.
         grouped = not mixed or (costs is None and not (cache is not None and cache.complete))
         setting = Setting(
@@ -290,7 +292,7 @@ class Preparation:
         )
         scheduler = scheduler_class(setting)
         # Without a prefix there is nothing to be ahead with.
-        ahead = costs is not None and has_prefix(self.bundle)
+        ahead = costs is not None and self.bundle.has_prefix
         features = Features(
             views,
             self.executable,
@@ -323,7 +325,7 @@ class Preparation:
 
         A scheduler that asks for no costs moves samples by rules of its own: nothing is audited.
         """
-        if prepared.decisions.costs is None or not has_prefix(self.bundle):
+        if prepared.decisions.costs is None or not self.bundle.has_prefix:
             return prepared
         scheduler_class = plugins.load("pbc.schedulers", self.options.scheduler)
         while levels := self._to_audit(prepared):
@@ -386,7 +388,7 @@ class Preparation:
         options = self.options
         if options.cache == "off":
             return None
-        if not has_prefix(self.bundle):
+        if not self.bundle.has_prefix:
             self.report(
                 Note(
                     f"--cache {options.cache} is off: with {self.bundle.manifest['strategy']} "

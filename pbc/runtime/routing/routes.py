@@ -11,7 +11,7 @@ import numpy as np
 from pbc.bundle.ladder import Ladder
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.audit import Finding
-from pbc.runtime.routing.bounds import fidelity_floor, lost_at
+from pbc.runtime.routing.fidelity_floor import fidelity_floor, lost_at
 from pbc.runtime.routing.router import Routing, routable, route
 from pbc.runtime.schedulers import Fallback
 

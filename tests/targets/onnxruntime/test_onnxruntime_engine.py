@@ -20,11 +20,11 @@ import tiny_onnx
 from killing import killed_until_done
 from onnx import helper
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.engines.artifacts import Artifacts
 from pbc.runtime.engines.onnxruntime import engine as engine_module
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine, session_options
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
@@ -32,6 +32,7 @@ from pbc.runtime.events import Report
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
+from pbc.util.artifacts import Artifacts
 from pbc.util.processor import cpu_identity
 
 LABELS = np.array([0, 1, 2, 1, 0])
@@ -373,7 +374,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 PEAKS = """
 import sys
 import numpy as np
-from pbc.profile.stages import peak_bytes
+from pbc.profile.memory import peak_bytes
 from pbc.bundle import Bundle
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from pbc.runtime.objective import Objective

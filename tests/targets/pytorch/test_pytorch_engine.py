@@ -13,7 +13,8 @@ import tiny
 import torch
 from torch import nn
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.engines.pytorch.engine import OPS, PyTorchEngine, _function

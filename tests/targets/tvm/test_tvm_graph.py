@@ -18,11 +18,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.program import get_tensor, graph_inputs, output_names
+from pbc.ir.graph import get_tensor, graph_inputs, output_names
 from pbc.runtime.engines.tvm.library import Graph as Runner
 from pbc.runtime.engines.tvm.library import Library
 from pbc.targets.tvm.build import build, this_machine
 from pbc.targets.tvm.convert import convert
+from pbc.testing import graph_of
 
 aten = torch.ops.aten
 
@@ -345,12 +346,12 @@ def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:
 
 def test_an_open_head_takes_any_number_of_classes() -> None:
     program = pruned(ConvNet)
-    graph = program.graphs["body/0"]
-    head = [program.head.weight, program.head.bias]
+    graph = graph_of(program, "body/0")
+    head = [program.network.head.weight, program.network.head.bias]
     (runner,) = loaded({"body": graph}, head=head, open_head=True).values()
-    features = torch.rand(3, program.head.in_features)
+    features = torch.rand(3, program.network.head.in_features)
     for classes in (2, 7):
-        weight, bias = tensors((classes, program.head.in_features), (classes,))
+        weight, bias = tensors((classes, program.network.head.in_features), (classes,))
         run(graph, runner, (features, weight, bias))
 
 

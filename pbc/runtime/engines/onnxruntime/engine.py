@@ -21,9 +21,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
 from pbc.runtime.engines.derived import ALIGNMENT, DerivedExecutable, aligned
 from pbc.runtime.engines.onnxruntime import weights as onnx_weights
+from pbc.util.artifacts import Artifacts, default_folder
 from pbc.util.processor import cores, cpu_identity
 
 _CPU = "CPUExecutionProvider"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, EPSILON
 from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays
 from pbc.runtime.engines.pytorch.graph import Argument, DType, Graph, Slot, Step, parse
@@ -329,17 +330,18 @@ class _Adam:
         rate, decay = self._objective.learning_rate, self._objective.weight_decay
         self._step += 1
         count = int(self._step)
-        step_size = rate / (1 - 0.9**count)
-        correction = (1 - 0.999**count) ** 0.5
+        step_size = rate / (1 - BETA_MEAN**count)
+        correction = (1 - BETA_SQUARE**count) ** 0.5
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
                 if decay and self._objective.optimizer == "adamw":
                     parameter.mul_(1 - rate * decay)
                 elif decay:
                     gradient = gradient.add(parameter, alpha=decay)
-                mean = self._mean[name].lerp_(gradient, 1 - 0.9)
-                square = self._square[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-                denominator = (square.sqrt() / correction).add_(1e-8)
+                mean = self._mean[name].lerp_(gradient, 1 - BETA_MEAN)
+                square = self._square[name].mul_(BETA_SQUARE)
+                square.addcmul_(gradient, gradient, value=1 - BETA_SQUARE)
+                denominator = (square.sqrt() / correction).add_(EPSILON)
                 parameter.addcdiv_(mean, denominator, value=-step_size)
 
     def state(self) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ import safetensors.numpy
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
 from pbc.runtime.engines.derived import DerivedExecutable, aligned
 from pbc.runtime.engines.tvm.devices import CPU, GPU, Device, use_gpu
 from pbc.runtime.engines.tvm.library import (
@@ -35,6 +34,7 @@ from pbc.runtime.engines.tvm.library import (
     tensor,
     use_threads,
 )
+from pbc.util.artifacts import Artifacts, default_folder
 from pbc.util.processor import cores, cpu_identity, missing_flags
 
 _FORMAT = 1

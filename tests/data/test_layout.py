@@ -1,0 +1,117 @@
+"""The class folders are found below wrapping folders and in the parts of a split data set."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from pbc.data import ImageFolder, class_names, has_held_out, images
+from pbc.errors import PbcError
+
+COLOURS = ["blue", "green", "red"]
+
+
+def part(root: Path, name: str, per_class: int) -> Path:
+    tiny.photos(root / name, per_class)
+    return root
+
+
+@pytest.mark.parametrize("wrap", ["a", "a/b", "a/b/train", "train"])
+def test_wrapping_folders_are_looked_through(tmp_path: Path, wrap: str) -> None:
+    tiny.photos(tmp_path / "data" / wrap, 2)
+    (tmp_path / "data" / "README.md").write_text("about")
+    (tmp_path / "data" / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "data" / "docs" / "deep" / "paper.pdf").write_bytes(b"%PDF-")
+    samples = ImageFolder.open(tmp_path / "data", tiny.SPEC)
+    assert samples.classes == ("blue", "green", "red")
+    assert samples.names[0] == f"{wrap}/blue/000.png"
+    assert not has_held_out(tmp_path / "data")
+
+
+def test_a_photo_beside_the_folder_of_classes_is_counted(tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "data" / "flowers", 2)
+    shutil.copy(tmp_path / "data" / "flowers" / "red" / "000.png", tmp_path / "data" / "cover.png")
+    samples = ImageFolder.open(tmp_path / "data", tiny.SPEC)
+    assert samples.classes == ("blue", "green", "red")
+    assert samples.inventory.ignored == (("cover.png", "outside class folders"),)
+    assert len(images(tmp_path / "data", tiny.SPEC)) == 7
+
+
+def test_one_class_is_not_a_wrapping_folder(tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "data", 2, classes=["red"])
+    assert class_names(tmp_path / "data") == ["red"]
+
+
+def test_an_empty_folder_beside_one_class_is_a_class_without_photos(tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "red", 2)
+    (tmp_path / "yellow").mkdir()
+    with pytest.raises(PbcError, match=r"class folder 'yellow' of .* has no images"):
+        class_names(tmp_path)
+
+
+def test_folders_in_class_folders_belong_to_the_class(tmp_path: Path) -> None:
+    tiny.photos(tmp_path, 2)
+    tiny.photos(tmp_path / "red" / "2024", 2, classes=["blue"])
+    samples = ImageFolder.open(tmp_path, tiny.SPEC)
+    assert samples.classes == ("blue", "green", "red")
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("train", ["train", "Training"])
+@pytest.mark.parametrize("val", ["val", "valid", "Validation", "dev", "test"])
+@pytest.mark.parametrize("wrap", ["", "wrap"])
+def test_a_split_data_set(tmp_path: Path, train: str, val: str, wrap: str) -> None:
+    data = tmp_path / "data"
+    part(part(data / wrap, train, 3), val, 2)
+    assert class_names(data) == COLOURS
+    trained = ImageFolder.open(data, tiny.SPEC)
+    held_out = ImageFolder.open(data, tiny.SPEC, held_out=True)
+    assert (len(trained), len(held_out)) == (9, 6)
+    assert has_held_out(data)
+    first, second = sorted((train, val))
+    assert trained.inventory.lines() == [
+        f"{data} has the parts {first}/, {second}/: {train}/ is read"
+    ]
+    assert f"{val}/ is read" in held_out.inventory.note
+
+
+def test_validation_photos_come_before_test_photos(tmp_path: Path) -> None:
+    part(part(part(tmp_path, "train", 3), "test", 1), "val", 2)
+    assert len(ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)) == 6
+
+
+def test_unlabelled_test_photos_are_not_held_out(tmp_path: Path) -> None:
+    part(tmp_path, "train", 3)
+    (tmp_path / "test").mkdir()
+    shutil.copy(tmp_path / "train" / "red" / "000.png", tmp_path / "test")
+    assert class_names(tmp_path) == COLOURS
+    assert not has_held_out(tmp_path)
+    with pytest.raises(PbcError, match="no class folders in another part; expected them in val/"):
+        ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)
+
+
+def test_a_held_out_part_with_other_classes_keeps_them(tmp_path: Path) -> None:
+    part(tmp_path, "train", 2)
+    tiny.photos(tmp_path / "val", 2, classes=["red", "blue"])
+    (tmp_path / "val" / "blue").rename(tmp_path / "val" / "white")
+    held_out = ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)
+    assert held_out.classes == ("red", "white")
+
+
+def test_classes_that_are_called_train_and_test(tmp_path: Path) -> None:
+    tiny.photos(tmp_path, 2, classes=["red", "blue", "green"])
+    (tmp_path / "red").rename(tmp_path / "train")
+    (tmp_path / "blue").rename(tmp_path / "test")
+    assert class_names(tmp_path) == ["green", "test", "train"]
+    assert len(ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)) == 6
+
+
+def test_a_file_where_a_folder_is_expected(tmp_path: Path) -> None:
+    photo = tiny.photos(tmp_path / "data", 1, classes=["red"]) / "red" / "000.png"
+    with pytest.raises(PbcError, match="neither a folder nor a zip file"):
+        class_names(photo)
+    with pytest.raises(PbcError, match="has no class folders; expected one folder per class"):
+        class_names(photo.parent)
