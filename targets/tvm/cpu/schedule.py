@@ -37,7 +37,7 @@ from pbc.targets.tvm.cpu.stages import (
     reads,
     unfused,
 )
-from pbc.targets.tvm.tuning.search import Tunable
+from pbc.targets.tvm.tuning.schedule_search import Tunable
 
 _log = logging.getLogger("pbc")
 

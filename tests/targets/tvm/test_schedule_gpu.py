@@ -15,7 +15,7 @@ from pbc.util import progress
 tvm = pytest.importorskip("tvm")
 relax = pytest.importorskip("tvm.relax")
 gpu = pytest.importorskip("pbc.targets.tvm.cuda.schedule")
-tvm_schedules = pytest.importorskip("pbc.targets.tvm.scheduled")
+tvm_schedules = pytest.importorskip("pbc.targets.tvm.schedule_attributes")
 functions = tvm_schedules.functions
 in_turn = pytest.importorskip("gpu_schedules").in_turn
 
@@ -161,6 +161,6 @@ def test_each_function_is_reported() -> None:
 
 
 def test_the_pass_is_installed_for_cuda_alone() -> None:
-    installed = plugins.load("pbc.tvm_passes", "schedule-gpu")
+    installed = plugins.load("pbc.tvm_schedules", "schedule-gpu")
     assert installed is gpu.schedule_gpu
     assert installed.kinds == ("cuda",)
