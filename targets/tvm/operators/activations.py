@@ -99,3 +99,13 @@ def _softplus(scope: Scope, x: Expr, beta: float = 1.0, threshold: float = 20.0)
         return te.compute(x.shape, value)
 
     return scope.compute(softplus, x)
+
+
+@OPERATORS.converts(aten.clamp.Tensor)
+def _clamp_by_tensors(
+    scope: Scope, x: Expr, low: Expr | None = None, high: Expr | None = None
+) -> Expr:
+    x = scope.cast(x, scope.dtype)
+    if low is not None:
+        x = scope.emit(relax.op.maximum(x, scope.cast(low, scope.dtype)))
+    return x if high is None else relax.op.minimum(x, scope.cast(high, scope.dtype))

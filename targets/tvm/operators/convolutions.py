@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,22 @@ def _convolution(
     output_padding: Any,
     groups: int,
 ) -> Expr:
-    require(rank_of(x) == 4, f"{rank_of(x) - 2} spatial axes")
+    if rank_of(x) == 3:
+        return _over_one_axis(
+            scope, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
+    if rank_of(x) == 5:
+        require(not transposed, "a transposed convolution over 3 axes")
+        pads = [*_triple(padding), *_triple(padding)]
+        volume = relax.op.nn.conv3d(
+            x,
+            weight,
+            strides=_triple(stride),
+            padding=pads,
+            dilation=_triple(dilation),
+            groups=groups,
+        )
+        return _biased(scope, scope.emit(volume), bias)
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     pads = [*padding, *padding]
     if transposed:
@@ -62,9 +78,37 @@ def _convolution(
             x, weight, strides=stride, padding=pads, dilation=dilation, groups=groups
         )
     )
+    return _biased(scope, result, bias)
+
+
+def _biased(scope: Scope, x: Expr, bias: Expr | None) -> Expr:
     if bias is None:
-        return result
-    return relax.op.add(result, scope.reshape(bias, [1, -1, 1, 1]))
+        return x
+    return relax.op.add(x, scope.reshape(bias, [1, -1, *[1] * (rank_of(x) - 2)]))
+
+
+def _triple(value: Any) -> tuple[int, int, int]:
+    first, second, third = value if len(value) == 3 else [value[0]] * 3
+    return int(first), int(second), int(third)
+
+
+def _over_one_axis(
+    scope: Scope,
+    x: Expr,
+    weight: Expr,
+    bias: Expr | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Expr:
+    """As one over feature maps of a single row."""
+    x, weight = (scope.emit(relax.op.expand_dims(value, 2)) for value in (x, weight))
+    window = ([1, *stride], [0, *padding], [1, *dilation], transposed, [0, *output_padding])
+    rows = scope.emit(_convolution(scope, x, weight, bias, *window, groups))
+    return scope.reshape(rows, [size for axis, size in enumerate(shape_of(rows)) if axis != 2])
 
 
 def _as_convolution(
@@ -77,9 +121,9 @@ def _as_convolution(
     output_padding: tuple[int, int],
     groups: int,
 ) -> tuple[Expr, Expr, list[int]]:
-    """What the convolution reads that a transposed one is: input, weight, padding on four sides.
+    """Input, weight and padding on four sides of the convolution that a transposed one is.
 
-    The input's values are moved apart by the stride, the kernel is turned around (Dumoulin and
+    The input's values are moved apart by the stride, the kernel is flipped (Dumoulin and
     Visin, A guide to convolution arithmetic, 2016).
     """
     inputs, outputs, *kernel = shape_of(weight)
@@ -90,7 +134,7 @@ def _as_convolution(
     if stride != (1, 1):
         x = scope.compute(lambda x: topi.nn.dilate(x, [1, 1, *stride]), x)
 
-    def turn(weight: Any) -> Any:
+    def flip(weight: Any) -> Any:
         own = inputs // groups
 
         def value(out: Any, into: Any, row: Any, column: Any) -> Any:
@@ -99,4 +143,4 @@ def _as_convolution(
 
         return te.compute((outputs * groups, own, *kernel), value)
 
-    return x, scope.compute(turn, weight), [*before, *after]
+    return x, scope.compute(flip, weight), [*before, *after]

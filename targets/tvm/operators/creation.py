@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tvm import relax, te, tirx
 
@@ -13,6 +14,7 @@ from pbc.targets.tvm.scope import (
     Expr,
     Scope,
     Size,
+    constant,
     require,
     shape_of,
 )
@@ -54,7 +56,9 @@ def _ones(scope: Scope, like: Any, *sizes: Any, **_: Any) -> Expr:
 @OPERATORS.converts(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(scope: Scope, *bounds: Any, **_: Any) -> Expr:
     start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1), 3: bounds}[len(bounds)]
-    require(not isinstance(start, float) and isinstance(step, int) and step > 0, "these bounds")
+    if any(isinstance(bound, float) for bound in (start, end, step)):
+        return constant(np.arange(start, end, step), scope.dtype)
+    require(isinstance(step, int) and step > 0, "a step that is no positive number")
     count = scope.simple(tirx.floordiv(end - start + step - 1, tirx.const(step, "int64")))
     dtype = scope.dtype
 
@@ -66,3 +70,8 @@ def _arange(scope: Scope, *bounds: Any, **_: Any) -> Expr:
         if isinstance(count, int)
         else scope.compute(lambda count: arange(count, start), count)
     )
+
+
+@OPERATORS.converts(aten.copy.default, aten.fill.Tensor)
+def _copy(scope: Scope, x: Expr, source: Expr, *_: Any) -> Expr:
+    return relax.op.broadcast_to(scope.cast(source, scope.dtype), shape_of(x))

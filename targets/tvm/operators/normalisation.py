@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tvm import relax
 
@@ -132,6 +133,57 @@ def _batch_norm(
         relax.op.negative(moved) if shift is None else relax.op.subtract(shift, moved)
     )
     return _affine(scope, x, scope.reshape(factor, along), scope.reshape(offset, along))
+
+
+@OPERATORS.converts(aten._native_batch_norm_legit_no_training.default)
+def _native_batch_norm(
+    scope: Scope,
+    x: Expr,
+    scale: Expr | None,
+    shift: Expr | None,
+    mean: Expr,
+    variance: Expr,
+    momentum: float,
+    epsilon: float,
+) -> list[Any]:
+    normal = _batch_norm(scope, x, scale, shift, mean, variance, False, momentum, epsilon)
+    return [normal, None, None]
+
+
+@OPERATORS.converts(aten.instance_norm.default)
+def _instance_norm(
+    scope: Scope,
+    x: Expr,
+    scale: Expr | None,
+    shift: Expr | None,
+    mean: Expr | None,
+    variance: Expr | None,
+    own: bool,
+    momentum: float,
+    epsilon: float,
+    *_: Any,
+) -> Expr:
+    require(own and mean is None, "statistics that it was given")
+    normal, *_ = _normalised(scope, x, range(2, rank_of(x)), epsilon)
+    along = [1, shape_of(x)[1], *(1 for _ in shape_of(x)[2:])]
+    scale, shift = (v if v is None else scope.reshape(v, along) for v in (scale, shift))
+    return _affine(scope, normal, scale, shift)
+
+
+@OPERATORS.converts(aten.rms_norm.default)
+def _rms_norm(
+    scope: Scope,
+    x: Expr,
+    shape: Sequence[int],
+    scale: Expr | None = None,
+    epsilon: float | None = None,
+) -> Expr:
+    axes = list(range(rank_of(x) - len(shape), rank_of(x)))
+    squares = scope.emit(relax.op.multiply(x, x))
+    mean = scope.emit(relax.op.mean(squares, axes, True))
+    least = float(np.finfo(kind_of(x)).eps) if epsilon is None else epsilon
+    inverse = relax.op.rsqrt(scope.emit(relax.op.add(mean, constant(least, kind_of(x)))))
+    return _affine(scope, scope.emit(relax.op.multiply(x, scope.emit(inverse))), scale, None)
 
 
 @OPERATORS.converts(aten.softmax.int, aten._softmax.default)

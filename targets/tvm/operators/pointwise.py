@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tvm import relax
+from tvm import relax, te, tirx
 
 from pbc.targets.tvm.operators.family import Family
 from pbc.targets.tvm.scope import (
@@ -185,3 +185,71 @@ def _where(scope: Scope, condition: Expr, one: Any, other: Any) -> Expr:
 @OPERATORS.converts(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(scope: Scope, x: Expr, mask: Expr, value: Any) -> Expr:
     return relax.op.where(mask, scope.operand(value, scope.dtype), x)
+
+
+@OPERATORS.converts(aten.pow.Scalar)
+def _pow_of_number(scope: Scope, base: float, exponent: Expr) -> Expr:
+    return relax.op.power(constant(base, scope.dtype), scope.cast(exponent, scope.dtype))
+
+
+@OPERATORS.converts(aten.log1p.default)
+def _log1p(scope: Scope, x: Expr) -> Expr:
+    """By a correction of log(1 + x) (Kahan; Higham, Accuracy and Stability, 2002, problem 1.5)."""
+
+    def log1p(x: Any) -> Any:
+        def value(*at: Any) -> Any:
+            sum_ = x(*at) + 1.0
+            near = tirx.Select(sum_ == 1.0, x(*at), tirx.log(sum_) * x(*at) / (sum_ - 1.0))
+            return tirx.Select(x(*at) > 1e8, tirx.log(x(*at)), near)
+
+        return te.compute(x.shape, value)
+
+    return scope.compute(log1p, scope.cast(x, scope.dtype))
+
+
+@OPERATORS.converts(aten.expm1.default)
+def _expm1(scope: Scope, x: Expr) -> Expr:
+    """By a correction of exp(x) - 1 (Kahan; Higham, Accuracy and Stability, 2002, §1.14.1)."""
+
+    def expm1(x: Any) -> Any:
+        def value(*at: Any) -> Any:
+            power = tirx.exp(x(*at))
+            near = (power - 1.0) * x(*at) / tirx.log(power)
+            far = tirx.Select(x(*at) > 50.0, power, tirx.Select(x(*at) < -50.0, power - 1.0, near))
+            return tirx.Select(power == 1.0, x(*at), far)
+
+        return te.compute(x.shape, value)
+
+    return scope.compute(expm1, scope.cast(x, scope.dtype))
+
+
+def _quotient(scope: Scope, one: Any, other: Any, mode: str | None) -> Expr:
+    """A quotient, rounded down for `floor` and towards zero for `trunc`."""
+    dtype = scope.dtype
+    if not dtype.startswith("float"):
+        require(mode == "floor", "rounding_mode='trunc' of integers")
+        return relax.op.floor_divide(scope.operand(one, dtype), scope.operand(other, dtype))
+    quotient = relax.op.divide(scope.operand(one, dtype), scope.operand(other, dtype))
+    if mode is None:
+        return quotient
+    round_ = relax.op.floor if mode == "floor" else relax.op.trunc
+    return round_(scope.emit(quotient))
+
+
+@OPERATORS.converts(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div_rounded(scope: Scope, one: Any, other: Any, *, rounding_mode: str | None) -> Expr:
+    return _quotient(scope, one, other, rounding_mode)
+
+
+@OPERATORS.converts(aten.floor_divide.default)
+def _floor_divide(scope: Scope, one: Any, other: Any) -> Expr:
+    return _quotient(scope, one, other, "floor")
+
+
+@OPERATORS.converts(aten.remainder.Scalar, aten.remainder.Tensor)
+def _remainder(scope: Scope, one: Any, other: Any) -> Expr:
+    """With the sign of the divisor, as Python's."""
+    dtype = scope.dtype
+    one, other = scope.operand(one, dtype), scope.operand(other, dtype)
+    whole = scope.emit(_quotient(scope, one, other, "floor"))
+    return relax.op.subtract(one, scope.emit(relax.op.multiply(whole, other)))

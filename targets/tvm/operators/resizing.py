@@ -29,6 +29,12 @@ OPERATORS = Family()
     aten.upsample_bicubic2d.vec,
     aten.upsample_nearest2d.vec,
     aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+    aten.upsample_bilinear2d.default,
+    aten.upsample_bicubic2d.default,
+    aten.upsample_nearest2d.default,
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.default,
 )
 def _upsample(scope: Scope, x: Expr, *options: Any, **named: Any) -> Expr:
     """As what torch's own operator does to a basis: sums of a few rows, then of a few columns."""

@@ -85,4 +85,11 @@ def _expand(scope: Scope, x: Expr, sizes: Sequence[Size], implicit: bool = False
 
 @OPERATORS.converts(aten.repeat.default)
 def _repeat(scope: Scope, x: Expr, repeats: Sequence[Size]) -> Expr:
-    return relax.op.tile(x, scope.contract(repeats))
+    repeats = scope.contract(repeats)
+    if all(isinstance(count, int) for count in repeats):
+        return relax.op.tile(x, repeats)
+    own = [1] * (len(repeats) - rank_of(x)) + shape_of(x)
+    apart = scope.reshape(x, [part for size in own for part in (1, size)])
+    pairs = [part for pair in zip(repeats, own, strict=True) for part in pair]
+    wide = scope.emit(relax.op.broadcast_to(apart, pairs))
+    return scope.reshape(wide, [count * size for count, size in zip(repeats, own, strict=True)])

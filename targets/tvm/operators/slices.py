@@ -177,3 +177,18 @@ def _select_scatter(scope: Scope, x: Expr, source: Expr, axis: int, index: int) 
         return te.compute(x.shape, value)
 
     return scope.compute(scatter, x, source)
+
+
+@OPERATORS.converts(aten.unfold.default)
+def _unfold(scope: Scope, x: Expr, axis: int, size: int, step: int) -> Expr:
+    """Windows along an axis, their positions as a last axis."""
+    axis %= rank_of(x)
+
+    def unfold(x: Any) -> Any:
+        count = tirx.floordiv(x.shape[axis] - size, step) + 1
+        shape = [*x.shape[:axis], count, *x.shape[axis + 1 :], size]
+        return te.compute(
+            shape, lambda *at: x(*at[:axis], at[axis] * step + at[-1], *at[axis + 1 : -1])
+        )
+
+    return scope.compute(unfold, x)
