@@ -25,6 +25,8 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
 
     converted: the operators that stay whole.
     """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None  # Python's own, of sizes
     sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
     values = [source.meta["val"] for source in sources]
     modes = [value.fake_mode for value in values if isinstance(value, FakeTensor)]
@@ -36,11 +38,14 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
         args, kwargs = torch.fx.map_arg(
             (node.args, node.kwargs), lambda source: known.get(source, source.meta["val"])
         )
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
     table = {op: parts for op, parts in _table().items() if op not in converted}
     with mode, enable_python_dispatcher(), torch.no_grad():
-        graph: GraphModule = make_fx(run, decomposition_table=table)(*fakes)
+        try:
+            graph: GraphModule = make_fx(run, decomposition_table=table)(*fakes)
+        except (NotImplementedError, RuntimeError):  # by values, which a graph does not have
+            return None
     graph.graph.eliminate_dead_code()
     called = [part for part in graph.graph.nodes if part.op == "call_function"]
     if any(part.target == node.target for part in called):
