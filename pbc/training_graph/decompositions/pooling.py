@@ -65,12 +65,12 @@ def avg_pool2d_backward(
     size, outputs, channels = x.shape[2:], grad.shape[2:], x.shape[1]
     share = 1 / (divisor_override or math.prod(kernel))
     if divisor_override is None and (ceil_mode or (any(padding) and not count_include_pad)):
-        counts = [
+        rows, columns = (
             _counts(*axis, count_include_pad)
             for axis in zip(size, outputs, kernel, stride, padding, strict=True)
-        ]
-        rows, columns = ([1 / count for count in of_axis] for of_axis in counts)
-        grad = grad * torch.tensor([[r * c for c in columns] for r in rows], dtype=grad.dtype)
+        )
+        # Counts, not their inverses: they are the same in any precision.
+        grad = grad / torch.tensor([[r * c for c in columns] for r in rows], dtype=grad.dtype)
         share = 1.0
     # With ceil_mode windows may reach beyond the padding.
     reached = [
