@@ -64,9 +64,9 @@ def _attention(
     width = shape_of(query)[-1]
     factor = constant(width**-0.5 if scale is None else scale, scope.dtype)
     last = rank_of(key) - 1
-    turned = scope.emit(relax.op.permute_dims(key, [*range(last - 1), last, last - 1]))
+    transposed = scope.emit(relax.op.permute_dims(key, [*range(last - 1), last, last - 1]))
     scaled = scope.emit(relax.op.multiply(query, factor))
-    scores = scope.emit(relax.op.matmul(scaled, turned))
+    scores = scope.emit(relax.op.matmul(scaled, transposed))
     if mask is not None and kind_of(mask) == "bool":
         lowest = scope.operand(float(np.finfo(np.float32).min), scope.dtype)
         scores = scope.emit(relax.op.where(mask, scores, lowest))

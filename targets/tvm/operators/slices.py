@@ -105,11 +105,11 @@ def _stack(scope: Scope, tensors: Sequence[Expr], axis: int = 0) -> Expr:
 
 @OPERATORS.converts(aten.flip.default)
 def _flip(scope: Scope, x: Expr, axes: Sequence[int]) -> Expr:
-    turned = set(axes_of(x, list(axes))) if axes else set()
+    flipped = set(axes_of(x, list(axes))) if axes else set()
 
     def flip(x: Any) -> Any:
         def value(*index: Any) -> Any:
-            return x(*[x.shape[a] - 1 - i if a in turned else i for a, i in enumerate(index)])
+            return x(*[x.shape[a] - 1 - i if a in flipped else i for a, i in enumerate(index)])
 
         return te.compute(x.shape, value)
 

@@ -218,7 +218,7 @@ def test_a_hook_of_others_is_put_back() -> None:
 
 
 class Refusing:
-    """What a driver answers, for the choice that follows from it."""
+    """A driver's answers, for the choice that follows from them."""
 
     def __init__(self, sm: int, word: str | None) -> None:
         self._sm, self._word = sm, word

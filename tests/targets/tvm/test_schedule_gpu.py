@@ -27,7 +27,7 @@ Build = Callable[..., Any]
 
 
 def fused(build: Build, *shapes: tuple[int | str, ...]) -> Any:
-    """What relax makes of a few operators before functions get their schedules."""
+    """A few operators as relax leaves them before functions get their schedules."""
     builder = relax.BlockBuilder()
     rows = tvm.tirx.Var("rows", "int64")
     sizes = [[rows if size == "rows" else size for size in shape] for shape in shapes]

@@ -1,4 +1,4 @@
-"""What TVM computes of a converted graph is what torch computes of the graph."""
+"""Converted graphs in TVM compute what torch computes of the graphs."""
 
 from __future__ import annotations
 
@@ -519,7 +519,7 @@ def test_any_batch() -> None:
 
 
 class Pool(nn.Module):
-    """What sends a gradient back through a max pool: windows overlap, and zeros are as large."""
+    """The gradient of a max pool: windows overlap, and zeros are as large."""
 
     def forward(self, x: Tensor, grad: Tensor) -> Tensor:
         x = x.relu()

@@ -13,14 +13,15 @@ def _aten(names: str) -> frozenset[str]:
 _LAYERS = _aten(
     """
     conv1d.default conv2d.default conv2d.padding convolution.default
+    conv_transpose1d.default conv_transpose2d.input
     linear.default addmm.default mm.default bmm.default baddbmm.default matmul.default
     einsum.default embedding.default
     batch_norm.default _native_batch_norm_legit_no_training.default
     layer_norm.default native_layer_norm.default group_norm.default native_group_norm.default
     instance_norm.default rms_norm.default
     adaptive_avg_pool1d.default adaptive_avg_pool2d.default _adaptive_avg_pool2d.default
-    adaptive_max_pool2d.default avg_pool1d.default avg_pool2d.default
-    max_pool2d.default max_pool2d_with_indices.default
+    adaptive_max_pool2d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+    max_pool1d.default max_pool2d.default max_pool2d_with_indices.default
     scaled_dot_product_attention.default
     dropout.default feature_dropout.default
     pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default unfold.default
