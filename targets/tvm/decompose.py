@@ -25,7 +25,8 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
 
     converted: the operators that stay whole.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
+    operator = node.target
+    if not isinstance(operator, torch._ops.OpOverload):
         return None  # Python's own, of sizes
     sources = [source for source in node.all_input_nodes if isinstance(source.meta["val"], Tensor)]
     values = [source.meta["val"] for source in sources]
@@ -38,7 +39,7 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
         args, kwargs = torch.fx.map_arg(
             (node.args, node.kwargs), lambda source: known.get(source, source.meta["val"])
         )
-        return node.target(*args, **kwargs)
+        return operator(*args, **kwargs)
 
     table = {op: parts for op, parts in _table().items() if op not in converted}
     with mode, enable_python_dispatcher(), torch.no_grad():
@@ -48,7 +49,7 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
             return None
     graph.graph.eliminate_dead_code()
     called = [part for part in graph.graph.nodes if part.op == "call_function"]
-    if any(part.target == node.target for part in called):
+    if any(part.target == operator for part in called):
         return None
     assert len(placeholders(graph)) == len(sources)
     return graph

@@ -164,7 +164,7 @@ def _instance_norm(
     *_: Any,
 ) -> Expr:
     require(own and mean is None, "statistics that it was given")
-    normal, *_ = _normalised(scope, x, range(2, rank_of(x)), epsilon)
+    normal = _normalised(scope, x, range(2, rank_of(x)), epsilon)[0]
     along = [1, shape_of(x)[1], *(1 for _ in shape_of(x)[2:])]
     scale, shift = (v if v is None else scope.reshape(v, along) for v in (scale, shift))
     return _affine(scope, normal, scale, shift)

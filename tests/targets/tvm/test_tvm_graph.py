@@ -477,7 +477,7 @@ def test_an_operator_of_lists_is_taken_apart(name: str) -> None:
     target, arguments = calls[name]
     (value,) = FEATURES
     value = value[0, 0, 0] if name == "meshgrid" else value
-    named = {"indexing": "ij"} if name == "meshgrid" else {}
+    named: dict[str, Any] = {"indexing": "ij"} if name == "meshgrid" else {}
     graph = Graph()
     x = graph.placeholder("x")
     x.meta["val"] = value
