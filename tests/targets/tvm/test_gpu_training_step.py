@@ -36,7 +36,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         )
         return ready
 
-    monkeypatch.setattr(tvm_build, "scheduled", scheduled)
+    monkeypatch.setattr("pbc.targets.tvm.lowering.scheduled", scheduled)
     return found
 
 
