@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from pbc.ir.dim_rules import dims_of
-from pbc.ir.dims import Dims, atoms
-from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.dims import Dims
 from pbc.ir.levels import Keep, LevelGraphs, LevelPlan
 from pbc.ir.program import Program
+<<<<<<< HEAD
 from pbc.proxies.trial import proxy
+=======
+from pbc.ir.slice_graph import slice_graph
+from pbc.proxies import importance
+from pbc.proxies.resolution import reduced
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,23 @@ class PruneDims:
     its aligned neighbour. Node names, inputs and outputs stay as they are at level 0; a level of a
     lower resolution begins with a node that reduces the images. Does nothing when only level 0 is
     planned.
+
+    importance: the criterion that says which indices stay, of `pbc.proxies.importance.CRITERIA`.
     """
 
+    importance: str = importance.MAGNITUDE
     stage: ClassVar[str] = "prune"
+
+    def __post_init__(self) -> None:
+        """Refuse a criterion that there is not."""
+        importance.require(self.importance)
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
         if not program.plans:
             return program
         dims, levels = dims_of(program), list(program.levels)
-        scores = magnitude(levels[0], dims)
+        scores = importance.scores(program, dims, self.importance)
         for plan in program.plans:
             levels.append(proxy(levels[0], plan, dims, nested(plan, levels[-1].keep, scores)))
         return replace(program, levels=tuple(levels), plans=())
@@ -53,6 +65,7 @@ def nested(plan: LevelPlan, above: Keep, scores: Mapping[str, Tensor]) -> Keep:
     return {name: largest(scores[name], size, above.get(name)) for name, size in plan.sizes.items()}
 
 
+<<<<<<< HEAD
 def magnitude(original: LevelGraphs, dims: Dims) -> dict[str, Tensor]:
     """Importance of every index of every independent dimension, float32 [size].
 
@@ -77,6 +90,22 @@ def magnitude(original: LevelGraphs, dims: Dims) -> dict[str, Tensor]:
             score += norms / norms.mean().clamp_min(1e-12)
         scores[dimension.name] = score
     return scores
+=======
+def proxy(original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep) -> LevelGraphs:
+    """Return the level that keeps these indices."""
+    prefix = None if original.prefix is None else slice_graph(original.prefix, dims, keep)
+    if prefix is not None and plan.resolution is not None:
+        prefix = reduced(prefix, plan.resolution)
+    return LevelGraphs(
+        body=slice_graph(original.body, dims, keep),
+        prefix=prefix,
+        keep=keep,
+        cost=plan.cost,
+        macs=plan.macs,
+        precision=plan.precision,
+        resolution=plan.resolution,
+    )
+>>>>>>> main
 
 
 def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:
