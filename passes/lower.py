@@ -35,9 +35,9 @@ class Lower:
 
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
     levels' costs become measured latencies, unless a device's profile gave them; a level that
-    turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run as
-    the engine will run them, or in libraries built for this machine, and held against torch's;
-    `program.checks` has the errors.
+    turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run
+    as the engine will run them, in libraries for this machine where those of the target cannot be
+    run, and held against torch's; `program.checks` has the errors.
 
     tune: minutes to search faster code for, where the engine's lowering can.
     """

@@ -24,6 +24,7 @@ from pbc.ir.program import Program
 from pbc.ir.work import work_file
 from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
+from pbc.lower.lowering import Lowering
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import boundary_nodes
 from pbc.proxies.resolution import macs, reduced
@@ -379,20 +380,21 @@ class _Planner:
         program = self._program
         lowering = backend(program.request.engine).lowering()
         trials = [trial(program, self._shape(form), self._dims) for form in forms]
-        reasons: dict[int, str] = {}
-        try:
+        with contextlib.suppress(Exception):  # of one of them; an engine may raise anything
             return [*lowering.latency_ms(program, trials)]
-        except Exception:  # noqa: BLE001 - one of them, and an engine may raise anything
-            lowering.latency_ms(program, trials[:1])
-        for number, level in enumerate(trials[1:], 1):
-            try:
-                lowering.latency_ms(program, [level])
-            except Exception as error:  # noqa: BLE001
-                reasons[number] = reason_of(error)
-        times = iter(
-            lowering.latency_ms(program, [t for n, t in enumerate(trials) if n not in reasons])
-        )
-        return [reasons[n] if n in reasons else next(times) for n in range(len(trials))]
+        lowering.latency_ms(program, trials[:1])
+        reasons = [_reason_against_timing(lowering, program, level) for level in trials]
+        fit = [level for level, reason in zip(trials, reasons, strict=True) if not reason]
+        times = iter(lowering.latency_ms(program, fit))
+        return [reason or next(times) for reason in reasons]
+
+
+def _reason_against_timing(lowering: Lowering, program: Program, level: LevelGraphs) -> str:
+    try:
+        lowering.latency_ms(program, [level])
+    except Exception as error:  # an engine may raise anything
+        return reason_of(error)
+    return ""
 
 
 def _rounded_pixels(size: float) -> int:

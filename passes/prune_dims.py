@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from pbc.ir.dim_rules import dims_of
-from pbc.ir.dims import Dims
-from pbc.ir.levels import Keep, LevelGraphs, LevelPlan
+from pbc.ir.levels import Keep, LevelPlan
 from pbc.ir.program import Program
-<<<<<<< HEAD
-from pbc.proxies.trial import proxy
-=======
-from pbc.ir.slice_graph import slice_graph
 from pbc.proxies import importance
-from pbc.proxies.resolution import reduced
->>>>>>> main
+from pbc.proxies.trial import proxy
 
 
 @dataclass(frozen=True)
@@ -63,49 +57,6 @@ class PruneDims:
 def nested(plan: LevelPlan, above: Keep, scores: Mapping[str, Tensor]) -> Keep:
     """Return the best indices of a plan's size, among those that the level above keeps."""
     return {name: largest(scores[name], size, above.get(name)) for name, size in plan.sizes.items()}
-
-
-<<<<<<< HEAD
-def magnitude(original: LevelGraphs, dims: Dims) -> dict[str, Tensor]:
-    """Importance of every index of every independent dimension, float32 [size].
-
-    The squared norm of the weights that belong to an index, summed over the matrices and kernels
-    that share the dimension, each tensor's norms first divided by their mean (DepGraph, Fang et
-    al., CVPR 2023, «group-level importance»; Torch-Pruning's GroupMagnitudeImportance).
-    """
-    tensors = {
-        name: get_tensor(graph, name) for graph in original.frozen for name in tensor_names(graph)
-    }
-    scores = {}
-    for dimension in dims.independent():
-        score = torch.zeros(dimension.size)
-        for slot in dimension.slots:
-            tensor = tensors[slot.tensor]
-            if tensor.dim() < 2:
-                continue
-            parts = [variable.size for variable in atoms(dims.tensors[slot.tensor][slot.axis])]
-            by_index = tensor.detach().float().square().movedim(slot.axis, 0)
-            by_index = by_index.reshape(*parts, -1).movedim(slot.part, 0)
-            norms = by_index.reshape(dimension.size, -1).sum(1)
-            score += norms / norms.mean().clamp_min(1e-12)
-        scores[dimension.name] = score
-    return scores
-=======
-def proxy(original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep) -> LevelGraphs:
-    """Return the level that keeps these indices."""
-    prefix = None if original.prefix is None else slice_graph(original.prefix, dims, keep)
-    if prefix is not None and plan.resolution is not None:
-        prefix = reduced(prefix, plan.resolution)
-    return LevelGraphs(
-        body=slice_graph(original.body, dims, keep),
-        prefix=prefix,
-        keep=keep,
-        cost=plan.cost,
-        macs=plan.macs,
-        precision=plan.precision,
-        resolution=plan.resolution,
-    )
->>>>>>> main
 
 
 def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:

@@ -25,9 +25,7 @@ MOST = {FLOAT32: 1e-2, BFLOAT16: 0.25, INT8: 0.25}
 """The largest error that is not a wrong graph."""
 
 
-def graph_errors(
-    program: Program, level: LevelGraphs, runner: Runner
-) -> dict[GraphName, float]:
+def graph_errors(program: Program, level: LevelGraphs, runner: Runner) -> dict[GraphName, float]:
     """Return by role how far the lowered prefix and body are from torch's.
 
     Each reads what torch's would, in batches of two and of three. An output's error is its largest
@@ -67,9 +65,7 @@ def _in_torch(
         graph = copy.deepcopy(level.fused().graphs[role]).to(dtype)
     with torch.no_grad():
         results = graph(*[values[name].to(dtype) for name in graph_inputs(graph)])
-    return {
-        name: value.float() for name, value in zip(graph_outputs(graph), results, strict=True)
-    }
+    return {name: value.float() for name, value in zip(graph_outputs(graph), results, strict=True)}
 
 
 def _relative(value: Tensor, expected: Tensor, precision: str) -> float:
@@ -77,7 +73,6 @@ def _relative(value: Tensor, expected: Tensor, precision: str) -> float:
         return math.nan
     finite = expected.isfinite()
     order = math.inf if precision == FLOAT32 else 2
-    difference, size = (
-        torch.linalg.vector_norm(part[finite].double(), order) for part in (value - expected, expected)
-    )
-    return float(difference / size.clamp_min(1e-6))
+    value, expected = value[finite].double(), expected[finite].double()
+    difference = torch.linalg.vector_norm(value - expected, order)
+    return float(difference / torch.linalg.vector_norm(expected, order).clamp_min(1e-6))

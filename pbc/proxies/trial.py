@@ -90,7 +90,7 @@ def reason_against(program: Program, plan: LevelPlan, dims: Dims, *, engine: boo
         if engine:
             graphs = {role.at(0): graph for role, graph in level.fused().graphs.items()}
             backend(program.request.engine).lowering().try_graphs(program, graphs)
-    except Exception as error:  # noqa: BLE001 - whatever a form of a level ends in, it ends that form
+    except Exception as error:  # whatever it ends in, it ends this form of a level alone
         return reason_of(error)
     return ""
 
@@ -104,7 +104,7 @@ def three(images: Tensor) -> Tensor:
 def computed(
     program: Program, level: LevelGraphs, images: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return features by name and logits, float32, as torch computes them in the level's precision."""
+    """Return features by name and logits, float32, as torch computes them at the level."""
     features: Mapping[str, Tensor] = {IMAGES: images}
     original = program.levels[0]
     with torch.no_grad():
@@ -114,7 +114,9 @@ def computed(
             sent = graph(images.to(dtype))
             features = {name: t.float() for name, t in zip(level.sent, sent, strict=True)}
         dtype = dtype_of(precision_of(original, BODY, level.precision))
-        theta = [program.parameters[name].detach().to(dtype) for name in parameter_names(level.body)]
+        theta = [
+            program.parameters[name].detach().to(dtype) for name in parameter_names(level.body)
+        ]
         body = _in(level.body, dtype)
         (logits,) = body(*[features[name].to(dtype) for name in level.read], *theta)
     return dict(features), logits.float()

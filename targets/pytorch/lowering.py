@@ -16,13 +16,11 @@ from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
 from pbc.ir.graph import (
     PARAMETER,
-    feature_names,
     get_tensor,
     graph_inputs,
     graph_outputs,
     op_name,
     output_nodes,
-    parameter_names,
     tensor_names,
 )
 from pbc.ir.levels import LevelGraphs
