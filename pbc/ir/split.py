@@ -18,7 +18,9 @@ LEAST_SHARE = 0.05
 """Of the layers; with fewer before anything trainable, a prefix does not pay."""
 
 _LAYERS = (
+    "aten.conv1d.default",
     "aten.conv2d.default",
+    "aten.conv3d.default",
     "aten.linear.default",
     "aten.scaled_dot_product_attention.default",
 )
