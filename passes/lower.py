@@ -12,7 +12,7 @@ from pbc.errors import PbcError
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
 from pbc.lower.backend import backend
-from pbc.lower.graph_check import MOST, USUAL, graph_errors
+from pbc.lower.graph_check import USUAL, bound, graph_errors
 from pbc.lower.lowering import Lowering, Tunes
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import precision_of
@@ -113,10 +113,11 @@ def _check_graphs(
     notes: tuple[str, ...] = ()
     for role, error in errors.items():
         precision = precision_of(program.levels[0], role, level.precision)
-        if not error <= MOST[precision]:
+        most = bound(program, level, role)
+        if not error <= most:
             raise PbcError(
                 f"what {program.request.engine} computes for the {role} of level {number} differs "
-                f"from torch's by {error:.1e} (relative; at most {MOST[precision]:.0e} in "
+                f"from torch's by {error:.1e} (relative; at most {most:.0e} in "
                 f"{precision}): compile with another --engine"
             )
         if error > USUAL[precision]:

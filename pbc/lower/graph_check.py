@@ -25,6 +25,22 @@ MOST = {FLOAT32: 1e-2, BFLOAT16: 0.25, INT8: 0.25}
 """The largest error that is not a wrong graph."""
 
 
+def bound(program: Program, level: LevelGraphs, role: GraphName) -> float:
+    """Return the largest error that is not a wrong graph.
+
+    Rounding to fewer bits is amplified like what it is made of: no more is asked of a lowered
+    prefix than that it is nearer to torch's than that is to level 0's.
+    """
+    precision = precision_of(program.levels[0], role, level.precision)
+    if precision == FLOAT32 or role != PREFIX:
+        return MOST[precision]
+    values = {IMAGES: _batches(program.network.example)[0]}
+    own = _in_torch(program, level, role, values)
+    original = _in_torch(program, program.levels[0], role, values)
+    distances = [_relative(original[name], value, precision) for name, value in own.items()]
+    return max(MOST[precision], *distances)
+
+
 def graph_errors(program: Program, level: LevelGraphs, runner: Runner) -> dict[GraphName, float]:
     """Return by role how far the lowered prefix and body are from torch's.
 
