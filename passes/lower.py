@@ -10,9 +10,12 @@ from pbc.bundle.graph_name import FORWARD
 from pbc.bundle.ladder import LATENCY, PROFILE
 from pbc.errors import PbcError
 from pbc.ir.program import Program
+from pbc.ir.runner import Runner
 from pbc.lower.backend import backend
+from pbc.lower.graph_check import USUAL, bound, graph_errors
 from pbc.lower.lowering import Lowering, Tunes
 from pbc.proxies import parallel
+from pbc.proxies.fidelity import precision_of
 from pbc.training_graph.step_check import (
     LOWERED_TOLERANCE,
     TOLERANCE,
@@ -22,16 +25,19 @@ from pbc.training_graph.step_check import (
 )
 
 CHECK = "lowered_train_step"
+GRAPHS_CHECK = "lowered_graphs"
 TUNING = "tuning"
 
 
 @dataclass(frozen=True)
 class Lower:
-    """Measure what each level costs as it will run, write its files, and check lowered steps.
+    """Measure what each level costs as it will run, write its files, and check what was lowered.
 
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
     levels' costs become measured latencies, unless a device's profile gave them; a level that
-    turns out no cheaper than the one above it is noted.
+    turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run
+    as the engine will run them, in libraries for this machine where those of the target cannot be
+    run, and held against torch's; `program.checks` has the errors.
 
     tune: minutes to search faster code for, where the engine's lowering can.
     """
@@ -72,32 +78,74 @@ class Lower:
         return replace(program, levels=levels, cost_model=LATENCY, notes=notes)
 
     def _checked(self, program: Program, lowering: Lowering) -> Program:
-        """Run the lowered steps beside torch's; levels whose files are the same once."""
-        errors: dict[str, dict[str, float]] = {}
-        notes, seen = program.notes, set()
+        """Run what was lowered beside torch's; levels whose files are the same once."""
+        step_found: dict[str, dict[str, float]] = {}
+        graphs_found: dict[str, dict[str, float]] = {}
+        notes: tuple[str, ...] = ()
+        seen: set[frozenset[bytes]] = set()
         for number, level in enumerate(program.levels):
             step = {role for role in level.graphs if role == FORWARD or role.optimizer}
-            files = frozenset(
-                program.artifacts[lowering.graph_file(role.at(number))] for role in step
+            runner: Runner | None = None
+            for roles in (set(level.graphs) - step, step):
+                files = frozenset(
+                    program.artifacts[lowering.graph_file(role.at(number))] for role in roles
+                )
+                if not roles or files in seen:
+                    continue
+                seen.add(files)
+                runner = runner or lowering.runner(program, level)
+                if roles == step:
+                    step_found[str(number)], told = _check_step(program, number, runner)
+                else:
+                    graphs_found[str(number)], told = _check_graphs(program, number, runner)
+                notes += told
+        found = {CHECK: step_found, GRAPHS_CHECK: graphs_found}
+        checks = {**program.checks, **{name: errors for name, errors in found.items() if errors}}
+        return replace(program, checks=checks, notes=(*program.notes, *notes))
+
+
+def _check_graphs(
+    program: Program, number: int, runner: Runner
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Compare prefix and body with torch's."""
+    level = program.levels[number]
+    errors = graph_errors(program, level, runner)
+    notes: tuple[str, ...] = ()
+    for role, error in errors.items():
+        precision = precision_of(program.levels[0], role, level.precision)
+        most = bound(program, level, role)
+        if not error <= most:
+            raise PbcError(
+                f"what {program.request.engine} computes for the {role} of level {number} differs "
+                f"from torch's by {error:.1e} (relative; at most {most:.0e} in "
+                f"{precision}): compile with another --engine"
             )
-            if not step or files in seen:
-                continue
-            seen.add(files)
-            theta = starting_parameters(program, level)
-            batches = random_batches(program, level, program.network.head.classes_in(theta))
-            found = step_errors(level.body, theta, batches, lowering.runner(program, level))
-            errors[str(number)] = found
-            worst = max(found.values())
-            if not worst <= LOWERED_TOLERANCE:
-                raise PbcError(
-                    f"the training step that {program.request.engine} runs at level {number} "
-                    f"differs from torch's by {worst:.1e} (relative; at most "
-                    f"{LOWERED_TOLERANCE:.0e}): compile with another --engine or --strategy"
-                )
-            if worst > TOLERANCE:
-                notes += (
-                    f"the step of level {number} differs from torch's by {worst:.1e} in float32 "
-                    f"(relative; {TOLERANCE:.0e} is usual): rounding that the network amplifies",
-                )
-        checks = {**program.checks, CHECK: errors} if errors else program.checks
-        return replace(program, checks=checks, notes=notes)
+        if error > USUAL[precision]:
+            notes += (
+                f"the {role} of level {number} differs from torch's by {error:.1e} in {precision} "
+                f"(relative; {USUAL[precision]:.0e} is usual): rounding that the network amplifies",
+            )
+    return {str(role): error for role, error in errors.items()}, notes
+
+
+def _check_step(
+    program: Program, number: int, runner: Runner
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Compare the derived step with torch's."""
+    level = program.levels[number]
+    theta = starting_parameters(program, level)
+    batches = random_batches(program, level, program.network.head.classes_in(theta))
+    errors = step_errors(level.body, theta, batches, runner)
+    worst = max(errors.values())
+    if not worst <= LOWERED_TOLERANCE:
+        raise PbcError(
+            f"the training step that {program.request.engine} runs at level {number} "
+            f"differs from torch's by {worst:.1e} (relative; at most "
+            f"{LOWERED_TOLERANCE:.0e}): compile with another --engine or --strategy"
+        )
+    if worst <= TOLERANCE:
+        return errors, ()
+    return errors, (
+        f"the step of level {number} differs from torch's by {worst:.1e} in float32 "
+        f"(relative; {TOLERANCE:.0e} is usual): rounding that the network amplifies",
+    )

@@ -15,19 +15,20 @@ import numpy as np
 from torch.fx import GraphModule
 
 from pbc.bundle.ladder import FLOAT32, INT8, LATENCY, MACS, PROFILE
-from pbc.errors import UsageError, suggest
+from pbc.errors import UsageError, reason_of, suggest
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import HEADS, Dimension, Dims
 from pbc.ir.graph import op_name, shape_of
 from pbc.ir.levels import LevelGraphs, LevelPlan, Size
 from pbc.ir.program import Program
-from pbc.ir.slice_graph import slice_graph
 from pbc.ir.work import work_file
 from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
+from pbc.lower.lowering import Lowering
 from pbc.proxies import parallel
-from pbc.proxies.quantization import quantized
-from pbc.proxies.resolution import macs, reduced, reducible
+from pbc.proxies.fidelity import boundary_nodes
+from pbc.proxies.resolution import macs, reduced
+from pbc.proxies.trial import reason_against, trial
 from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
@@ -58,6 +59,14 @@ class Form:
     resolution: Size | None = None
     precision: str = FLOAT32
 
+    @property
+    def title(self) -> str:
+        """The form as notes name it."""
+        parts = [f"with {self.width:.0%} of the channels"] if self.width < 1 else []
+        parts += ["at {}x{}".format(*self.resolution)] if self.resolution else []
+        parts += [f"in {self.precision}"] if self.precision != FLOAT32 else []
+        return " ".join(parts)
+
 
 @dataclass(frozen=True)
 class PlanLevels:
@@ -77,9 +86,10 @@ class PlanLevels:
     planned for convolutional networks without depthwise layers, which gain little, and a note says
     what was assumed; bfloat16 is not planned, since few devices multiply it, unless it was
     profiled.
-    Graphs stay as they are; `program.plans` has one plan per proxy. A level that rounding makes
-    equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the only
-    one.
+    Graphs stay as they are; `program.plans` has one plan per proxy. Every form is tried before it
+    is planned (`pbc.proxies.trial`): one that fails is left out, and a note says why. A level that
+    rounding makes equal to the one above is dropped and noted. Where nothing can be given up, or
+    nothing frozen sends what trains, level 0 is the only one, whatever a timing says.
 
     axes: those that may be used, of "precision", "resolution", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options.
@@ -107,12 +117,12 @@ class PlanLevels:
         notes = program.notes
         chosen: list[tuple[Form, float]] = []
         precision = FLOAT32
-        if self.levels and PRECISION in self.axes:
-            for cheaper in planner.precisions():
-                form = Form(precision=cheaper)
+        levels = self.levels if planner.frozen else 0
+        if levels and PRECISION in self.axes:
+            for form in planner.runnable(planner.precisions()):
                 cost = float(planner.costs([form])[0])
-                if cost <= WORTHWHILE:
-                    precision = cheaper
+                if cost <= WORTHWHILE:  # not if it is NaN
+                    precision = form.precision
                     chosen.append((form, cost))
                     break
         if precision == INT8 and planner.cost_model != LATENCY and not planner.profiled(INT8):
@@ -120,10 +130,12 @@ class PlanLevels:
                 f"costs of int8 levels are assumed, not measured: {INT8_COST} of a float32 "
                 "multiply-accumulate for an int8 one",
             )
-        count = self.levels - len(chosen)
+        count = levels - len(chosen)
         path = planner.path(self.axes, precision) if count else []
+        costs = planner.costs(path) if len(path) > 1 else np.ones(len(path))
+        path = [form for form, cost in zip(path, costs, strict=True) if math.isfinite(cost)]
         if len(path) > 1:
-            costs = np.minimum.accumulate(planner.costs(path).clip(max=1.0))
+            costs = np.minimum.accumulate(costs[np.isfinite(costs)].clip(max=1.0))
             if not chosen:
                 costs[0] = 1.0
             cheapest = max(self.min_cost, float(costs[-1]))
@@ -144,11 +156,13 @@ class PlanLevels:
                     f"level {number} of {self.levels} is dropped: it rounds to the level above it",
                 )
                 continue
+            if not planner.runnable([form]):
+                continue
             forms.append(form)
             # MACs follow from the sizes; a latency is read off between the forms measured.
             expected = cost if planner.cost_model == LATENCY else planner.predicted(form)
             plans.append(planner.plan(form, expected))
-        notes += planner.extrapolations(forms)
+        notes += (*planner.notes, *planner.extrapolations(forms))
         program = program.copy()
         original = replace(program.levels[0], macs=plans[0].macs)
         return replace(
@@ -186,6 +200,42 @@ class _Planner:
         self._rounding = rounding or (16 if has_depthwise(*self._original.frozen) else 8)
         self.whole = self._dims.macs()
         self._pixels: dict[Size | None, float] = {None: 1.0}
+        # Why there can be no level of a form, empty where there can.
+        self._tried: dict[Form, str] = {}
+        # What the engine was asked to convert: another width is converted alike.
+        self._converted: set[tuple[Size | None, str]] = set()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether anything frozen sends what a trainable layer reads: else no level is cheaper."""
+        return self._original.prefix is not None or bool(boundary_nodes(self._original.body))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note for each form that was tried and cannot be, once for each reason."""
+        reasons: dict[str, list[str]] = {}
+        for form, reason in self._tried.items():
+            if reason:
+                reasons.setdefault(reason, []).append(form.title)
+        return tuple(
+            f"no level {' or '.join(forms)}: {reason}" for reason, forms in reasons.items()
+        )
+
+    def runnable(self, forms: Sequence[Form]) -> list[Form]:
+        """Those of the forms of which a trial runs as a level must."""
+        return [form for form in forms if not self._reason_against(form)]
+
+    def _reason_against(self, form: Form) -> str:
+        """One line, empty where there is none."""
+        if form not in self._tried:
+            kind = (form.resolution, form.precision)
+            new = kind not in self._converted
+            self._converted.add(kind)
+            plan = self._shape(form)
+            self._tried[form] = parallel.once(
+                lambda: reason_against(self._program, plan, self._dims, engine=new)
+            )
+        return self._tried[form]
 
     @property
     def cost_model(self) -> str:
@@ -226,7 +276,9 @@ class _Planner:
         forms = [Form(1.0, resolution, precision) for resolution in resolutions]
         if wide:
             widths = MEASURED_WIDTHS if self.cost_model == LATENCY else COUNTED_WIDTHS
-            forms += [replace(forms[-1], width=float(width)) for width in widths[1:]]
+            narrower = [replace(forms[-1], width=float(width)) for width in widths[1:]]
+            if self.runnable(narrower[-1:]):
+                forms += narrower
         return forms
 
     def _resolutions(self, shares: Sequence[float]) -> list[Size]:
@@ -236,10 +288,14 @@ class _Planner:
         _, height, width = self._program.network.input.shape
         sizes = [(_rounded_pixels(height * s), _rounded_pixels(width * s)) for s in shares]
         distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
-        return [size for size in distinct if reducible(graph, size)]
+        found = self.runnable([Form(resolution=size) for size in distinct])
+        return [form.resolution for form in found if form.resolution is not None]
 
-    def precisions(self) -> list[str]:
+    def precisions(self) -> list[Form]:
         """The cheaper precisions to try: those that the engine offers and the program can have."""
+        return [Form(precision=precision) for precision in self._precisions()]
+
+    def _precisions(self) -> list[str]:
         prefix = self._original.prefix
         offered = backend(self._program.request.engine).precisions
         possible = [p for p in offered if p != INT8 or prefix is not None]
@@ -251,7 +307,11 @@ class _Planner:
 
     def plan(self, form: Form, cost: float) -> LevelPlan:
         """The form, as what is to be made of it."""
-        return LevelPlan(self.sizes(form), cost, self.macs(form), form.precision, form.resolution)
+        return replace(self._shape(form), cost=cost, macs=self.macs(form))
+
+    def _shape(self, form: Form) -> LevelPlan:
+        """The same before anything is known of its cost."""
+        return LevelPlan(self.sizes(form), 1.0, 0.0, form.precision, form.resolution)
 
     def sizes(self, form: Form) -> Sizes:
         return uniform_sizes(self._dims, form.width, self._rounding)
@@ -266,7 +326,7 @@ class _Planner:
         return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]
 
     def costs(self, forms: Sequence[Form]) -> np.ndarray:
-        """Costs relative to the original's."""
+        """Costs relative to the original's; NaN for a form that the engine cannot run."""
         if self.cost_model == LATENCY:
             latency_ms = np.array(self._latencies_ms([Form(), *forms]))
             relative: np.ndarray = latency_ms[1:] / latency_ms[0]
@@ -297,38 +357,44 @@ class _Planner:
         decided_by.append(self._rounding)
         kept = work_file(program, "latencies", decided_by, self._original.frozen, ".json")
 
-        def measure() -> list[float]:
-            measured: list[float]
+        def measure() -> list[float | str]:
+            measured: list[float | str]
             if kept is not None and kept.is_file():
                 with contextlib.suppress(ValueError):  # damaged: measure again
                     measured = json.loads(kept.read_text())
                     return measured
-            lowering = backend(request.engine).lowering()
-            measured = lowering.latency_ms(program, [self._trial(form) for form in forms])
+            measured = self._times_or_reasons(forms)
             if kept is not None:
                 replace_bytes(kept, json.dumps(measured).encode())
             return measured
 
-        return parallel.once(measure)
+        latencies = []
+        for form, found in zip(forms, parallel.once(measure), strict=True):
+            if isinstance(found, str):
+                self._tried[form] = found
+            latencies.append(math.nan if isinstance(found, str) else found)
+        return latencies
 
-    def _trial(self, form: Form) -> LevelGraphs:
-        """A level of this form. Which indices stay changes no latency: the first stand for all."""
-        keep = {name: list(range(size)) for name, size in self.sizes(form).items()}
-        prefix = self._original.prefix
-        if prefix is not None:
-            shapes = form.resolution is not None
-            prefix = slice_graph(prefix, self._dims, keep, shapes=shapes)
-            if form.resolution is not None:
-                prefix = reduced(prefix, form.resolution)
-            if form.precision == INT8:
-                prefix = quantized(prefix, self._program.network.example)
-        return LevelGraphs(
-            body=slice_graph(self._original.body, self._dims, keep, shapes=False),
-            prefix=prefix,
-            keep=keep,
-            precision=form.precision,
-            resolution=form.resolution,
-        )
+    def _times_or_reasons(self, forms: Sequence[Form]) -> list[float | str]:
+        """For each form milliseconds, or why the engine cannot run it; the original has to run."""
+        program = self._program
+        lowering = backend(program.request.engine).lowering()
+        trials = [trial(program, self._shape(form), self._dims) for form in forms]
+        with contextlib.suppress(Exception):  # of one of them; an engine may raise anything
+            return [*lowering.latency_ms(program, trials)]
+        lowering.latency_ms(program, trials[:1])
+        reasons = [_reason_against_timing(lowering, program, level) for level in trials]
+        fit = [level for level, reason in zip(trials, reasons, strict=True) if not reason]
+        times = iter(lowering.latency_ms(program, fit))
+        return [reason or next(times) for reason in reasons]
+
+
+def _reason_against_timing(lowering: Lowering, program: Program, level: LevelGraphs) -> str:
+    try:
+        lowering.latency_ms(program, [level])
+    except Exception as error:  # an engine may raise anything
+        return reason_of(error)
+    return ""
 
 
 def _rounded_pixels(size: float) -> int:

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from pbc.ir.dim_rules import dims_of
-from pbc.ir.dims import Dims
-from pbc.ir.levels import Keep, LevelGraphs, LevelPlan
+from pbc.ir.levels import Keep, LevelPlan
 from pbc.ir.program import Program
-from pbc.ir.slice_graph import slice_graph
 from pbc.proxies import importance
-from pbc.proxies.resolution import reduced
+from pbc.proxies.trial import proxy
 
 
 @dataclass(frozen=True)
@@ -59,22 +57,6 @@ class PruneDims:
 def nested(plan: LevelPlan, above: Keep, scores: Mapping[str, Tensor]) -> Keep:
     """Return the best indices of a plan's size, among those that the level above keeps."""
     return {name: largest(scores[name], size, above.get(name)) for name, size in plan.sizes.items()}
-
-
-def proxy(original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep) -> LevelGraphs:
-    """Return the level that keeps these indices."""
-    prefix = None if original.prefix is None else slice_graph(original.prefix, dims, keep)
-    if prefix is not None and plan.resolution is not None:
-        prefix = reduced(prefix, plan.resolution)
-    return LevelGraphs(
-        body=slice_graph(original.body, dims, keep),
-        prefix=prefix,
-        keep=keep,
-        cost=plan.cost,
-        macs=plan.macs,
-        precision=plan.precision,
-        resolution=plan.resolution,
-    )
 
 
 def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:

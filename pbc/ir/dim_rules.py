@@ -8,6 +8,7 @@ wrongly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,11 +49,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Analysis:
-    """Walks the graphs of level 0 and fills a `Dims`."""
+    """Walks the graphs of level 0 and fills a `Dims`.
+
+    pieces: by the name of a node that gives several tensors, the axes of each.
+    """
 
     def __init__(self, original: LevelGraphs) -> None:
         first = placeholders(original.frozen[0])[0]
         self.dims = Dims(Variable(shape_of(first)[0], "the batch", WINDOW))
+        self.pieces: dict[str, list[list[Axis]]] = {}
         sent: list[list[Axis]] | None = None
         for graph in original.frozen:
             self.walk(graph, sent)
@@ -87,15 +92,8 @@ class Analysis:
 
     def add(self, node: Node) -> None:
         name = op_name(node)
-        found = _RULES.get(name)
-        inputs = [self.axes_of(argument) for argument in node.args]
-        result = None
-        if found is not None:
-            try:
-                result = found(self, node, inputs)
-            except _CannotFollow:
-                found = None
-        if found is None:
+        result = self.followed(node, name)
+        if result is None:
             result = self.unknown(node, name)
         if result is not None:
             self.dims.axes[node.name] = result
@@ -105,6 +103,24 @@ class Analysis:
             for touched in (*node.all_input_nodes, node):
                 for axis in self.dims.axes.get(touched.name, []):
                     fix(axis, why)
+
+    def followed(self, node: Node, name: str) -> list[Axis] | None:
+        """Return the axes that a rule gives; None where there is no rule, or it does not apply.
+
+        A rule that gives axes of another size than the node has does not: it missed something.
+        """
+        found = _RULES.get(name)
+        if found is None or any(isinstance(value, Node) for value in node.kwargs.values()):
+            return None
+        try:
+            result = found(self, node, [self.axes_of(argument) for argument in node.args])
+        except (_CannotFollow, TypeError, ValueError, LookupError):
+            return None
+        if not isinstance(node.meta.get("val"), Tensor):
+            return None if result is None else []
+        if result is None or [size(axis) for axis in result] != list(shape_of(node)):
+            return None
+        return list(result)
 
     def axes_of(self, argument: Any) -> Any:
         if isinstance(argument, Node):
@@ -118,12 +134,27 @@ class Analysis:
         value = node.meta.get("val")
         if not isinstance(value, (Tensor, tuple, list)):
             return None
+        source = node.args[0] if node.args else None
+        if name == _GETITEM and isinstance(source, Node):
+            name = op_name(source)
         why = f"{name} has no dimension rule"
         for source in node.all_input_nodes:
             for axis in self.dims.axes.get(source.name, []):
                 fix(axis, why)
         self.dims.unknown.setdefault(name, node.name)
-        return self.fresh(shape_of(node), why, CHANNELS) if isinstance(value, Tensor) else None
+        return self.like_sources(node, why) if isinstance(value, Tensor) else None
+
+    def like_sources(self, node: Node, why: str) -> list[Axis]:
+        """Fixed axes, over positions where an input of the same rank and extent is that there."""
+        axes = self.fresh(shape_of(node), why, CHANNELS)
+        for source in node.all_input_nodes:
+            known = self.dims.axes.get(source.name, [])
+            if len(known) != len(axes):
+                continue
+            for axis, before in zip(axes, known, strict=True):
+                if size(axis) == size(before) and all(v.kind == WINDOW for v in atoms(before)):
+                    self.window(axis)
+        return axes
 
     def fresh(self, shape: Iterable[int], why: str | None, kind: str) -> list[Axis]:
         return [[] if extent == 1 else [Variable(extent, why, kind)] for extent in shape]
@@ -183,12 +214,15 @@ def _broadcast(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     return result
 
 
-@rule("conv2d.default")
-def _conv2d(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+@rule(
+    "conv1d.default", "conv2d.default", "conv3d.default",
+    "conv1d.padding", "conv2d.padding", "conv3d.padding",
+)  # fmt: skip
+def _convolution(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     source, weight, *rest = inputs
     bias = rest[0] if rest else None
     groups = node.args[6] if len(node.args) > 6 else 1
-    _, channels, height, width = shape_of(node)
+    _, channels, *positions = shape_of(node)
     assert isinstance(groups, int)
     if groups == 1:
         join(source[1], weight[1])
@@ -200,11 +234,11 @@ def _conv2d(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
         fix(weight[1], f"a convolution in {groups} groups reads it")
     if bias:
         join(weight[0], bias[0])
-    analysis.window(weight[2])
-    analysis.window(weight[3])
-    window = size(weight[2]) * size(weight[3])
-    analysis.cost(node, float(height * width * window), weight[0], weight[1])
-    pixels = analysis.fresh((height, width), "it counts positions, not channels", WINDOW)
+    for kernel in weight[2:]:
+        analysis.window(kernel)
+    window = math.prod(size(kernel) for kernel in weight[2:])
+    analysis.cost(node, float(math.prod(positions) * window), weight[0], weight[1])
+    pixels = analysis.fresh(positions, "it counts positions, not channels", WINDOW)
     return [source[0], weight[0], *pixels]
 
 
@@ -311,11 +345,16 @@ def _reduce(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     ]
 
 
-@rule("reshape.default", "flatten.using_ints", "unflatten.int")
+@rule("reshape.default", "view.default", "flatten.using_ints", "unflatten.int")
 def _reshape(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
-    rest = [v for axis in inputs[0] for v in atoms(axis)]
+    return _divided([v for axis in inputs[0] for v in axis], shape_of(node))
+
+
+def _divided(variables: Axis, extents: Iterable[int]) -> list[Axis]:
+    """Axes of these extents over the same elements in the same order."""
+    rest = atoms(variables)
     result: list[Axis] = []
-    for extent in shape_of(node):
+    for extent in extents:
         axis: Axis = []
         need = extent
         while need > 1:
@@ -413,8 +452,39 @@ def _slice(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
         return inputs[0]
     axes = list(inputs[0])
     fix(axes[along], "a range of it is taken")
-    axes[along] = analysis.fresh((extent,), "it is a range of another", CHANNELS)[0]
+    axes[along] = _part(analysis, axes[along], extent)
     return axes
+
+
+def _part(analysis: Analysis, axis: Axis, extent: int) -> Axis:
+    """An axis that is a range of another one, which is fixed."""
+    windows = all(variable.kind == WINDOW for variable in atoms(axis))
+    kind = WINDOW if windows else CHANNELS
+    return analysis.fresh((extent,), "it is a range of another", kind)[0]
+
+
+@rule("chunk.default", "split.Tensor", "split_with_sizes.default")
+def _chunk(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    along = inputs[2] if len(inputs) > 2 else 0
+    whole, pieces = inputs[0][along], [value.shape[along] for value in node.meta["val"]]
+    parts: list[Axis] | None = None
+    if len(set(pieces)) == 1:
+        try:  # gates and fused projections: each piece shrinks like the others
+            outer, inner = _divided(whole, (len(pieces), pieces[0]))
+        except _CannotFollow:
+            pass
+        else:
+            fix(outer, "it is taken apart piece by piece")
+            parts = [inner] * len(pieces)
+    if parts is None:
+        fix(whole, "it is taken apart in ranges")
+        parts = [_part(analysis, whole, extent) for extent in pieces]
+    rank = len(inputs[0])
+    along %= rank
+    analysis.pieces[node.name] = [
+        [part if axis == along else inputs[0][axis] for axis in range(rank)] for part in parts
+    ]
+    return []
 
 
 @rule("unbind.int")
@@ -423,30 +493,18 @@ def _unbind(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     along = inputs[1] if len(inputs) > 1 else 0
     fix(axes[along], "it is taken apart index by index")
     del axes[along]
-    return axes
-
-
-@rule("chunk.default", "split.Tensor", "split_with_sizes.default")
-def _chunk(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
-    along = inputs[2] if len(inputs) > 2 else 0
-    axes = list(inputs[0])
-    pieces = [int(value.shape[along]) for value in node.meta["val"]]
-    whole = atoms(axes[along])
-    if len(set(pieces)) != 1 or len(whole) != 1:
-        raise _CannotFollow
-    outer, inner = split(whole[0], len(pieces)) if pieces[0] > 1 else (whole[0], None)
-    fix([outer], "it is taken apart piece by piece")
-    axes[along] = [] if inner is None else [inner]
-    return axes
+    analysis.pieces[node.name] = [axes] * len(node.meta["val"])
+    return []
 
 
 def _getitem(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
-    if inputs[0] is None:  # of an operator that could not be followed
-        raise _CannotFollow
-    return inputs[0]
+    source, index = node.args
+    assert isinstance(source, Node)
+    return analysis.pieces[source.name][index]  # not there: of an operator without a rule
 
 
-_RULES["operator.getitem"] = _getitem
+_GETITEM = "operator.getitem"
+_RULES[_GETITEM] = _getitem
 
 
 @rule("sym_size.int")

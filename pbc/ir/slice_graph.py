@@ -74,6 +74,11 @@ class _Shapes(torch.fx.Interpreter):
         return value
 
 
+_CONVOLUTIONS = tuple(
+    f"aten.conv{rank}d.{kind}" for rank in (1, 2, 3) for kind in ("default", "padding")
+)
+
+
 @dataclass(frozen=True)
 class _Resizer:
     """Rewrites the sizes that an operator carries as constants."""
@@ -93,7 +98,13 @@ class _Resizer:
         if axes is None:
             return
         name = op_name(old)
-        if name in ("aten.reshape.default", "aten.expand.default"):
+        if name in ("aten.split.Tensor", "aten.split_with_sizes.default"):
+            self.resize_pieces(old, new)
+        elif name == "aten.unflatten.int":
+            along = old.args[1] % (len(axes) - len(old.args[2]) + 1)  # type: ignore[operator, arg-type]
+            parts = axes[along : along + len(old.args[2])]  # type: ignore[arg-type]
+            new.args = (*new.args[:2], [self.new_size(axis) for axis in parts])
+        elif name in ("aten.reshape.default", "aten.view.default", "aten.expand.default"):
             shape = [
                 self.entry(entry, axis, new) if self.shrinks(axis) and entry != -1 else entry
                 for entry, axis in zip(new.args[1], axes, strict=True)  # type: ignore[arg-type]
@@ -102,7 +113,7 @@ class _Resizer:
         elif name == "aten.layer_norm.default":
             count = len(old.args[1])  # type: ignore[arg-type]
             new.args = (new.args[0], [self.new_size(a) for a in axes[-count:]], *new.args[2:])
-        elif name == "aten.conv2d.default" and len(old.args) > 6 and old.args[6] != 1:
+        elif name in _CONVOLUTIONS and len(old.args) > 6 and old.args[6] != 1:
             source, weight = (self.dims.axes[node.name] for node in old.all_input_nodes[:2])
             groups = self.new_size(source[1]) // max(self.new_size(weight[1]), 1)
             new.args = (*new.args[:6], groups)
@@ -110,6 +121,20 @@ class _Resizer:
             query = self.dims.axes[old.all_input_nodes[0].name]
             # The default scale would follow the pruned head size; the original's must stay.
             new.kwargs = {**new.kwargs, "scale": size(query[-1]) ** -0.5}
+
+    def resize_pieces(self, old: Node, new: Node) -> None:
+        """Equal pieces stay so; others are of an axis that never shrinks."""
+        source = old.args[0]
+        along = old.args[2] if len(old.args) > 2 else 0
+        assert isinstance(source, Node)
+        assert isinstance(along, int)
+        axis = self.dims.axes[source.name][along]
+        if not self.shrinks(axis):
+            return
+        count = len(old.meta["val"])
+        extent = self.new_size(axis) // count
+        sizes = extent if op_name(old) == "aten.split.Tensor" else [extent] * count
+        new.args = (new.args[0], sizes, *new.args[2:])
 
     def entry(self, entry: Any, axis: Axis, before: Node) -> Any:
         count = self.new_size(axis)

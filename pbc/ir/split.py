@@ -18,7 +18,9 @@ LEAST_SHARE = 0.05
 """Of the layers; with fewer before anything trainable, a prefix does not pay."""
 
 _LAYERS = (
+    "aten.conv1d.default",
     "aten.conv2d.default",
+    "aten.conv3d.default",
     "aten.linear.default",
     "aten.scaled_dot_product_attention.default",
 )
@@ -37,11 +39,9 @@ def split_at_parameters(
     x = next(node for node in placeholders(model) if PARAMETER not in node.meta)
     in_prefix = _reached_from(x) - in_body
     cut = _border(model, in_prefix, in_body)
-    # A feature has one row per sample, and what stacks the patches of all samples has not.
-    batch = str(x.meta["val"].shape[0])
-    while stacked := [n for n in cut if str(n.meta["val"].shape[0]) != batch]:
-        in_body |= set(stacked)
-        in_prefix -= set(stacked)
+    while unfit := [node for node in cut if not _is_feature(node, x)]:
+        in_body |= set(unfit)
+        in_prefix -= set(unfit)
         cut = _border(model, in_prefix, in_body)
     body = extract(model, cut, in_body, output_nodes(model))
     name_outputs(body, [LOGITS])
@@ -54,6 +54,17 @@ def split_at_parameters(
     for node, name in zip(received, features, strict=True):
         rename_input(body, node, name)
     return prefix, body
+
+
+def _is_feature(node: Node, x: Node) -> bool:
+    """Whether a tensor has one row per sample, and numbers of the images' type.
+
+    What stacks the patches of all samples has not; nor has what an autocast region computes, and an
+    index: features are kept and sent as float32.
+    """
+    value, images = node.meta["val"], x.meta["val"]
+    rows = str(value.shape[0]) if value.dim() else ""
+    return rows == str(images.shape[0]) and value.dtype == images.dtype
 
 
 def _share_before(model: GraphModule, in_body: set[Node]) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +16,11 @@ from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
 from pbc.ir.graph import (
     PARAMETER,
-    feature_names,
     get_tensor,
     graph_inputs,
     graph_outputs,
     op_name,
     output_nodes,
-    parameter_names,
     tensor_names,
 )
 from pbc.ir.levels import LevelGraphs
@@ -31,9 +28,10 @@ from pbc.ir.program import Program
 from pbc.ir.runner import Values, tensor
 from pbc.lower.lowering import Lowering, unsupported
 from pbc.lower.weights import TensorStore, weight_file
-from pbc.proxies.fidelity import dtype_of, precision_of
-from pbc.runtime.engines.pytorch.graph import FORMAT
+from pbc.proxies.fidelity import precision_of
+from pbc.runtime.engines.pytorch.graph import FORMAT, parse
 from pbc.runtime.engines.pytorch.ops import OPS
+from pbc.runtime.engines.pytorch.resolved_graph import ResolvedGraph
 
 WEIGHTS = "weights"
 
@@ -75,36 +73,41 @@ class PyTorchLowering(Lowering):
 
 
 class Differentiating:
-    """Runs a level in torch in its precision, batch norms fused; a body is differentiated too."""
+    """Runs a level's declared graphs as the engine does; a body is differentiated too."""
 
     def __init__(self, program: Program, level: LevelGraphs) -> None:
-        self._graphs = {}
+        self._graphs: dict[GraphName, ResolvedGraph] = {}
+        self._inputs: dict[GraphName, list[str]] = {}
+        self._theta = set(program.parameters)
         for role, graph in level.fused().graphs.items():
+            names = {name: f"#{name}" for name in tensor_names(graph)}
             precision = precision_of(program.levels[0], role, level.precision)
-            dtype: torch.dtype = dtype_of(precision)
-            # A copy of its own, since layouts and precisions change.
-            own = copy.deepcopy(graph).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._graphs[role] = own, dtype
+            declared = parse(graph_json(graph, names, precision), OPS, str(role))
+            self._graphs[role] = ResolvedGraph(declared, _reader(graph))
+            self._inputs[role] = graph_inputs(graph)
 
     def inputs(self, role: GraphName) -> list[str]:
-        return graph_inputs(self._graphs[role][0])
+        return self._inputs[role]
 
     def run(self, role: GraphName, values: Values) -> dict[str, Any]:
-        graph, dtype = self._graphs[role]
-        theta = {name: tensor(values[name]).requires_grad_() for name in parameter_names(graph)}
-        others = [_laid_out(tensor(values[name])) for name in feature_names(graph)]
-        inputs = [theta[name] if name in theta else others.pop(0) for name in graph_inputs(graph)]
+        theta, features = {}, {}
+        for name in self.inputs(role):
+            value = tensor(values[name])
+            if name in self._theta:
+                theta[name] = value.requires_grad_()
+            else:
+                features[name] = value
         with torch.set_grad_enabled(bool(theta)):
-            results = [value.float() for value in graph(*[value.to(dtype) for value in inputs])]
+            results = self._graphs[role].run({**features, **theta})
         if theta:
-            loss = results[0].square().mean()
+            loss = next(iter(results.values())).square().mean()
             torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
-        return dict(zip(graph_outputs(graph), results, strict=True))
+        return {name: value.detach() for name, value in results.items()}
 
 
-def _laid_out(value: Tensor) -> Tensor:
-    """Images and feature maps in the layout that the device runs them in."""
-    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+def _reader(graph: GraphModule) -> Callable[[str, str], Tensor]:
+    """Return what finds a frozen tensor by its key, like the engine, which knows files too."""
+    return lambda file, key: get_tensor(graph, key).detach()
 
 
 def _precision(program: Program, graph: GraphName) -> str:

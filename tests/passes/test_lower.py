@@ -14,7 +14,7 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
 from torch import Tensor, nn
 
 from pbc import bundle, compiler
-from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName
+from pbc.bundle.graph_name import BODY, PREFIX, GraphName, update
 from pbc.errors import PbcError
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
@@ -161,28 +161,36 @@ def test_latency_is_measured_per_candidate() -> None:
 
 
 class Shifted:
-    """A lowered step whose parameters end where they should, and a share of their size further."""
+    """A lowered level of which some graphs end where they should, and a share of that further."""
 
-    def __init__(self, runner: Runner, share: float) -> None:
-        self._runner, self._share = runner, share
+    def __init__(self, runner: Runner, roles: Sequence[GraphName], share: float) -> None:
+        self._runner, self._roles, self._share = runner, roles, share
 
     def inputs(self, role: GraphName) -> Sequence[str]:
         return self._runner.inputs(role)
 
     def run(self, role: GraphName, values: Values) -> dict[str, Any]:
         results = self._runner.run(role, values)
-        if role == FORWARD:
+        if role not in self._roles:
             return results
         return {name: value * (1 + self._share) for name, value in results.items()}
 
 
-def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def shifted(
+    monkeypatch: pytest.MonkeyPatch, roles: Sequence[GraphName], share: float, level: int = 0
+) -> None:
+    """Have onnxruntime compute something else at one level."""
     right = OnnxRuntimeLowering.runner
 
-    def runner(self: OnnxRuntimeLowering, program: Program, level: LevelGraphs) -> Runner:
-        return Shifted(right(self, program, level), 0.05)
+    def runner(self: OnnxRuntimeLowering, program: Program, graphs: LevelGraphs) -> Runner:
+        made = right(self, program, graphs)
+        return Shifted(made, roles, share) if graphs is program.levels[level] else made
 
     monkeypatch.setattr(OnnxRuntimeLowering, "runner", runner)
+
+
+def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted(monkeypatch, [update(name) for name in ("sgd", "adam", "adamw")], 0.05)
     program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
     message = (
         r"the training step that onnxruntime runs at level 0 differs from torch's by \d\.\de-02 "
@@ -190,3 +198,34 @@ def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with pytest.raises(PbcError, match=message):
         Lower()(program)
+
+
+@pytest.mark.parametrize(("role", "level"), [(PREFIX, 0), (PREFIX, 2), (BODY, 0)])
+def test_a_wrong_lowered_graph_is_refused(
+    monkeypatch: pytest.MonkeyPatch, role: GraphName, level: int
+) -> None:
+    shifted(monkeypatch, [role], 0.05, level)
+    program = with_request(pruned(ConvNet), engine="onnxruntime")
+    message = (
+        rf"what onnxruntime computes for the {role} of level {level} differs from torch's by "
+        r"5\.0e-02 \(relative; at most 1e-02 in float32\): compile with another --engine"
+    )
+    with pytest.raises(PbcError, match=message):
+        Lower()(program)
+
+
+def test_every_level_is_held_against_torch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shifted(monkeypatch, [PREFIX], 1e-3, level=1)
+    program = with_request(pruned(ConvNet), engine="onnxruntime")
+    program = replace(program, levels=(*program.levels, program.levels[2]))
+    after = Lower()(program)
+    checked = after.checks["lowered_graphs"]
+    assert list(checked) == ["0", "1", "2"]  # level 3 is level 2
+    assert all(set(errors) == {"prefix", "body"} for errors in checked.values())
+    assert checked["0"]["prefix"] < 1e-5
+    assert checked["1"]["prefix"] == pytest.approx(1e-3, rel=0.05)
+    (note,) = set(after.notes) - set(program.notes)
+    assert note == (
+        "the prefix of level 1 differs from torch's by 1.0e-03 in float32 "
+        "(relative; 1e-04 is usual): rounding that the network amplifies"
+    )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pbc import plugins
-from pbc.bundle.graph_name import BODY
+from pbc.bundle.graph_name import BODY, GraphName
 from pbc.errors import PbcError, UsageError
 from pbc.ir.graph import op_name
 from pbc.ir.levels import LevelGraphs
@@ -120,6 +120,9 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
         def lowering(self) -> Fixed:
             return self
 
+        def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+            """Have an operator for each of them."""
+
         def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
             return [
                 (10.0 + prefix_of(level).get_parameter("conv1.weight").shape[0])
@@ -176,6 +179,9 @@ class OffersInt8:
 
     def lowering(self) -> OffersInt8:
         return self
+
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+        """Have an operator for each of them."""
 
     def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
         times = []

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from pbc.ir.graph import graph_outputs
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.proxies.resolution import macs, reduced, reducible
+from pbc.proxies.resolution import macs, reduced
 from pbc.testing import graph_of, make_program
 
 
@@ -58,8 +58,8 @@ def test_a_feature_map_comes_back_to_its_size() -> None:
 
 def test_a_network_for_one_resolution_is_left_alone() -> None:
     graph = frozen(AttentionNet, pixels=16)
-    assert not reducible(graph, (8, 8))
-    assert reducible(frozen(ConvNet), (16, 16))
+    with pytest.raises(RuntimeError):
+        reduced(graph, (8, 8))
 
 
 def test_macs_fall_with_the_pixels() -> None:

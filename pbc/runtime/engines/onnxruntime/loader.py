@@ -109,15 +109,21 @@ class GraphLoader:
             try:
                 return self._optimised(name, artifacts.get(key, partial(self._make, name)))
             except ERRORS:
+                # Not damaged, that was looked at: onnxruntime cannot read what it wrote, such as
+                # kernels of int8 depthwise convolutions with a part of no length.
                 artifacts.discard(key)
-                return self._optimised(name, artifacts.get(key, partial(self._make, name)))
+                plain = partial(self._make, name, prepacked=False)
+                return self._optimised(name, artifacts.get(key, plain))
         except (OSError, *ERRORS) as error:
             session = self._from_temporary_folder(name)
             _tell_once(f"optimised graphs are not kept: {_first_line(error)}")
             return session
 
-    def _make(self, name: str, folder: Path) -> None:
-        """Write the graph and its weights as onnxruntime's optimiser leaves them for this CPU."""
+    def _make(self, name: str, folder: Path, prepacked: bool = True) -> None:
+        """Write the graph and its weights as onnxruntime's optimiser leaves them for this CPU.
+
+        prepacked: with kernels' own layouts of the weights, where these can be read where they lie.
+        """
         with tempfile.TemporaryDirectory(dir=folder) as source:
             model = self._unpack(name, Path(source))
             if GraphName.parse(name).trains:
@@ -126,11 +132,12 @@ class GraphLoader:
                 return
             # As the kernels repack them, weights need no copy (ignored before 1.21). But kernels
             # read them by aligned loads, and a tensor of any length may lie in front of them.
-            for prepacked in (True, False):
-                self._open(model, self._saving(name, folder, prepacked))
+            if prepacked:
+                self._open(model, self._saving(name, folder, prepacked=True))
                 if not _misaligned((folder / _GRAPH_FILE).read_bytes()):
                     return
                 (folder / _WEIGHTS_FILE).unlink()
+            self._open(model, self._saving(name, folder, prepacked=False))
 
     def _saving(self, name: str, folder: Path, prepacked: bool) -> Any:
         options = self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL)

@@ -1,0 +1,94 @@
+"""Verify lowered prefixes and bodies against torch's graphs, on the example images."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pbc.bundle.graph_name import BODY, PREFIX, GraphName
+from pbc.bundle.ladder import BFLOAT16, FLOAT32, INT8
+from pbc.ir.graph import graph_inputs, graph_outputs
+from pbc.ir.levels import IMAGES, LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import Runner, tensor
+from pbc.proxies.fidelity import dtype_of, precision_of
+from pbc.training_graph.step_check import starting_parameters
+
+USUAL = {FLOAT32: 1e-4, BFLOAT16: 5e-2, INT8: 5e-2}
+"""The error that rounding makes, by the precision that a graph computes in."""
+
+MOST = {FLOAT32: 1e-2, BFLOAT16: 0.25, INT8: 0.25}
+"""The largest error that is not a wrong graph."""
+
+
+def bound(program: Program, level: LevelGraphs, role: GraphName) -> float:
+    """Return the largest error that is not a wrong graph.
+
+    Rounding to fewer bits is amplified like what it is made of: no more is asked of a lowered
+    prefix than that it is nearer to torch's than that is to level 0's.
+    """
+    precision = precision_of(program.levels[0], role, level.precision)
+    if precision == FLOAT32 or role != PREFIX:
+        return MOST[precision]
+    values = {IMAGES: _batches(program.network.example)[0]}
+    own = _in_torch(program, level, role, values)
+    original = _in_torch(program, program.levels[0], role, values)
+    distances = [_relative(original[name], value, precision) for name, value in own.items()]
+    return max(MOST[precision], *distances)
+
+
+def graph_errors(program: Program, level: LevelGraphs, runner: Runner) -> dict[GraphName, float]:
+    """Return by role how far the lowered prefix and body are from torch's.
+
+    Each reads what torch's would, in batches of two and of three. An output's error is its largest
+    difference against its largest value. In fewer bits than float32's it is the root of the mean
+    square of either: there, a few of thousands of values are rounded to their neighbours.
+    """
+    theta = starting_parameters(program, level)
+    found: dict[GraphName, float] = {}
+    for images in _batches(program.network.example):
+        values: dict[str, Tensor] = {IMAGES: images, **theta}
+        for role in (PREFIX, BODY):
+            if role not in level.graphs:
+                continue
+            expected = _in_torch(program, level, role, values)
+            arrays = {name: value.detach().numpy() for name, value in values.items()}
+            got = runner.run(role, arrays)
+            precision = precision_of(program.levels[0], role, level.precision)
+            errors = [found.get(role, 0.0)]
+            errors += [_relative(tensor(got[n]), v, precision) for n, v in expected.items()]
+            found[role] = max(errors, key=lambda error: (math.isnan(error), error))
+            values |= expected
+    return found
+
+
+def _batches(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Two and three samples: no batch size is special."""
+    two = images[:2] if len(images) > 1 else torch.cat([images, -images])
+    return two, torch.cat([two, two.mean(0, keepdim=True)])
+
+
+def _in_torch(
+    program: Program, level: LevelGraphs, role: GraphName, values: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    graph = level.graphs[role]
+    dtype = dtype_of(precision_of(program.levels[0], role, level.precision))
+    if dtype != torch.float32:  # what is rounded has batch norms fused already
+        graph = copy.deepcopy(level.fused().graphs[role]).to(dtype)
+    with torch.no_grad():
+        results = graph(*[values[name].to(dtype) for name in graph_inputs(graph)])
+    return {name: value.float() for name, value in zip(graph_outputs(graph), results, strict=True)}
+
+
+def _relative(value: Tensor, expected: Tensor, precision: str) -> float:
+    if value.shape != expected.shape:
+        return math.nan
+    finite = expected.isfinite()
+    order = math.inf if precision == FLOAT32 else 2
+    value, expected = value[finite].double(), expected[finite].double()
+    difference = torch.linalg.vector_norm(value - expected, order)
+    return float(difference / torch.linalg.vector_norm(expected, order).clamp_min(1e-6))

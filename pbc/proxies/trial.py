@@ -1,0 +1,162 @@
+"""Trials: a proxy is made and run before it is planned, so that what fails costs a level alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pbc.bundle.graph_name import BODY, PREFIX
+from pbc.bundle.ladder import INT8
+from pbc.errors import reason_of
+from pbc.ir.dims import Dims
+from pbc.ir.graph import parameter_names
+from pbc.ir.levels import IMAGES, Keep, LevelGraphs, LevelPlan
+from pbc.ir.program import Program
+from pbc.ir.slice_graph import slice_graph
+from pbc.lower.backend import backend
+from pbc.proxies.fidelity import UpToInterface, dtype_of, precision_of
+from pbc.proxies.quantization import quantized
+from pbc.proxies.resolution import reduced
+
+# Of the largest value: what a sample's features may change by with what shares its batch. Kernels
+# differ from batch to batch by rounding; samples that are mixed up differ by their whole size.
+INDEPENDENT_WITHIN = 1e-2
+
+
+class _Unfit(Exception):
+    """What a trial shows that its level must not be."""
+
+
+def proxy(
+    original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep, *, shapes: bool = True
+) -> LevelGraphs:
+    """Return the level that keeps these indices, in float32 still.
+
+    shapes: as `slice_graph` has it.
+    """
+    prefix = original.prefix
+    if prefix is not None:
+        again = shapes or plan.resolution is not None
+        prefix = slice_graph(prefix, dims, keep, shapes=again)
+        if plan.resolution is not None:
+            prefix = reduced(prefix, plan.resolution)
+    return LevelGraphs(
+        body=slice_graph(original.body, dims, keep, shapes=shapes),
+        prefix=prefix,
+        keep=keep,
+        cost=plan.cost,
+        macs=plan.macs,
+        precision=plan.precision,
+        resolution=plan.resolution,
+    )
+
+
+def rounded(level: LevelGraphs, images: Tensor) -> LevelGraphs:
+    """Return an int8 level with its prefix in the ranges of these images; any other as it is."""
+    if level.precision != INT8 or level.prefix is None:
+        return level
+    return replace(level, prefix=quantized(level.prefix, images))
+
+
+def trial(program: Program, plan: LevelPlan, dims: Dims) -> LevelGraphs:
+    """Return a level of a plan, to be run and forgotten."""
+    level = proxy(program.levels[0], plan, dims, first_indices(plan), shapes=False)
+    return rounded(level, program.network.example)
+
+
+def first_indices(plan: LevelPlan) -> Keep:
+    """Return indices of a plan's sizes: which ones changes neither shapes nor time."""
+    return {name: list(range(size)) for name, size in plan.sizes.items()}
+
+
+def reason_against(program: Program, plan: LevelPlan, dims: Dims, *, engine: bool) -> str:
+    """Return in one line why no level of this plan can be; "" where a trial runs as it should.
+
+    It is made, differentiated as alignment will, and run in its precision: features have the shapes
+    of level 0's, a sample's do not depend on what shares its batch, and they are finite where level
+    0's are. engine: convert its graphs for the engine, too.
+    """
+    try:
+        level = proxy(program.levels[0], plan, dims, first_indices(plan))
+        if level.keep or level.resolution is not None:
+            _require_independent(program, level)
+            _require_gradients(program, level)
+        level = rounded(level, program.network.example)
+        _require_interface(program, level)
+        if engine:
+            graphs = {role.at(0): graph for role, graph in level.fused().graphs.items()}
+            backend(program.request.engine).lowering().try_graphs(program, graphs)
+    except Exception as error:  # whatever it ends in, it ends this form of a level alone
+        return reason_of(error)
+    return ""
+
+
+def three(images: Tensor) -> Tensor:
+    """[3, …]: example images and, as a third, one more than any of them."""
+    first = images[:2] if len(images) > 1 else torch.cat([images, -images])
+    return torch.cat([first, first.mean(0, keepdim=True)])
+
+
+def computed(
+    program: Program, level: LevelGraphs, images: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return features by name and logits, float32, as torch computes them at the level."""
+    features: Mapping[str, Tensor] = {IMAGES: images}
+    original = program.levels[0]
+    with torch.no_grad():
+        if level.prefix is not None:
+            dtype = dtype_of(precision_of(original, PREFIX, level.precision))
+            graph = _in(level.prefix, dtype)
+            sent = graph(images.to(dtype))
+            features = {name: t.float() for name, t in zip(level.sent, sent, strict=True)}
+        dtype = dtype_of(precision_of(original, BODY, level.precision))
+        theta = [
+            program.parameters[name].detach().to(dtype) for name in parameter_names(level.body)
+        ]
+        body = _in(level.body, dtype)
+        (logits,) = body(*[features[name].to(dtype) for name in level.read], *theta)
+    return dict(features), logits.float()
+
+
+def _in(graph: torch.fx.GraphModule, dtype: torch.dtype) -> torch.fx.GraphModule:
+    return graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
+
+
+def _require_interface(program: Program, level: LevelGraphs) -> None:
+    """Compare shapes with level 0's, and look for what is not finite."""
+    images = three(program.network.example)
+    known, answer = computed(program, program.levels[0], images)
+    features, logits = computed(program, level, images)
+    for name, expected in {**known, "logits": answer}.items():
+        value = logits if name == "logits" else features[name]
+        if value.shape != expected.shape:
+            raise _Unfit(f"{name} is {list(value.shape)}, not {list(expected.shape)}")
+        if not bool(value.isfinite().all()) and bool(expected.isfinite().all()):
+            raise _Unfit(f"{name} is not finite")
+
+
+def _require_independent(program: Program, level: LevelGraphs) -> None:
+    """Compare the features of two samples alone and beside a third."""
+    images = three(program.network.example)
+    with torch.no_grad():
+        together, alone = level.features(images), level.features(images[:2])
+    for name, value in alone.items():
+        if value.shape[0] != 2 or together[name].shape[0] != 3:
+            raise _Unfit(f"{name} is {list(value.shape)} for two samples")
+        difference = float((value - together[name][:2]).abs().max())
+        if difference > INDEPENDENT_WITHIN * float(value.abs().max()):
+            raise _Unfit(f"{name} of one sample depends on what shares its batch")
+
+
+def _require_gradients(program: Program, level: LevelGraphs) -> None:
+    """Differentiate the interface as alignment does."""
+    if program.calibration is None:
+        return
+    interface = copy.deepcopy(UpToInterface(program, level))
+    for weight in interface.parameters():
+        weight.requires_grad_(True)
+    sum(tensor.float().square().mean() for tensor in interface(program.network.example)).backward()
