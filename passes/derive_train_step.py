@@ -76,7 +76,7 @@ class DeriveTrainStep:
             report("derive-train-step", level / len(program.levels), f"level {level}")
             known = next((d for d in derived if same(d[0], graph)), None)
             if known is None:
-                gradient = differentiate(graph, self._open_axes(program))
+                gradient = differentiate(graph, open_axes(program))
                 updates = {name: with_update(gradient.backward, name) for name in OPTIMIZERS}
                 errors[str(level)] = self._verified(program, level, gradient, updates)
                 known = (graph, gradient, updates)
@@ -86,12 +86,6 @@ class DeriveTrainStep:
             for name, update in updates.items():
                 program.graphs[step_update(level, name)] = copy_graph(update)
         return replace(program, checks={**program.checks, CHECK: errors})
-
-    def _open_axes(self, program: Program) -> dict[str, int]:
-        if program.class_count is not None:
-            return {}
-        names = (program.head.weight, program.head.bias)
-        return {name: 0 for name in names if name is not None}
 
     def _verified(
         self, program: Program, level: int, gradient: Gradient, updates: dict[str, GraphModule]
@@ -118,6 +112,14 @@ class DeriveTrainStep:
                     f"{error:.1e} (relative; at most {TOLERANCE:.0e})"
                 )
         return errors
+
+
+def open_axes(program: Program) -> dict[str, int]:
+    """By parameter name, the axis that counts classes, where the device decides how many."""
+    if program.class_count is not None:
+        return {}
+    names = (program.head.weight, program.head.bias)
+    return {name: 0 for name in names if name is not None}
 
 
 def _in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,34 +9,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from pbc import plugins
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
 from pbc.data import labelled
-from pbc.errors import PbcError, UsageError, suggest
-from pbc.frontend import models, strategy
-from pbc.frontend.capture import capture
+from pbc.errors import PbcError, UsageError
+from pbc.frontend import models
+from pbc.frontend.start import begin
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import MODEL, Head, Program, Provenance
+from pbc.ir.program import Program, Request
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
 from pbc.lower.cost_profile import CostProfile
-from pbc.lower.lowering import Lowering, Tunes, missing_packages
+from pbc.lower.engine_choice import choose_engine, require_tuning
+from pbc.lower.lowering import Lowering
 from pbc.proxies import parallel
-from pbc.target import Target, load_target
-from pbc.util.extras import EXTRAS
+from pbc.target import load_target
 from pbc.util.progress import tell
 
-DEFAULT_ENGINE = "pytorch"
 UP_TO_PLAN = pipeline.STAGES.index("plan")
 
 
 @dataclass(frozen=True)
-class Options:
+class CompileOptions:
     """Everything that `pbc compile` takes besides the model.
 
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
@@ -88,7 +84,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Forecast:
     """What a compilation would do: its passes, levels with expected costs, and file sizes."""
 
     passes: tuple[str, ...]
@@ -110,7 +106,7 @@ class Plan:
         }
 
 
-def compile(model: str, output: Path | str, options: Options = Options()) -> Bundle:
+def compile(model: str, output: Path | str, options: CompileOptions = CompileOptions()) -> Bundle:
     """Compile a model (see pbc.frontend.models.load for its names) into a bundle at `output`.
 
     Under torchrun every process calls this, aligns together with the others, and gets the bundle
@@ -119,37 +115,21 @@ def compile(model: str, output: Path | str, options: Options = Options()) -> Bun
     measured. Raises PbcError for what the user can fix; nothing is written then.
     """
     with parallel.group():
-        return _compile(model, Path(output), options)
+        output = Path(output)
+        require_writable(output, options)
+        work = output.with_name(f".{output.name}.work")
+        program = lowered(start(model, options), options, work)
+        if parallel.rank() == 0:
+            write(output, *package(program), as_folder=options.folder)
+            clear(work)
+        parallel.wait()
+        return Bundle.open(output)
 
 
-def _compile(model: str, output: Path, options: Options) -> Bundle:
-    if not output.parent.is_dir():
-        raise PbcError(f"the folder {output.parent} of {output} does not exist")
-    if output.is_dir() != options.folder and output.exists():
-        kind = "a folder" if output.is_dir() else "a file"
-        raise PbcError(f"{output} is {kind}; a bundle of the other kind cannot replace it")
-    if not os.access(output.parent, os.W_OK):
-        raise PbcError(f"the folder {output.parent.resolve()} of {output} is not writable")
-    program = begin(model, options)
-    if options.calibration is not None:
-        data = Calibration.open(options.calibration, program.input, options.seed)
-        program = replace(program, calibration=data)
-    work = output.with_name(f".{output.name}.work")
-    program = replace(program, work=work)
-    program = _passes(options).run(program, options.dump_ir)
-    notes = (*program.notes, *_without_calibration(options, program.ladder))
-    program = replace(program, notes=notes)
-    if parallel.rank() == 0:
-        write(output, *package(program), as_folder=options.folder)
-        clear(work)
-    parallel.wait()
-    return Bundle.open(output)
-
-
-def plan(model: str, options: Options = Options()) -> Plan:
-    """What `compile` would do, without aligning, measuring the result or writing anything."""
+def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast:
+    """Return what `compile` would do, without aligning, measuring the result or writing."""
     passes = _passes(options)
-    program = begin(model, options)
+    program = start(model, options)
     planning = [p for p in passes.passes if pipeline.STAGES.index(p[1].stage) <= UP_TO_PLAN]
     program = pipeline.PassPipeline(tuple(planning)).run(program)
     assert program.dims is not None
@@ -157,7 +137,7 @@ def plan(model: str, options: Options = Options()) -> Plan:
         f"level {level}": program.dims.bytes(sizes) for level, sizes in enumerate(program.sizes)
     }
     theta = len(manifest.trainable_file(program))
-    return Plan(
+    return Forecast(
         passes=tuple(name for name, _ in passes.passes),
         ladder=program.ladder,
         file_bytes={**expected, "trainable": theta},
@@ -167,15 +147,35 @@ def plan(model: str, options: Options = Options()) -> Plan:
     )
 
 
-def _passes(options: Options) -> pipeline.PassPipeline:
-    return pipeline.build(vars(options), options.passes, options.without)
+# ---- what compile does, in its order -------------------------------------------------------
 
 
-def begin(model: str | models.Source, options: Options) -> Program:
-    """Load the model, apply the strategy and capture it: the program that passes start from.
+def require_writable(output: Path, options: CompileOptions) -> None:
+    """Raise PbcError where the bundle could not be written after all the work."""
+    if not output.parent.is_dir():
+        raise PbcError(f"the folder {output.parent} of {output} does not exist")
+    if output.is_dir() != options.folder and output.exists():
+        kind = "a folder" if output.is_dir() else "a file"
+        raise PbcError(f"{output} is {kind}; a bundle of the other kind cannot replace it")
+    if not os.access(output.parent, os.W_OK):
+        raise PbcError(f"the folder {output.parent.resolve()} of {output} is not writable")
 
-    model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    """
+
+def start(model: str | models.Source, options: CompileOptions) -> Program:
+    """Check what was asked for, then load and capture the model."""
+    request, notes = requested(options)
+    program = begin(
+        model,
+        request,
+        weights=options.weights,
+        shape=options.shape,
+        command=options.command,
+    )
+    return replace(program, notes=(*notes, *program.notes))
+
+
+def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
+    """Return what the options ask for, and notes; whatever cannot be is refused here."""
     if options.cost is not None:
         CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)
@@ -183,147 +183,51 @@ def begin(model: str | models.Source, options: Options) -> Program:
     plugins.load("pbc.lowerings", engine)().check(target)
     if options.tune is not None:
         require_tuning(target, engine)
-    chosen = strategy.parse(options.strategy)
     names, count = _classes(options)
-    if isinstance(model, models.Source):
-        source = model
-    else:
-        source = models.load(model, options.weights, options.shape, options.seed)
-    if source.weights == models.RANDOM:
-        notes += ("random weights: costs are real, fidelity and accuracy mean nothing",)
-    module = source.module
-    torch.manual_seed(options.seed)
-    if count is not None:
-        _resize_classifier(module, source.classifier, count)
-    example = torch.randn(2, *source.input.shape)
-    with torch.no_grad():
-        try:
-            chosen.insert(module, example)
-            reference = module.eval()(example)
-        except PbcError:
-            raise
-        except Exception as error:  # whatever a model raises, it is the model that failed
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise PbcError(
-                f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
-                f"{reason}"
-            ) from error
-    if not isinstance(reference, torch.Tensor):
-        raise PbcError(
-            f"{source.name} returns a {type(reference).__name__}; pbc trains models that return "
-            "one tensor of logits"
-        )
-    if not torch.isfinite(reference).all():
-        raise PbcError(
-            f"{source.name} puts out values that are not finite: its weights ({source.weights}) "
-            "are damaged"
-        )
-    trainable = chosen.trainable(module, source.classifier)
-    classifier = module.get_submodule(source.classifier)
-    assert isinstance(classifier, nn.Linear)
-    if reference.shape != (2, classifier.out_features):
-        raise PbcError(
-            f"{source.name} puts out {list(reference.shape)} for two images, but its last linear "
-            f"layer {source.classifier} has {classifier.out_features} outputs; "
-            "pbc trains classifiers"
-        )
-    has_bias = classifier.bias is not None
-    return Program(
-        graphs={MODEL: capture(module, source.input.shape)},
-        strategy=options.strategy,
-        trainable=trainable,
+    request = Request(
         target=target,
         engine=engine,
-        input=source.input,
-        head=Head(
-            f"{source.classifier}.weight",
-            f"{source.classifier}.bias" if has_bias else None,
-            classifier.in_features,
-        ),
-        example=example,
-        reference=reference,
-        provenance=Provenance(source.name, source.weights, source.weights_sha256, options.command),
+        strategy=options.strategy,
         batch=options.batch,
         seed=options.seed,
         class_names=names,
         class_count=count,
-        notes=notes,
     )
+    return request, notes
 
 
-def _without_calibration(options: Options, ladder: Ladder) -> tuple[str, ...]:
-    if options.calibration is not None or len(ladder) == 1:
-        return ()
-    return ("no --calibration: proxies stay unaligned, and nothing is routed to them",)
+def lowered(program: Program, options: CompileOptions, work: Path | None = None) -> Program:
+    """Run all passes over a program, with its calibration data."""
+    if options.calibration is not None:
+        data = Calibration.open(options.calibration, program.input, options.seed)
+        program = replace(program, calibration=data)
+    program = _passes(options).run(replace(program, work=work), options.dump_ir)
+    notes = (*program.notes, *_without_calibration(options, program.ladder))
+    return replace(program, notes=notes)
 
 
-def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """The engine to lower to, and a note when it is not the one that the target prefers.
-
-    Raises UsageError for an engine that was asked for and that the target or pbc does not have, and
-    PbcError for one whose packages are not installed here.
-    """
-    available = plugins.entries("pbc.lowerings")
-    if asked is not None:
-        if asked in target.refused:
-            raise UsageError(
-                f"engine {asked!r} does not run on {target.name}: {target.refused[asked]}"
-            )
-        if asked not in available and asked not in target.engines:
-            raise UsageError(suggest("engine", asked, {*available, *target.engines}))
-        if asked not in target.engines:
-            raise UsageError(
-                f"engine {asked!r} does not run on {target.name}, which allows "
-                f"{', '.join(target.engines)}"
-            )
-        if asked not in available:
-            raise UsageError(
-                f"engine {asked!r} is not installed (available: {', '.join(available)})"
-            )
-        if (needs := _needs(available[asked])) is not None:
-            raise PbcError(f"compiling for engine {asked!r} {needs}")
-        return asked, ()
-    for engine in dict.fromkeys((target.engine, *target.engines, DEFAULT_ENGINE)):
-        if engine not in available or engine in target.refused:
-            continue
-        if _needs(available[engine]) is not None:
-            continue
-        if engine == target.engine:
-            return engine, ()
-        needs = _needs(available[target.engine]) if target.engine in available else None
-        wanted = f"{target.name} prefers engine {target.engine}, which"
-        return engine, (f"{wanted} {needs or 'is not installed'}: using {engine}",)
-    found = {name: _needs(available[name]) for name in target.engines if name in available}
-    missing = ", ".join(f"{name} {found.get(name, 'is not installed')}" for name in target.engines)
-    raise PbcError(f"no engine of {target.name} can be compiled for here: {missing}")
+def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The manifest and the files of a lowered program."""
+    lowering = plugins.load("pbc.lowerings", program.engine)()
+    assert program.dims is not None
+    files = {
+        **program.artifacts,
+        manifest.TRAINABLE: manifest.trainable_file(program),
+        manifest.DIMS: json.dumps(manifest.dims_table(program.dims), indent=1).encode(),
+    }
+    graph_files = {name: lowering.graph_file(name) for name in program.graphs}
+    made = manifest.manifest(program, _requires(program), graph_files, lowering.contents(program))
+    return {**made, "self_test": self_test_numbers.numbers(program, made)}, files
 
 
-def require_tuning(target: Target, engine: str) -> None:
-    """Raise UsageError where an engine's code for a target cannot be tuned here."""
-    lowering = plugins.load("pbc.lowerings", engine)()
-    if not isinstance(lowering, Tunes):
-        entries = plugins.entries("pbc.lowerings")
-        able = ", ".join(name for name in entries if issubclass(entries[name].load(), Tunes))
-        raise UsageError(
-            f"--tune does nothing for engine {engine!r}, whose code is not made here; engines with "
-            f"code to tune: {able or 'none is installed'}"
-        )
-    reason = lowering.untunable(target)
-    if reason is not None:
-        raise UsageError(reason)
+# ---- what these need -----------------------------------------------------------------------
 
 
-def _needs(entry: plugins.Entry) -> str | None:
-    """What is missing here to lower to this engine, in words; None where nothing is."""
-    missing = missing_packages(entry.load())
-    if not missing:
-        return None
-    extras = sorted({EXTRAS[package] for package in missing if package in EXTRAS})
-    how = f": pip install 'pbc[{','.join(extras)}]'" if extras else ""
-    return f"needs {', '.join(missing)}{how}"
+def _passes(options: CompileOptions) -> pipeline.PassPipeline:
+    return pipeline.build(vars(options), options.passes, options.without)
 
 
-def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
+def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | None]:
     if options.data is None:
         return None, options.classes
     found = labelled(options.data)
@@ -339,26 +243,10 @@ def _classes(options: Options) -> tuple[tuple[str, ...] | None, int | None]:
     return names, len(names)
 
 
-def _resize_classifier(module: nn.Module, name: str, count: int) -> None:
-    old = module.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    owner, _, leaf = name.rpartition(".")
-    new = nn.Linear(old.in_features, count, bias=old.bias is not None)
-    setattr(module.get_submodule(owner), leaf, new)
-
-
-def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the files of a lowered program."""
-    lowering = plugins.load("pbc.lowerings", program.engine)()
-    assert program.dims is not None
-    files = {
-        **program.artifacts,
-        manifest.TRAINABLE: manifest.trainable_file(program),
-        manifest.DIMS: json.dumps(manifest.dims_table(program.dims), indent=1).encode(),
-    }
-    graph_files = {name: lowering.graph_file(name) for name in program.graphs}
-    made = manifest.manifest(program, _requires(program), graph_files, lowering.contents(program))
-    return {**made, "self_test": self_test_numbers.numbers(program, made)}, files
+def _without_calibration(options: CompileOptions, ladder: Ladder) -> tuple[str, ...]:
+    if options.calibration is not None or len(ladder) == 1:
+        return ()
+    return ("no --calibration: proxies stay unaligned, and nothing is routed to them",)
 
 
 def _requires(program: Program) -> dict[str, str]:

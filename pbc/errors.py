@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _LISTED_MOST = 15
@@ -49,3 +50,15 @@ def nearest(name: str, available: Iterable[str]) -> str | None:
     if not matches and wanted:  # a word cut short, like 'prun' for 'prune-dims'
         matches = [candidate for candidate in lowered if candidate.startswith(wanted)][:1]
     return lowered[matches[0]] if matches else None
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of what an exception says, or its kind; the same in every run.
+
+    >>> reason_of(OSError("cannot identify image file <_io.BytesIO object at 0x7f1f>"))
+    'cannot identify image file'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    # Where an object lay in memory tells nobody anything.
+    text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", lines[0])
+    return re.sub(r" at 0x[0-9a-f]+", "", text).strip(" :") or type(error).__name__

@@ -50,12 +50,15 @@ def make_program(
         weights="given",
         weights_sha256=None,
     )
-    options = compiler.Options(target=target, strategy=strategy, shape=shape, seed=seed)
-    return run_passes(compiler.begin(source, options), *passes)
+    options = compiler.CompileOptions(target=target, strategy=strategy, shape=shape, seed=seed)
+    return run_passes(compiler.start(source, options), *passes)
 
 
 def retarget(program: Program, strategy: str, trainable: Iterable[str]) -> Program:
-    """The same captured model with other parameters to train: capturing is what takes long."""
+    """The same captured model with other parameters to train: capturing is what takes long.
+
+    Stopped gradients and folded constants stay those of the strategy it was captured for.
+    """
     if MODEL not in program.graphs:
         raise ValueError("only a program that was not split yet can change its strategy")
     return replace(program.copy(), strategy=strategy, trainable=frozenset(trainable))

@@ -122,7 +122,7 @@ def compile(
     **options: Any,
 ) -> None:
     """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
-    chosen = compiler.Options(
+    chosen = compiler.CompileOptions(
         shape=None if shape is None else parse_shape(shape),
         axes=tuple(filter(None, axes.split(","))),
         command=shlex.join(["pbc", *sys.argv[1:]]),
@@ -133,12 +133,14 @@ def compile(
     try:
         with progress_bar(quiet=as_json):
             result = (
-                compiler.plan(model, chosen) if dry_run else compiler.compile(model, output, chosen)
+                compiler.forecast(model, chosen)
+                if dry_run
+                else compiler.compile(model, output, chosen)
             )
     except KeyboardInterrupt:
         click.echo("interrupted: the same command goes on from here", err=True)
         sys.exit(130)
-    if isinstance(result, compiler.Plan):
+    if isinstance(result, compiler.Forecast):
         _show_plan(result, as_json)
     elif as_json:
         click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
@@ -146,7 +148,7 @@ def compile(
         _show_result(result)
 
 
-def _show_plan(plan: compiler.Plan, as_json: bool) -> None:
+def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(plan.to_json(), indent=2))
         return

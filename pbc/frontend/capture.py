@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.errors import PbcError
-from pbc.ir.program import op_name, output_node, put_tensor
+from pbc.errors import PbcError, reason_of
+from pbc.frontend import decompositions
+from pbc.frontend.gradient_stops import as_nodes, spelt_out
+from pbc.frontend.user_code import where_raised
+from pbc.ir.program import made_of, op_name, origin, output_node, put_tensor
+from pbc.runtime.engines.pytorch.ops import OPS
 
 aten = torch.ops.aten
 
@@ -20,45 +28,175 @@ aten = torch.ops.aten
 # count keeps the batch axis recognisable in every product.
 EXAMPLE_BATCH = 13
 
+# What avg_pool2d takes where it is not given.
+_POOL: tuple[Any, ...] = (None, None, [], [0, 0], False, True, None)
 
-def capture(module: nn.Module, shape: tuple[int, int, int]) -> GraphModule:
+_RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
+
+
+def capture(
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    trainable: Collection[str] | None = None,
+    operators: Collection[str] = OPS,
+) -> GraphModule:
     """Export `module` in eval mode for inputs float32 [batch, *shape], any batch.
 
     The result takes `x`, returns a one-tuple, holds every tensor of the module under the module's
     own name, and contains functional operators only: in-place operators, dropout and copies are
-    gone, `view` is `reshape` and a batch norm is one node.
+    gone, `view` is `reshape` and a batch norm is one node. Where the model stops a gradient on its
+    way to a parameter of `trainable` (None: to any), a `detach` node does.
 
-    Raises PbcError when the model cannot be exported, with torch's own first line.
+    An operator that is not among `operators` is taken apart by torch's own decompositions into
+    ones of core ATen, until it is.
+
+    Raises PbcError when the model cannot be exported, with torch's own first line and the line of
+    the model; when it draws random numbers, reads a tensor's value or keeps state between calls.
     """
     example = torch.zeros(EXAMPLE_BATCH, *shape)
+    name = type(module).__name__
     with _quiet():
         try:
-            exported = torch.export.export(
-                module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-            ).run_decompositions({})
+            with spelt_out():
+                exported = torch.export.export(
+                    module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+                )
+            _refuse_what_is_no_function(name, exported)
+            as_nodes(exported.graph_module)
+            exported = _decomposed(exported, trainable, operators)
+        except PbcError:
+            raise
         except Exception as error:
-            reason = str(error).strip().splitlines()
             raise PbcError(
-                f"{type(module).__name__} cannot be captured for inputs of shape {shape}: "
-                f"{reason[0] if reason else type(error).__name__}"
+                f"{name} cannot be captured for inputs of shape {shape}: "
+                f"{reason_of(error)}{where_raised(error)}"
             ) from error
-    graph = _unlift(exported)
-    _normalise(graph)
+    graph = _unlift(name, exported, _shared(module, trainable or ()))
+    _normalise(graph, trainable)
     return _renumber(graph)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Drop the deprecation notices that torch.export raises about itself."""
-    with warnings.catch_warnings():
+    """Keep to itself what torch.export says while it works.
+
+    That is deprecation notices about itself, and, ahead of an error, the graph so far.
+    """
+    log = logging.getLogger("torch")
+    level = log.level
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", UserWarning)
-        yield
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
-def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:
-    """Turn the exported program's lifted tensors back into get_attr nodes of a graph module."""
+def _refuse_what_is_no_function(name: str, exported: torch.export.ExportedProgram) -> None:
+    """Raise PbcError where the logits are more than a function of the image."""
+    for graph in exported.graph_module.modules():
+        if not isinstance(graph, GraphModule):
+            continue
+        for node in graph.graph.nodes:
+            if not isinstance(node.target, torch._ops.OpOverload) or not node.users:
+                continue
+            if torch.Tag.nondeterministic_seeded in node.target.tags and _draws(node):
+                raise PbcError(
+                    f"{name} draws random numbers in forward ({op_name(node)}{origin(node)}); "
+                    "pbc runs models in eval mode, where there must be none: pass "
+                    "training=self.training to what drops values"
+                )
+            if node.target is aten.item.default:
+                raise PbcError(
+                    f"{name} reads a tensor's value in forward (item{origin(node)}), which no "
+                    "graph keeps; keep it a tensor, detached if no gradient should pass"
+                )
+
+
+def _draws(node: Node) -> bool:
+    """Whether an operator that can be random is, by its arguments."""
+    given = {
+        argument.name: node.args[at]
+        if at < len(node.args)
+        else node.kwargs.get(argument.name, argument.default_value)
+        for at, argument in enumerate(node.target._schema.arguments)  # type: ignore[union-attr]
+    }
+    trains = given.get("train", given.get("training", True))
+    return bool(trains) and 0.0 not in (given.get("p"), given.get("dropout_p"))
+
+
+def _decomposed(
+    exported: torch.export.ExportedProgram,
+    trainable: Collection[str] | None,
+    operators: Collection[str],
+) -> torch.export.ExportedProgram:
+    """Make the program functional, and take apart what is not among `operators`.
+
+    What is made of frozen tensors alone stays whole: it is computed here, and no engine meets it.
+    """
+    exported = exported.run_decompositions({})
+    parts = decompositions.table()
+    done: set[Any] = set()
+    while True:
+        unknown = {
+            node.target
+            for node in _at_run_time(exported, trainable)
+            if isinstance(node.target, torch._ops.OpOverload)
+            and node.users
+            and op_name(node) not in operators
+            and node.target in parts
+        } - done
+        if not unknown:
+            return exported
+        exported = exported.run_decompositions({op: parts[op] for op in unknown})
+        done |= unknown
+
+
+def _at_run_time(
+    exported: torch.export.ExportedProgram, trainable: Collection[str] | None
+) -> set[Node]:
+    """Nodes that depend on the image or on a trainable parameter (None: on any)."""
+    signature = exported.graph_signature
+    names = signature.parameters if trainable is None else trainable
+    frozen = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    reached: set[Node] = set()
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            if node.name not in frozen or frozen[node.name] in names:
+                reached.add(node)
+        elif not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _shared(module: nn.Module, trainable: Collection[str]) -> dict[str, str]:
+    """Of a trainable parameter that layers share, its other names, each with the trainable one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    titles: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in trainable:
+            titles.setdefault(id(parameter), name)
+    return {
+        name: titles[id(parameter)]
+        for name, parameter in parameters.items()
+        if id(parameter) in titles
+    }
+
+
+def _unlift(
+    name: str, exported: torch.export.ExportedProgram, shared: Mapping[str, str]
+) -> GraphModule:
+    """Turn the exported program's lifted tensors back into get_attr nodes of a graph module.
+
+    shared: names of parameters that go by another.
+    """
     root = nn.Module()
     graph = Graph()
     values: dict[Node, Node] = {}
@@ -69,27 +207,29 @@ def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:
         **signature.inputs_to_lifted_tensor_constants,
     }
     tensors = {**exported.state_dict, **exported.constants}
-    images = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name not in lifted]
+    images = [n for n in exported.graph.nodes if n.name in signature.user_inputs]
     if len(images) != 1:
         raise PbcError(f"the model takes {len(images)} inputs; pbc trains models that take one")
+    logits = _logits(name, exported)
+    needed = made_of([logits])
     for node in exported.graph.nodes:
+        if node.op == "call_function" and node not in needed:
+            continue  # what is written to, and checks for which the program takes a token
         if node.op == "placeholder":
             if node in images:
                 copied = graph.placeholder("x")
+            elif node.name not in lifted:
+                continue
             else:
-                name = lifted[node.name]
-                tensor = tensors[name].detach()
-                if name in signature.parameters:
+                own = lifted[node.name]
+                title = shared.get(own, own)
+                tensor = tensors[own].detach()
+                if own in signature.parameters:
                     tensor = nn.Parameter(tensor, requires_grad=False)
-                put_tensor(root, name, tensor)
-                copied = graph.get_attr(name)
+                put_tensor(root, title, tensor)
+                copied = graph.get_attr(title)
         elif node.op == "output":
-            outputs = node.args[0]
-            if len(outputs) != 1 or not isinstance(outputs[0].meta["val"], Tensor):
-                raise PbcError(
-                    f"the model returns {len(outputs)} values; pbc trains one logits tensor"
-                )
-            copied = graph.output((values[outputs[0]],))
+            copied = graph.output((values[logits],))
         else:
             copied = graph.node_copy(node, lambda old: values[old])
         copied.meta = {
@@ -99,17 +239,39 @@ def _unlift(exported: torch.export.ExportedProgram) -> GraphModule:
     return GraphModule(root, graph)
 
 
-def _normalise(graph: GraphModule) -> None:
+def _logits(name: str, exported: torch.export.ExportedProgram) -> Node:
+    """The one value that the model returns; what else it writes must be nothing that it reads."""
+    outputs: Sequence[Node] = exported.graph.output_node().args[0]
+    specs = exported.graph_signature.output_specs
+    returned = [n for n, spec in zip(outputs, specs, strict=True) if spec.kind in _RETURNED]
+    if len(returned) != 1 or not isinstance(returned[0].meta["val"], Tensor):
+        raise PbcError(f"the model returns {len(returned)} values; pbc trains one logits tensor")
+    needed = made_of(returned)
+    signature = exported.graph_signature
+    titles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    read = {titles[node.name] for node in needed if node.name in titles}
+    for node, spec in zip(outputs, specs, strict=True):
+        if spec.kind not in _RETURNED and spec.target in read:
+            raise PbcError(
+                f"{name} changes its {spec.target} in forward{origin(node)} and reads it; the "
+                "graphs of a bundle keep no state from one batch to the next"
+            )
+    return returned[0]
+
+
+def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
     """Bring equivalent spellings of one operation into the one that has dimension rules."""
+    carries = _gradient_carriers(graph, trainable)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
+            continue
+        if node.target is aten.detach.default and node.args[0] in carries:
             continue
         if node.target in (
             aten.clone.default,
             aten.alias.default,
             aten.lift_fresh_copy.default,
             aten.detach.default,
-            aten.detach_.default,
         ):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -118,6 +280,8 @@ def _normalise(graph: GraphModule) -> None:
             node.target = aten.reshape.default
         elif node.target is aten._native_batch_norm_legit_no_training.default:
             _single_batch_norm(graph, node)
+        elif node.target is aten.avg_pool2d.default:
+            _mean_of_windows(graph, node)
         elif node.target is aten._to_copy.default and _is_float32(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -127,6 +291,21 @@ def _normalise(graph: GraphModule) -> None:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     assert isinstance(output_node(graph).args[0], (tuple, list))
+
+
+def _gradient_carriers(graph: GraphModule, trainable: Collection[str] | None) -> set[Node]:
+    """Nodes through which a gradient reaches a trainable parameter (None: any parameter)."""
+    names = dict(graph.named_parameters()) if trainable is None else trainable
+    carriers: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            if node.target in names:
+                carriers.add(node)
+        elif node.target is not aten.detach.default and not carriers.isdisjoint(
+            node.all_input_nodes
+        ):
+            carriers.add(node)
+    return carriers
 
 
 def _renumber(graph: GraphModule) -> GraphModule:
@@ -161,6 +340,23 @@ def _single_batch_norm(graph: GraphModule, node: Node) -> None:
         single.meta["val"] = user.meta["val"]
         user.replace_all_uses_with(single)
         graph.graph.erase_node(user)
+    graph.graph.erase_node(node)
+
+
+def _mean_of_windows(graph: GraphModule, node: Node) -> None:
+    """Let a pool with a divisor of its own be a mean and a factor: the ONNX exporter drops it."""
+    given: tuple[Any, ...] = (*node.args, *_POOL[len(node.args) :])
+    x, size, stride, padding, ceil_mode, _, divisor = given
+    if divisor is None or ceil_mode:
+        return
+    height, width = (*size, *size)[:2]
+    with graph.graph.inserting_before(node):
+        mean = graph.graph.call_function(
+            aten.avg_pool2d.default, (x, size, stride, padding, False, True)
+        )
+        total = graph.graph.call_function(aten.mul.Tensor, (mean, height * width / divisor))
+    mean.meta, total.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(total)
     graph.graph.erase_node(node)
 
 

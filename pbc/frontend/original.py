@@ -16,13 +16,14 @@ from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
-from pbc.compiler import Options, begin
 from pbc.errors import PbcError
 from pbc.frontend import models, strategy
-from pbc.ir.program import PARAMETER, body, placeholders, prefix
+from pbc.frontend.start import begin
+from pbc.ir.program import PARAMETER, Request, body, placeholders, prefix
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.runtime.objective import Objective
+from pbc.target import load_target
 
 Features = tuple[Tensor, ...]
 Call = Callable[..., Any]
@@ -53,14 +54,15 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
     """
     bundle = _open(bundle_path, digest)
     source = _source(bundle, weights)
-    options = Options(
-        target="host",
+    host = load_target("host")
+    request = Request(
+        target=host,
+        engine=host.engine,
         strategy=bundle.manifest["strategy"],
-        classes=classes,
-        shape=_shape(bundle),
         seed=bundle.manifest["provenance"]["seed"],
+        class_count=classes,
     )
-    program = SplitPrefix()(MarkTrainable()(begin(source, options)))
+    program = SplitPrefix()(MarkTrainable()(begin(source, request)))
     if sorted(program.parameters) != sorted(bundle.manifest["parameters"]):
         raise PbcError(
             f"the rebuilt {source.name} trains other parameters than {bundle_path}; "

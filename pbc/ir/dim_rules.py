@@ -156,7 +156,7 @@ def analyse(program: Program) -> Dims:
     "gelu.default", "silu.default", "mish.default", "sigmoid.default", "tanh.default",
     "exp.default", "neg.default", "rsqrt.default", "sqrt.default", "elu.default",
     "leaky_relu.default", "clamp.default", "pow.Tensor_Scalar", "_to_copy.default", "to.dtype",
-    "contiguous.default",
+    "contiguous.default", "detach.default",
     "dropout.default", "softplus.default", "add.Scalar", "mul.Scalar", "sub.Scalar", "div.Scalar",
 )  # fmt: skip
 def _elementwise(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:

@@ -32,6 +32,8 @@ NAME = "pbc_name"
 # An operator of a gradient has this key; where it says it comes from is what it is the gradient of.
 GRADIENT = "pbc_gradient"
 
+_TORCH = f"{Path(torch.__file__).parent}/"
+
 
 def prefix(level: int) -> str:
     return f"prefix/{level}"
@@ -68,6 +70,25 @@ class Provenance:
     weights: str
     weights_sha256: str | None
     command: str = ""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a compilation was asked for, whatever the model turns out to be.
+
+    strategy: its text, such as `last-k:3`. batch: samples per mini-batch on the device.
+    class_names, class_count: None where the head is left open. work: a folder in which long passes
+    keep what lets them resume.
+    """
+
+    target: Target
+    engine: str
+    strategy: str = "linear-probe"
+    batch: int = 8
+    seed: int = 0
+    class_names: tuple[str, ...] | None = None
+    class_count: int | None = None
+    work: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -304,7 +325,10 @@ def op_name(node: Node) -> str:
 
 
 def origin(node: Node) -> str:
-    """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from."""
+    """` in layer1.conv (File "model.py", line 12)`: where in the model an operator comes from.
+
+    The line is the innermost of those outside torch, if there is one.
+    """
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
     if GRADIENT in node.meta:
@@ -312,6 +336,7 @@ def origin(node: Node) -> str:
     trace = [
         line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line
     ]
+    trace = [line for line in trace if _TORCH not in line] or trace
     return module + (f" ({trace[-1].rpartition(', in ')[0]})" if trace else "")
 
 

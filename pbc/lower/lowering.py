@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -84,6 +84,22 @@ class Tunes(Protocol):
         Measurements are kept in the program's folder for work: with no seconds it uses those.
         Returns what the manifest says about it, and `notes` for whoever compiles.
         """
+
+
+@runtime_checkable
+class Knows(Protocol):
+    """What a lowering offers besides, where its engine has fewer operators than PyTorch's has."""
+
+    def operators(self) -> Collection[str]:
+        """By name; capture takes apart what is not among them, where torch can."""
+
+
+@runtime_checkable
+class Tries(Protocol):
+    """What a lowering offers besides, where it can tell in seconds what its engine lacks."""
+
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
 
 
 def missing_packages(lowering: type[Lowering]) -> list[str]:

@@ -154,6 +154,10 @@ class OnnxRuntimeLowering:
             providers=["CPUExecutionProvider"],
         )
 
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        for name, graph in graphs.items():
+            self._model(program, name, graph, tensor_names(graph))
+
     def _model(
         self, program: Program, name: str, graph: GraphModule, tensors: Sequence[str]
     ) -> ModelProto:

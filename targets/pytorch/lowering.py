@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +73,10 @@ class PyTorchLowering:
                 data, indent=None, separators=(",", ":")
             ).encode()
         return {**files, **store.files()}
+
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        for name, graph in graphs.items():
+            graph_json(name, graph, dict.fromkeys(tensor_names(graph), ""))
 
     def contents(self, program: Program) -> dict[str, Any]:
         weights = {}

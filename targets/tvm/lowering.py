@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -177,6 +177,15 @@ class TvmLowering:
         content = compiled(ready, where)
         self.keep(where, module, content)
         return content, reads
+
+    def operators(self) -> Collection[str]:
+        from pbc.targets.tvm.operators import TABLE
+
+        # The rest of the table are sizes: Python's own operators.
+        return {str(operator) for operator in TABLE}
+
+    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
+        self.converted(program, {name.replace("/", "_"): graph for name, graph in graphs.items()})
 
     def converted(
         self, program: Program, graphs: Mapping[str, GraphModule]

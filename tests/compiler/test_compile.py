@@ -24,11 +24,12 @@ from killing import Killed
 
 from pbc import cli, compiler
 from pbc.bundle import Bundle
-from pbc.compiler import Options
+from pbc.compiler import CompileOptions
 from pbc.errors import UsageError
 from pbc.ir import pipeline
 from pbc.ir.pipeline import PassPipeline
 from pbc.ir.program import Program, get_tensor, tensor_names
+from pbc.lower.engine_choice import choose_engine
 from pbc.proxies import distillation
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
@@ -295,7 +296,7 @@ def test_a_board_whose_engine_is_not_there_gets_another(
 def test_an_engine_that_the_board_s_facts_rule_out_is_refused(here: Path) -> None:
     board = replace(load_target("generic-arm64"), engine="tvm", engines=("tvm",))
     with pytest.raises(UsageError, match="'pytorch' does not run on generic-arm64, which allows t"):
-        compiler.choose_engine(board, "pytorch")
+        choose_engine(board, "pytorch")
     result = pbc("compile", "resnet50", "--target", "jetson-tx2", "--engine", "pytorch")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
@@ -394,8 +395,9 @@ def test_the_same_seed_gives_the_same_bundle(here: Path, custom: list[str | Path
 def test_a_script_does_what_the_command_does(here: Path, examples: Path) -> None:
     """In a fresh interpreter, through the names that `import pbc` gives."""
     script = (
-        "import pbc, sys; from pbc.compiler import Options\n"
-        "options = Options(weights='random', shape=(3, 32, 32), levels=1, target='generic-arm64')\n"
+        "import pbc, sys; from pbc.compiler import CompileOptions\n"
+        "options = CompileOptions(weights='random', shape=(3, 32, 32), levels=1,\n"
+        "    target='generic-arm64')\n"
         "print(pbc.compile(sys.argv[1], 'm.pbc', options).manifest['model'])"
     )
     result = subprocess.run(
@@ -426,7 +428,7 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
     here: Path, examples: Path, few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
-    options = Options(
+    options = CompileOptions(
         weights="random", shape=(3, 32, 32), levels=2, calibration=few, align_steps=6,
         target="generic-arm64", without=("learn-policy",),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def bundles(
     found = {}
     for engine in ENGINES:
         # Costs by counting, on a target that is not this machine: the same plan for both.
-        options = compiler.Options(
+        options = compiler.CompileOptions(
             target="generic-x86-64",
             engine=engine,
             weights=str(examples / "weights" / "mobilenet_v3_large.safetensors"),

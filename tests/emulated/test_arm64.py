@@ -155,7 +155,7 @@ def compiled(
     def compile_for(name: str, engine: str, axes: tuple[str, ...]) -> Bundle:
         network = networks(examples)[name]
         data: dict[str, Any] = {"data": photos / "train", "calibration": calibration, "axes": axes}
-        options = compiler.Options(target=TARGET, engine=engine, **data, **network.options)
+        options = compiler.CompileOptions(target=TARGET, engine=engine, **data, **network.options)
         path = folder / f"{name}-{engine}-{len(axes)}.pbc"
         return compiler.compile(network.model, path, options)
 
@@ -187,7 +187,7 @@ def shipped(
     network = networks(examples)[name]
     # Only ONNX Runtime rounds to eight bits. A network without proxies has no axes.
     rounds = engine == "onnxruntime" and network.options["levels"]
-    axes = compiler.Options().axes if rounds else ("resolution", "width")
+    axes = compiler.CompileOptions().axes if rounds else ("resolution", "width")
     bundle = compiled(name, engine, axes)
     # TVM's artifacts are machine code of the board. ONNX Runtime has the same program here.
     reference = compiled(name, "onnxruntime", axes)

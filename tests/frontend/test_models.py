@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pbc.compiler import Options, begin
+from pbc.compiler import CompileOptions, start
 from pbc.errors import PbcError, UsageError
 from pbc.frontend import models
 from pbc.testing import TARGET
@@ -247,7 +247,7 @@ class Net(nn.Module):
 
 factory = Net
 """
-    options = Options(weights="random", target=TARGET, shape=(3, 16, 16))
+    options = CompileOptions(weights="random", target=TARGET, shape=(3, 16, 16))
     with pytest.raises(PbcError, match=message) as error:
-        begin(user_model(tmp_path, source), options)
+        start(user_model(tmp_path, source), options)
     one_line(error)

@@ -51,7 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("net")
     source = folder / "profiled_net.py"
     source.write_text(bench_net.SOURCE)
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         engine="onnxruntime", weights="random", shape=(3, 16, 16), levels=0, batch=bench_net.BATCH
     )
     return compiler.compile(f"{source}:factory", folder / "net.pbc", options).path

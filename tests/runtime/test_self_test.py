@@ -26,7 +26,7 @@ def proxied(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Bundle:
     folder = tmp_path_factory.mktemp("proxied")
     source = folder / "net.py"
     source.write_text(bench_net.SOURCE)
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         target="raspberry-pi-5",
         engine="onnxruntime",
         weights="random",
@@ -46,7 +46,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("deep")
     source = folder / "net.py"
     source.write_text(bench_net.SOURCE)
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         engine="pytorch", weights="random", shape=(3, 16, 16), strategy="full", levels=0
     )
     return compiler.compile(f"{source}:factory", folder / "net.pbc", options)

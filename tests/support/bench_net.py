@@ -48,7 +48,7 @@ def compiled(folder: Path, strategy: str = "linear-probe", levels: int = 0) -> B
     source = folder / "bench_example_net.py"
     source.write_text(SOURCE)
     calibration = tiny.photos(folder / "calibration", 20, seed=2) if levels else None
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         weights="random",
         shape=(3, 16, 16),
         strategy=strategy,

@@ -17,7 +17,7 @@ def compiled(folder: Path, examples: Path) -> Path:
     folder.mkdir(exist_ok=True)
     source = folder / "light_example_net.py"
     source.write_text(bench_net.SOURCE)
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         engine="onnxruntime",
         weights="random",
         shape=(3, 32, 32),

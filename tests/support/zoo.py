@@ -35,8 +35,8 @@ class Captured(NamedTuple):
 @cache
 def captured(model: str, shape: Shape) -> Captured:
     source = models.load(model, models.RANDOM, shape)
-    options = compiler.Options(target=TARGET, weights=models.RANDOM, shape=shape)
-    return Captured(source.module, compiler.begin(source, options))
+    options = compiler.CompileOptions(target=TARGET, weights=models.RANDOM, shape=shape)
+    return Captured(source.module, compiler.start(source, options))
 
 
 def apply(text: str, model: str, shape: Shape) -> Captured:
@@ -48,8 +48,8 @@ def apply(text: str, model: str, shape: Shape) -> Captured:
         return Captured(module, retarget(program, text, chosen.trainable(module, classifier)))
     module = copy.deepcopy(module)
     source = models.Source(model, module, program.input, classifier, models.RANDOM, None)
-    options = compiler.Options(target=TARGET, strategy=text, shape=shape)
-    return Captured(module, compiler.begin(source, options))
+    options = compiler.CompileOptions(target=TARGET, strategy=text, shape=shape)
+    return Captured(module, compiler.start(source, options))
 
 
 def split(program: Program) -> Program:

@@ -622,7 +622,7 @@ REFUSED = [
     ),
     (
         Grown,
-        r'aten.conv_transpose2d.input in grow \(.*conv.py", line \d+\)',
+        rf"aten.conv_transpose2d.input in grow \(.*{HERE}\d+\)",
         "the gradient of a transposed convolution",
     ),
 ]

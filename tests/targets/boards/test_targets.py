@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from pbc import compiler, plugins
+from pbc import plugins
 from pbc.errors import PbcError, UsageError
+from pbc.lower.engine_choice import choose_engine
 from pbc.target import Target, load_target
 
 NAMES = sorted(plugins.entries("pbc.targets"))
@@ -129,14 +130,14 @@ def test_an_impossible_pair_is_refused_with_what_to_do_instead(name: str) -> Non
         match=rf"engine 'pytorch' does not run on {name}: torch>=2.9 has wheels for glibc 2.28 or "
         r"newer, and JetPack 4.6 has 2.27; take --engine tvm, or onnxruntime",
     ):
-        compiler.choose_engine(load_target(name), "pytorch")
+        choose_engine(load_target(name), "pytorch")
 
 
 @pytest.mark.parametrize("name", ARM_32)
 @pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])
 def test_32_bit_boards_have_one_engine(name: str, engine: str) -> None:
     with pytest.raises(UsageError, match="no wheel for 32-bit Arm; take --engine tvm"):
-        compiler.choose_engine(load_target(name), engine)
+        choose_engine(load_target(name), engine)
 
 
 def test_a_refused_engine_is_no_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,8 +146,8 @@ def test_a_refused_engine_is_no_last_resort(monkeypatch: pytest.MonkeyPatch) -> 
     without_tvm = {k: v for k, v in entries("pbc.lowerings").items() if k != "tvm"}
     monkeypatch.setattr(plugins, "entries", lambda group: without_tvm)
     with pytest.raises(PbcError, match="for here: tvm is not installed"):
-        compiler.choose_engine(pi, None)
-    engine, notes = compiler.choose_engine(tx2, None)
+        choose_engine(pi, None)
+    engine, notes = choose_engine(tx2, None)
     assert engine == "onnxruntime"
     assert notes == (
         "jetson-tx2 prefers engine tvm, which is not installed: using onnxruntime",

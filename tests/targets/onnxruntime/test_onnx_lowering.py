@@ -19,6 +19,7 @@ from pbc import compiler
 from pbc.bundle import Bundle, bundle
 from pbc.errors import PbcError
 from pbc.ir.program import Program
+from pbc.lower.engine_choice import choose_engine
 from pbc.lower.lowering import Candidate
 from pbc.lower.weights import ALIGNMENT, TensorStore, byte_ranges, safetensors_bytes
 from pbc.passes.derive_train_step import DeriveTrainStep
@@ -359,7 +360,7 @@ def test_a_file_of_weights_is_aligned_and_exact() -> None:
     ],
 )
 def test_boards_that_onnxruntime_runs_on(name: str) -> None:
-    assert compiler.choose_engine(load_target(name), "onnxruntime") == ("onnxruntime", ())
+    assert choose_engine(load_target(name), "onnxruntime") == ("onnxruntime", ())
 
 
 def test_the_jetsons_ask_for_their_gpu() -> None:
@@ -378,7 +379,7 @@ def test_an_engine_whose_packages_are_missing_is_not_chosen(
         lambda name, *rest: None if name in ("onnx", "onnxscript") else find(name, *rest),
     )
     board = load_target("raspberry-pi-5")
-    assert compiler.choose_engine(board, None) == (
+    assert choose_engine(board, None) == (
         "pytorch",
         (
             "raspberry-pi-5 prefers engine onnxruntime, which needs onnx, onnxscript: "
@@ -390,7 +391,7 @@ def test_an_engine_whose_packages_are_missing_is_not_chosen(
         match=r"compiling for engine 'onnxruntime' needs onnx, onnxscript: "
         r"pip install 'pbc\[onnx\]'$",
     ):
-        compiler.choose_engine(board, "onnxruntime")
+        choose_engine(board, "onnxruntime")
 
 
 def test_a_pi_s_bundle_is_onnxruntime_s(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_a_pi_s_bundle_is_onnxruntime_s(tmp_path: Path) -> None:
         "    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(),\n"
         "        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))\n"
     )
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         target="raspberry-pi-5", weights="random", shape=(3, 32, 32), levels=1, axes=("width",)
     )
     written = compiler.compile(f"{source_file}:net", tmp_path / "m.pbc", options)

@@ -146,11 +146,11 @@ def test_a_compiler_without_nvrtc_refuses_before_anything_takes_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvrtc, "_SONAMES", ("libabsent.so",))
-    options = compiler.Options(target="jetson-tx2", weights="random", shape=(3, 16, 16))
+    options = compiler.CompileOptions(target="jetson-tx2", weights="random", shape=(3, 16, 16))
     with pytest.raises(PbcError, match=r"pip install 'pbc\[cuda\]'"):
-        compiler.begin("no model is looked at", options)
+        compiler.start("no model is looked at", options)
     pi = replace(options, target="raspberry-pi-4b", engine="tvm")
-    assert compiler.begin(f"{source(tmp_path)}:factory", pi).engine == "tvm"
+    assert compiler.start(f"{source(tmp_path)}:factory", pi).engine == "tvm"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ SECOND = Device(CPU.kind, 1)
 @pytest.fixture(scope="module")
 def for_here(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("here")
-    options = compiler.Options(
+    options = compiler.CompileOptions(
         target="generic-x86-64", engine="tvm", weights="random", shape=(3, 16, 16), levels=0
     )
     return compiler.compile(f"{source(folder)}:factory", folder / "m.pbc", options)

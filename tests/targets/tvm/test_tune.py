@@ -24,6 +24,7 @@ from pbc import cli, compiler
 from pbc.errors import UsageError
 from pbc.ir.program import Program, prefix
 from pbc.ir.work import TRIALS, clear
+from pbc.lower.engine_choice import require_tuning
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import CHECK, TUNING, Lower
@@ -288,14 +289,14 @@ def test_each_choice_computes_the_same(trials: Trials) -> None:
 
 def test_a_board_is_not_tuned_for_here() -> None:
     with pytest.raises(UsageError, match=r"--tune measures on this machine.*raspberry-pi-5"):
-        compiler.require_tuning(load_target("raspberry-pi-5"), "tvm")
-    compiler.require_tuning(load_target("host"), "tvm")
+        require_tuning(load_target("raspberry-pi-5"), "tvm")
+    require_tuning(load_target("host"), "tvm")
 
 
 def test_an_engine_without_code_of_its_own_is_refused() -> None:
     for engine in ("pytorch", "onnxruntime"):
         with pytest.raises(UsageError, match=f"nothing for engine '{engine}'.*: tvm$"):
-            compiler.require_tuning(load_target("host"), engine)
+            require_tuning(load_target("host"), engine)
 
 
 def test_the_command_refuses_before_it_loads_the_model(tmp_path: Path) -> None:

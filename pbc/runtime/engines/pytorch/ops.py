@@ -1,6 +1,9 @@
 """The operators that a bundle's graph may name; anything else is refused before it is looked up.
 
-All are pure functions of their arguments: nothing here reads files, keeps state or runs code.
+All are pure functions of their arguments: nothing here reads files, keeps state or runs code. They
+are core ATen (torch's own tag, by which a test holds this list) without what changes its arguments,
+draws random numbers, or shows memory as it lies there, without gradients; and larger operators,
+which torch would take apart, where a name says more to those who read graphs, or runs faster.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ def _aten(names: str) -> frozenset[str]:
 _LAYERS = _aten(
     """
     conv1d.default conv2d.default conv2d.padding convolution.default
+    conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input conv3d.default
     linear.default addmm.default mm.default bmm.default baddbmm.default matmul.default
     einsum.default embedding.default
     batch_norm.default _native_batch_norm_legit_no_training.default
@@ -24,7 +28,10 @@ _LAYERS = _aten(
     scaled_dot_product_attention.default
     dropout.default feature_dropout.default
     pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default unfold.default
-    im2col.default
+    im2col.default col2im.default
+    _adaptive_avg_pool3d.default avg_pool3d.default max_pool3d_with_indices.default
+    _native_batch_norm_legit.no_stats _embedding_bag.default
+    _cdist_forward.default _pdist_forward.default _fft_r2c.default _fft_c2r.default
     """
 )
 _ACTIVATIONS = _aten(
@@ -47,12 +54,20 @@ _ARITHMETIC = _aten(
     maximum.default minimum.default addcmul.default addcdiv.default lerp.Scalar
     mean.default mean.dim sum.default sum.dim_IntList prod.dim_int amax.default amin.default
     max.dim min.dim var.correction var.dim var_mean.correction std.correction
-    norm.ScalarOpt_dim linalg_vector_norm.default cumsum.default argmax.default
+    norm.ScalarOpt_dim linalg_vector_norm.default cumsum.default cumprod.default
+    logcumsumexp.default argmax.default
     eq.Scalar eq.Tensor ne.Scalar ne.Tensor lt.Scalar lt.Tensor le.Scalar le.Tensor
     gt.Scalar gt.Tensor ge.Scalar ge.Tensor
     logical_not.default logical_and.default logical_or.default bitwise_not.default
-    bitwise_and.Tensor bitwise_or.Tensor where.self where.ScalarSelf where.ScalarOther
+    bitwise_and.Tensor bitwise_or.Tensor where.self where.Scalar where.ScalarSelf
+    where.ScalarOther
     masked_fill.Scalar masked_fill.Tensor tril.default triu.default
+    acos.default acosh.default asin.default asinh.default atan.default atan2.default atanh.default
+    cosh.default sinh.default tan.default expm1.default log10.default log1p.default log2.default
+    trunc.default fmod.Scalar fmod.Tensor remainder.Tensor
+    any.default any.dim any.dims argmin.default prod.default isinf.default isnan.default
+    bitwise_and.Scalar bitwise_or.Scalar bitwise_xor.Scalar bitwise_xor.Tensor logical_xor.default
+    sort.default topk.default
     """
 )
 _SHAPES = _aten(
@@ -68,10 +83,14 @@ _SHAPES = _aten(
     tensor_split.sections
     slice_scatter.default select_scatter.default copy.default
     roll.default flip.default pad.default constant_pad_nd.default
-    reflection_pad2d.default replication_pad2d.default
+    reflection_pad1d.default reflection_pad2d.default reflection_pad3d.default
+    replication_pad2d.default replication_pad3d.default
     upsample_nearest2d.default upsample_nearest2d.vec upsample_bilinear2d.default
     upsample_bilinear2d.vec upsample_bicubic2d.default upsample_bicubic2d.vec
-    _upsample_bilinear2d_aa.default _upsample_bicubic2d_aa.default grid_sampler.default
+    _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.default
+    grid_sampler.default
+    grid_sampler_2d.default diagonal.default index_put.default masked_scatter.default
+    nonzero.default scatter.src scatter.value scatter_add.default scatter_reduce.two
     clone.default contiguous.default alias.default detach.default lift_fresh_copy.default
     to.dtype _to_copy.default type_as.default sym_size.int sym_numel.default
     """

@@ -1,0 +1,52 @@
+"""Decompositions: torch's own, and a few where those are missing or write what engines lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """For each operator, a function of the same arguments that calls smaller ones."""
+    return {
+        **torch.export.default_decompositions(),
+        aten.instance_norm.default: _instance_norm,
+        aten.linalg_vector_norm.default: _vector_norm,
+    }
+
+
+def _instance_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    epsilon: float,
+    _cudnn: bool,
+) -> Any:
+    """Norm each channel as a group of its own; torch repeats weights for each image of a batch."""
+    if use_input_stats:
+        return aten.group_norm.default(x, x.shape[1], weight, bias, epsilon)
+    return aten.batch_norm.default(x, weight, bias, mean, variance, False, momentum, epsilon, False)
+
+
+def _vector_norm(
+    x: Tensor,
+    order: float = 2,
+    axes: Sequence[int] | None = None,
+    keep: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Take the root of the sum of squares; other norms stay whole."""
+    if order != 2 or dtype is not None:
+        return NotImplemented
+    total = (x * x).sum(list(range(x.dim())) if axes is None else list(axes), keepdim=keep)
+    # At zero the norm's gradient is zero, and the root's is not a number.
+    return total.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
