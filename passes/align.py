@@ -14,18 +14,16 @@ from torch.fx import GraphModule
 
 from pbc.bundle.ladder import ALIGNED, INT8
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import (
-    Program,
-    body,
-    get_tensor,
-    op_name,
-    prefix,
-    tensor_names,
-)
+from pbc.ir.dim_rules import dims_of
+from pbc.ir.dims import Dims
+from pbc.ir.graph import get_tensor, op_name, tensor_names
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.rewrite import replace_tensor
 from pbc.ir.work import work_file
 from pbc.proxies import parallel
-from pbc.proxies.distillation import Distillation, adopt, replace_tensor, unaugmented
-from pbc.proxies.fidelity import Tapped, sample_fidelity, standards
+from pbc.proxies.distillation import Distillation, adopt, unaugmented
+from pbc.proxies.fidelity import UpToInterface, sample_fidelity, standards
 
 STATISTICS_BATCHES = 16
 LEARNING_RATE = 5e-4
@@ -41,8 +39,8 @@ TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments
 class Align:
     """Distil each proxy so that what reaches the trainable part matches what level 0 sends there.
 
-    Graphs keep their form; the frozen weights of `prefix/k` (and of `body/k`, as far as a
-    trainable layer reads what they compute) change, and `program.ladder` gains fidelities. Level k
+    Graphs keep their form; the frozen weights of a level's prefix (and of its body, as far as a
+    trainable layer reads what they compute) change, and the level gains its fidelity. Level k
     starts from the slices of the aligned level k-1. The loss is, on interface tensors standardised
     by level 0's per-channel statistics, mean squared error plus one minus the cosine (PieBridge,
     SenSys 2024, «latent space alignment»); AdamW with cosine decay. Batch norms' statistics are
@@ -64,53 +62,50 @@ class Align:
 
     def __call__(self, program: Program) -> Program:
         calibration = program.calibration
-        proxies = [level for level in program.levels if level > 0]
-        if calibration is None or not proxies:
-            return program.copy()
         program = program.copy()
-        trained = [level for level in proxies if _gives_up_more_than_precision(program, level)]
-        if trained:
-            self._train(program, trained, len(proxies), calibration)
-        # Rounding to integers is still to come, and is measured then.
-        proxies = [level for level in proxies if program.ladder.precision(level) != INT8]
-        if not proxies:
+        if calibration is None or len(program.levels) < 2:
             return program
-        values = sample_fidelity(program, proxies, calibration, calibration.held_out)
-        levels = list(program.ladder.levels)
-        for level, fidelity in zip(proxies, values.mean(0), strict=True):
-            levels[level] = replace(levels[level], fidelity=float(fidelity), status=ALIGNED)
-        return replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
+        if any(_gives_up_more_than_precision(level) for level in program.levels[1:]):
+            self._train(program, calibration)
+        # Rounding to integers is still to come, and is measured then.
+        proxies = [level for level in program.levels[1:] if level.precision != INT8]
+        return measured(program, proxies, calibration)
 
-    def _train(
-        self, program: Program, levels: Sequence[int], of: int, calibration: Calibration
-    ) -> None:
-        """Distil some levels, each from the one above; their graphs take the result over."""
-        device = parallel.device()
+    def _train(self, program: Program, calibration: Calibration) -> None:
+        """Distil levels, each from the one above; their graphs take the result over."""
+        device, dims = parallel.device(), dims_of(program)
         # A copy of its own: moving a module moves the tensors it shares.
-        original = copy.deepcopy(Tapped(program, 0)).to(device).eval()
+        original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
         standard = standards(
             original, (batch.to(device) for batch in unaugmented(calibration, STATISTICS_BATCHES))
         )
-        for level in levels:
-            self._start_from_above(program, level)
+        numbers = [
+            number
+            for number, level in enumerate(program.levels)
+            if _gives_up_more_than_precision(level)
+        ]
+        for number in numbers:
+            level, above = program.levels[number], program.levels[number - 1]
+            if number > 1:
+                start_from_above(level, above, dims)
             # A copy of its own: tensors that no plan shrank are level 0's too.
-            tapped = copy.deepcopy(Tapped(program, level))
-            recalibrates = bool(program.plan[level]) and bool(_batch_norms(tapped))
+            proxy = copy.deepcopy(UpToInterface(program, level))
+            recalibrates = bool(level.keep) and bool(_batch_norms(proxy))
             Distillation(
                 original,
-                tapped.to(device),
+                proxy.to(device),
                 standard,
                 calibration,
-                program.seed * 1000 + level,
+                program.request.seed * 1000 + number,
                 steps=self.align_steps,
-                seconds=self._seconds(level == levels[0], len(levels)),
-                saved=self._saved_as(program, level),
+                seconds=self._seconds(number == numbers[0], len(numbers)),
+                saved=self._saved_as(program, number, calibration),
                 rate=LEARNING_RATE_AFTER_PRUNING if recalibrates else LEARNING_RATE,
                 task="align",
-                label=f"level {level} of {of}",
-                begin=partial(_recalibrate, tapped, calibration) if recalibrates else None,
+                label=f"level {number} of {len(program.levels) - 1}",
+                begin=partial(_recalibrate, proxy, calibration) if recalibrates else None,
             ).train()
-            adopt(program, level, tapped.cpu())
+            adopt(level, proxy.cpu())
 
     def _seconds(self, first: bool, count: int) -> float | None:
         """The time for one of `count` levels; None when steps alone decide."""
@@ -124,40 +119,47 @@ class Align:
             share = FIRST_LEVEL_SHARE if first else (1 - FIRST_LEVEL_SHARE) / (count - 1)
         return minutes * 60 * share
 
-    def _start_from_above(self, program: Program, level: int) -> None:
-        """Replace a proxy's tensors by the slices of the level above, which is aligned already."""
-        assert program.dims is not None
-        if level == 1:
-            return
-        for kind in (prefix, body):
-            if kind(level) not in program.graphs:
-                continue
-            graph, above = program.graphs[kind(level)], program.graphs[kind(level - 1)]
-            for name in tensor_names(graph):
-                replace_tensor(graph, name, program.dims.slice(
-                    name, get_tensor(above, name), program.plan[level], program.plan[level - 1]
-                ))  # fmt: skip
-
-    def _saved_as(self, program: Program, level: int) -> Path | None:
-        """Where this level's training is kept between interruptions, by all that decides it."""
-        assert program.calibration is not None
+    def _saved_as(self, program: Program, number: int, calibration: Calibration) -> Path | None:
+        """The file that keeps this level's training, named by all that decides it."""
+        levels = program.levels[: number + 1]
         decided_by = [
             asdict(self),
-            program.seed,
-            program.plan[: level + 1],
-            [program.ladder.resolution(above) for above in range(level + 1)],
-            program.calibration.samples.digest(),
+            program.request.seed,
+            [level.keep for level in levels],
+            [level.resolution for level in levels],
+            calibration.samples.digest(),
         ]
-        graphs = (prefix(0), body(0))
-        return work_file(program, f"align-{level}", decided_by, graphs, ".safetensors")
+        name = f"align-{number}"
+        return work_file(program, name, decided_by, program.levels[0].frozen, ".safetensors")
 
 
-def _gives_up_more_than_precision(program: Program, level: int) -> bool:
-    return bool(program.sizes[level]) or program.ladder.resolution(level) is not None
+def measured(program: Program, proxies: Sequence[LevelGraphs], data: Calibration) -> Program:
+    """Return the program with these levels aligned, as far as held-out images say."""
+    if not proxies:
+        return program
+    values = sample_fidelity(program, proxies, data, data.held_out).mean(0)
+    found = {id(proxy): float(value) for proxy, value in zip(proxies, values, strict=True)}
+    levels = tuple(
+        replace(level, fidelity=found[id(level)], status=ALIGNED) if id(level) in found else level
+        for level in program.levels
+    )
+    return replace(program, levels=levels)
+
+
+def start_from_above(level: LevelGraphs, above: LevelGraphs, dims: Dims) -> None:
+    """Replace a proxy's tensors by the slices of the level above, which is aligned already."""
+    for graph, aligned in zip(level.frozen, above.frozen, strict=True):
+        for name in tensor_names(graph):
+            kept = dims.slice(name, get_tensor(aligned, name), level.keep, above.keep)
+            replace_tensor(graph, name, kept)
+
+
+def _gives_up_more_than_precision(level: LevelGraphs) -> bool:
+    return bool(level.keep) or level.resolution is not None
 
 
 @torch.no_grad()
-def _recalibrate(proxy: Tapped, calibration: Calibration) -> None:
+def _recalibrate(proxy: UpToInterface, calibration: Calibration) -> None:
     """Measure the batch norms' statistics afresh, of the channels that are left."""
     norms = _batch_norms(proxy)
     device = next(proxy.parameters()).device
@@ -165,17 +167,16 @@ def _recalibrate(proxy: Tapped, calibration: Calibration) -> None:
     for number, images in enumerate(unaugmented(calibration, STATISTICS_BATCHES)):
         for graph, node in norms:
             _set_argument(graph, node, MOMENTUM, 1 / (number + 1))
-        for graph in {id(g): g for g, _ in norms}.values():
+        for graph in proxy.graphs:
             graph.recompile()
         proxy(images.to(device))
     _use_batch_statistics(proxy, False)
 
 
-def _batch_norms(proxy: Tapped) -> list[tuple[GraphModule, torch.fx.Node]]:
-    graphs = [g for g in (proxy.prefix, proxy.body) if g is not None]
+def _batch_norms(proxy: UpToInterface) -> list[tuple[GraphModule, torch.fx.Node]]:
     return [
         (graph, node)
-        for graph in graphs
+        for graph in proxy.graphs
         for node in graph.graph.nodes
         if node.op == "call_function"
         and op_name(node) == "aten.batch_norm.default"
@@ -189,10 +190,9 @@ def _set_argument(graph: GraphModule, node: torch.fx.Node, position: int, value:
     node.args = tuple(arguments)
 
 
-def _use_batch_statistics(proxy: Tapped, on: bool) -> None:
+def _use_batch_statistics(proxy: UpToInterface, on: bool) -> None:
     """Switch batch norms between their batch's statistics (updating the running ones) and those."""
     for graph, node in _batch_norms(proxy):
         _set_argument(graph, node, TRAINING, on)
-    for part in (proxy.prefix, proxy.body):
-        if part is not None:
-            part.recompile()
+    for graph in proxy.graphs:
+        graph.recompile()

@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc import plugins
-from pbc.ir.program import (
-    Program,
-    body,
-    copy_graph,
-    get_tensor,
-    graph_text,
-    step_forward,
-    step_update,
-    tensor_names,
-)
-from pbc.lower.lowering import Lowering
-from pbc.training_graph.autodiff import Gradient, differentiate
-from pbc.training_graph.optimizers import OPTIMIZERS, with_update
+from pbc.bundle.optimizers import OPTIMIZERS
+from pbc.ir.graph import get_tensor, graph_text, tensor_names
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import TorchRunner
+from pbc.lower.backend import backend
+from pbc.training_graph.autodiff import differentiate
+from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import (
     TOLERANCE,
-    GraphStep,
     in_float64,
     random_batches,
     starting_parameters,
@@ -66,60 +59,56 @@ class DeriveTrainStep:
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
-        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
-        if not lowering.derives_steps:
+        if not backend(program.request.engine).derives_steps:
             return program
-        derived: list[tuple[GraphModule, Gradient, dict[str, GraphModule]]] = []
+        levels: list[LevelGraphs] = []
         errors: dict[str, dict[str, float]] = {}
-        for level in program.levels:
-            graph = program.graphs[body(level)]
-            report("derive-train-step", level / len(program.levels), f"level {level}")
-            known = next((d for d in derived if same(d[0], graph)), None)
+        for number, level in enumerate(program.levels):
+            report("derive-train-step", number / len(program.levels), f"level {number}")
+            known = next((done for done in levels if same(done.body, level.body)), None)
             if known is None:
-                gradient = differentiate(graph, open_axes(program))
-                updates = {name: with_update(gradient.backward, name) for name in OPTIMIZERS}
-                errors[str(level)] = self._verified(program, level, gradient, updates)
-                known = (graph, gradient, updates)
-                derived.append(known)
-            _, gradient, updates = known
-            program.graphs[step_forward(level)] = copy_graph(gradient.forward)
-            for name, update in updates.items():
-                program.graphs[step_update(level, name)] = copy_graph(update)
-        return replace(program, checks={**program.checks, CHECK: errors})
+                known = self._derived(program, level)
+                errors[str(number)] = self._verified(program, number, known)
+            levels.append(replace(level, forward=known.forward, updates=known.updates).copy())
+        checks = {**program.checks, CHECK: errors}
+        return replace(program, levels=tuple(levels), checks=checks)
 
-    def _verified(
-        self, program: Program, level: int, gradient: Gradient, updates: dict[str, GraphModule]
-    ) -> dict[str, float]:
-        graph = program.graphs[body(level)]
+    def _derived(self, program: Program, level: LevelGraphs) -> LevelGraphs:
+        """Return the level with its step."""
+        gradient = differentiate(level.body, program.open_axes)
+        updates = {name: with_update(gradient.backward, name) for name in OPTIMIZERS}
+        return replace(level, forward=gradient.forward, updates=updates)
+
+    def _verified(self, program: Program, number: int, level: LevelGraphs) -> dict[str, float]:
         theta = starting_parameters(program, level)
-        batches = random_batches(program, level, len(theta[program.head.weight]))
-        errors = step_errors(graph, theta, batches, GraphStep(gradient.forward, updates))
+        batches = random_batches(program, level, program.network.head.classes_in(theta))
+        errors = step_errors(level.body, theta, batches, TorchRunner(level))
         if not all(error <= TOLERANCE for error in errors.values()):
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:
             # float64, which takes its time, knows.
+            exact = _step_in_float64(level)
             errors = step_errors(
-                in_float64(graph),
+                exact.body,
                 _in_float64(theta),
                 [(_in_float64(features), labels) for features, labels in batches],
-                GraphStep(
-                    in_float64(gradient.forward), {n: in_float64(u) for n, u in updates.items()}
-                ),
+                TorchRunner(exact),
             )
         for name, error in errors.items():
             if not error <= TOLERANCE:
                 raise RuntimeError(
-                    f"the derived step of level {level} under {name} differs from torch's by "
+                    f"the derived step of level {number} under {name} differs from torch's by "
                     f"{error:.1e} (relative; at most {TOLERANCE:.0e})"
                 )
         return errors
 
 
-def open_axes(program: Program) -> dict[str, int]:
-    """By parameter name, the axis that counts classes, where the device decides how many."""
-    if program.class_count is not None:
-        return {}
-    names = (program.head.weight, program.head.bias)
-    return {name: 0 for name in names if name is not None}
+def _step_in_float64(level: LevelGraphs) -> LevelGraphs:
+    assert level.forward is not None
+    return LevelGraphs(
+        in_float64(level.body),
+        forward=in_float64(level.forward),
+        updates={name: in_float64(graph) for name, graph in level.updates.items()},
+    )
 
 
 def _in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

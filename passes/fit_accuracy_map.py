@@ -11,11 +11,16 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import PARAMETER, Program, body, copy_graph, output_node, placeholders, prefix
+from pbc.ir.graph import PARAMETER, parameter_names, placeholders, shape_of
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Head, Program
+from pbc.ir.rewrite import cut_at
 from pbc.passes.learn_policy import affordable
 from pbc.proxies.fidelity import BATCH, dtype_of, precision_of
 from pbc.util.progress import report
@@ -56,10 +61,10 @@ class FitAccuracyMap:
     def __call__(self, program: Program) -> Program:
         calibration = program.calibration
         program = program.copy()
-        aligned = [level for level in program.ladder.levels if level.status == ALIGNED]
+        aligned = [n for n, level in enumerate(program.levels) if level.status == ALIGNED]
         if calibration is None or not aligned:
             return program
-        chosen = affordable(program.ladder, calibration.align, SAMPLES)
+        chosen = affordable(program.levels, calibration.align, SAMPLES)
         if len(chosen) < LEAST_SAMPLES:
             note = (
                 f"{len(chosen)} alignment images are too few to map fidelity to accuracy "
@@ -67,27 +72,24 @@ class FitAccuracyMap:
             )
             return replace(program, notes=(*program.notes, note))
         report("fit-accuracy-map", 0.0, "level 0")
-        original = head_inputs(program, 0, calibration, chosen)
-        tested = head_inputs(program, 0, calibration, calibration.held_out)
-        tasks = Tasks.of(original, tested, program.seed)
+        levels, seed = list(program.levels), program.request.seed
+        original = head_inputs(program, levels[0], calibration, chosen)
+        tested = head_inputs(program, levels[0], calibration, calibration.held_out)
+        tasks = Tasks.of(original, tested, seed)
         best = tasks.right(original)
-        levels = list(program.ladder.levels)
         points: list[Point] = []
-        for number, level in enumerate(aligned):
-            assert level.fidelity is not None
-            report("fit-accuracy-map", (number + 1) / (len(aligned) + 1), f"level {level.level}")
-            proxy = head_inputs(program, level.level, calibration, chosen)
+        for turn, number in enumerate(aligned, 1):
+            level = levels[number]
+            assert level.fidelity is not None  # an aligned level's is measured
+            report("fit-accuracy-map", turn / (len(aligned) + 1), f"level {number}")
+            proxy = head_inputs(program, level, calibration, chosen)
             for share in SHARES:
-                right = tasks.right(blend(proxy, original, share, program.seed))
+                right = tasks.right(blend(proxy, original, share, seed))
                 lost, error = points_lost(best, right)
                 points.append((1 - share * (1 - level.fidelity), max(0.0, lost) + error))
                 if share == 1:
-                    levels[level.level] = replace(level, accuracy_loss=max(0.0, lost))
-        return replace(
-            program,
-            ladder=replace(program.ladder, levels=tuple(levels)),
-            accuracy_map=isotonic_map(points),
-        )
+                    levels[number] = replace(level, accuracy_loss=max(0.0, lost))
+        return replace(program, levels=tuple(levels), accuracy_map=isotonic_map(points))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Tasks:
 
 
 def head_inputs(
-    program: Program, level: int, calibration: Calibration, indices: np.ndarray
+    program: Program, level: LevelGraphs, calibration: Calibration, indices: np.ndarray
 ) -> Tensor:
     """float32 [samples, channels]: what the head reads at a level, at the initial parameters."""
     run = _until_head(program, level)
@@ -134,38 +136,56 @@ def head_inputs(
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
             read = run(calibration.batch(indices[start : start + BATCH]))
-            # A head that reads tokens or positions is pooled afterwards.
-            rows.append(read.flatten(1, -2).mean(1) if read.dim() > 2 else read)
+            rows.append(torch.cat([_pooled(value) for value in read], 1))
     return torch.cat(rows)
 
 
-def _until_head(program: Program, level: int) -> Callable[[Tensor], Tensor]:
-    """Prefix and body of a level up to the head's input, in the level's precision."""
-    precision = program.ladder.levels[level].precision
-    last = copy_graph(program.graphs[body(level)])
-    (weight,) = (
-        node for node in placeholders(last) if node.meta.get(PARAMETER) == program.head.weight
-    )
-    (layer,) = weight.users
-    output_node(last).args = ((layer.args[0],),)
-    last.graph.eliminate_dead_code()
-    last.recompile()
+def _pooled(read: Tensor) -> Tensor:
+    """[samples, channels]: what a head that reads tokens or positions is pooled from."""
+    if read.dim() == 4:
+        return read.mean((2, 3))
+    return read.flatten(1, -2).mean(1) if read.dim() > 2 else read
+
+
+def _read_by_head(graph: GraphModule, head: Head) -> list[Node]:
+    """Return what the layers of the head read: one value, or one for each of several heads."""
+    weights = {
+        node
+        for node in placeholders(graph)
+        if node.meta.get(PARAMETER) in head.parameters and len(shape_of(node)) > 1
+    }
+    read: dict[Node, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output" or not weights & set(node.all_input_nodes):
+            continue
+        if set(node.all_input_nodes) <= weights:
+            weights.add(node)  # a weight that is normalised, or given by parts
+        else:
+            inputs = (value for value in node.all_input_nodes if value not in weights)
+            read.setdefault(next(value for value in inputs if PARAMETER not in value.meta))
+    return list(read)
+
+
+def _until_head(program: Program, level: LevelGraphs) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Prefix and body of a level up to what the head reads, in the level's precision."""
+    read = _read_by_head(level.body, program.network.head)
+    last = cut_at(level.body, [node.name for node in read])
     steps = []
-    for name, graph in ((prefix(level), program.graphs.get(prefix(level))), (body(level), last)):
+    for role, graph in ((PREFIX, level.prefix), (BODY, last)):
         if graph is not None:
-            dtype = dtype_of(precision_of(program, name, precision))
+            dtype = dtype_of(precision_of(program.levels[0], role, level.precision))
             # A copy of its own: converting a module converts the tensors it shares.
             own = graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
-            theta = [value.detach().to(dtype) for value in program.parameter_values(graph)]
+            names = parameter_names(graph)
+            theta = [program.parameters[name].detach().to(dtype) for name in names]
             steps.append((own, dtype, theta))
 
-    def run(images: Tensor) -> Tensor:
+    def run(images: Tensor) -> Sequence[Tensor]:
         values: Sequence[Tensor] = (images,)
         for graph, dtype, theta in steps:
             values = graph(*(value.to(dtype) for value in values), *theta)
             values = [value.float() for value in values]
-        (read,) = values
-        return read
+        return values
 
     return run
 

@@ -22,7 +22,7 @@ class IndependentDims:
     stage: ClassVar[str] = "analyse"
 
     def __call__(self, program: Program) -> Program:
-        dims = analyse(program)
+        dims = analyse(program.levels[0])
         notes = program.notes
         if not dims.independent():
             notes += (nothing_to_prune(program),)
@@ -35,9 +35,9 @@ class IndependentDims:
 
 
 def nothing_to_prune(program: Program) -> str:
-    """One line that says why a strategy leaves nothing to prune, and what would."""
+    """Return one line that says why a strategy leaves nothing to prune, and what would."""
     return (
-        f"strategy {program.strategy} leaves nothing to prune in {program.provenance.model}: every "
-        "channel dimension of the frozen part is read or written by a trained parameter; "
+        f"strategy {program.request.strategy} leaves nothing to prune in {program.network.name}: "
+        "every channel dimension of the frozen part is read or written by a trained parameter; "
         "level 0 is the only level (linear-probe, last-k or adapters leave dimensions free)"
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
-from pbc.bundle.ladder import ALIGNED, Ladder
+from pbc.bundle.ladder import ALIGNED, Level
 from pbc.data import pooled_view
 from pbc.frontend.capture import capture
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import POLICY, Program, body, prefix
-from pbc.passes.fold_batch_norm import fold
+from pbc.ir.graph import name_outputs, placeholders
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Policy, Program
+from pbc.ir.rewrite import rename_input
 from pbc.proxies.fidelity import sample_fidelity
 from pbc.util.progress import report
 
@@ -43,10 +44,13 @@ MIX_FLOORS = (0.5, 0.6, 0.7, 0.8, 0.85, *(round(0.9 + step / 200, 3) for step in
 CONFIDENCE = 0.9
 # Fewer cannot hold the quantile in one half and judge it on the other.
 LEAST_HELD_OUT = 20
-DEAREST = 0.03
+MOST_EXPENSIVE = 0.03
 # One-sided 95 %: what a network must be ahead of the constants by, in standard errors.
 SIGNIFICANT = 1.645
 TURNS = 3
+
+Rung = LevelGraphs | Level
+"""A level with its cost, status and fidelity, here or on a device."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class LearnPolicy:
     It reads a 32x32 view and puts out one fidelity per level; on the device a sample goes to the
     cheapest level whose predicted fidelity, less the level's margin, reaches the user's floor
     (PieBridge, SenSys 2024, equation 1, learned off-line). The other graphs stay as they are;
-    `program.policy_margins` and `program.policy_report` are filled.
+    `program.policy` has margins and a report beside the graph.
 
     Half of the held-out images give the margins, such that a sample's fidelity is at least
     prediction less margin with 90 % confidence (split conformal prediction, Papadopoulos et al.
@@ -73,16 +77,15 @@ class LearnPolicy:
 
     def __call__(self, program: Program) -> Program:
         calibration = program.calibration
-        ladder = program.ladder
-        if calibration is None or all(level.status != ALIGNED for level in ladder.levels):
-            return program.copy()
         program = program.copy()
-        proxies = [level.level for level in ladder.levels[1:]]
+        levels, proxies = program.levels, program.levels[1:]
+        if calibration is None or all(level.status != ALIGNED for level in levels):
+            return program
         held_out = calibration.held_out
         report("learn-policy", 0.0, "measuring the fidelity of held-out samples")
         truth = torch.from_numpy(sample_fidelity(program, proxies, calibration, held_out))
         means = truth.mean(0)
-        torch.manual_seed(program.seed)
+        torch.manual_seed(program.request.seed)
         network = PolicyNetwork(len(proxies)).eval()
         network.predict_constantly(means)
         summary: dict[str, Any] = {
@@ -91,39 +94,34 @@ class LearnPolicy:
             "held_out_samples": len(held_out),
             "cost_share": None,
             "network": None,
-            "means": judge(means.expand_as(truth), truth, ladder),
+            "means": judge(means.expand_as(truth), truth, levels),
         }
         margins = torch.zeros(len(proxies))
         notes = program.notes
         if len(held_out) >= LEAST_HELD_OUT:
-            chosen = affordable(ladder, calibration.align, SAMPLES)
+            chosen = affordable(levels, calibration.align, SAMPLES)
             report("learn-policy", 0.1, "measuring the fidelity of single samples")
             fidelity = torch.from_numpy(sample_fidelity(program, proxies, calibration, chosen))
-            learned = train(views(calibration, chosen), fidelity, program.seed)
+            learned = train(views(calibration, chosen), fidelity, program.request.seed)
             with torch.no_grad():
                 predicted = learned(views(calibration, held_out))
             # Held-out images are in the order of their names: classes alternate between halves.
             learned_margins = conformal_margins(predicted[::2], truth[::2], CONFIDENCE)
-            verdict = judge((predicted - learned_margins)[1::2], truth[1::2], ladder)
+            verdict = judge((predicted - learned_margins)[1::2], truth[1::2], levels)
             verdict |= accuracy(predicted[1::2], truth[1::2])
             share = cost_share(program, calibration, learned)
             summary |= {"network": verdict, "cost_share": share}
-            if beats_constants(verdict) and share > DEAREST:
+            if beats_constants(verdict) and share > MOST_EXPENSIVE:
                 notes += (
                     f"the policy network takes {share:.1%} of level 0's cost, more than "
-                    f"{DEAREST:.0%}: each level's mean fidelity is shipped instead",
+                    f"{MOST_EXPENSIVE:.0%}: each level's mean fidelity is shipped instead",
                 )
             elif beats_constants(verdict):
                 network, margins = learned, learned_margins
                 trusted = (predicted - margins)[1::2]
-                summary |= {"shipped": "network", "mixes": mixes(trusted, truth[1::2], ladder)}
-        program.graphs[POLICY] = policy_graph(network)
-        return replace(
-            program,
-            notes=notes,
-            policy_report=summary,
-            policy_margins=tuple(margins.tolist()),
-        )
+                summary |= {"shipped": "network", "mixes": mixes(trusted, truth[1::2], levels)}
+        policy = Policy(policy_graph(network), summary, tuple(margins.tolist()))
+        return replace(program, notes=notes, policy=policy)
 
 
 class PolicyNetwork(nn.Module):
@@ -158,9 +156,9 @@ class PolicyNetwork(nn.Module):
         self.rescale(torch.zeros_like(values), values)
 
 
-def affordable(ladder: Ladder, indices: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the indices, evenly spread, as measuring all levels' MACs allows."""
-    macs = sum(level.macs for level in ladder.levels)
+def affordable(levels: Sequence[Rung], indices: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the indices, evenly spread, as measuring all levels' MACs allows."""
+    macs = sum(level.macs for level in levels)
     most = min(most, max(LEAST_SAMPLES, int(MEASURED_MACS / macs)))
     if len(indices) <= most:
         return indices
@@ -232,20 +230,20 @@ def conformal_margins(predicted: Tensor, truth: Tensor, confidence: float) -> Te
     return (predicted - truth).sort(0).values[rank - 1]
 
 
-def judge(predicted: Tensor, truth: Tensor, ladder: Ladder) -> dict[str, Any]:
-    """How routing by these predictions does, at each of FLOORS.
+def judge(predicted: Tensor, truth: Tensor, levels: Sequence[Rung]) -> dict[str, Any]:
+    """Judge routing by these predictions, at each of FLOORS.
 
     predicted (less margins), truth: [samples, levels]. In a row: the shares of samples whose level
     is right, at most one off, or below the floor (a violation); mean cost and true fidelity; and
     by how much (with its standard error) this fidelity exceeds the best constant levels' at the
     same mean cost.
     """
-    costs = torch.tensor([level.cost for level in ladder.levels])
+    costs = torch.tensor([level.cost for level in levels])
     fidelity = torch.cat([torch.ones(len(truth), 1), truth], 1)
     rank = costs.argsort(descending=True).argsort()
     rows = []
     for floor in FLOORS:
-        level, best = difficulty(predicted, floor, ladder), difficulty(truth, floor, ladder)
+        level, best = difficulty(predicted, floor, levels), difficulty(truth, floor, levels)
         got = fidelity.gather(1, level[:, None])[:, 0]
         off = (rank[level] - rank[best]).abs()
         gain = got - constant_fidelity(fidelity, costs, float(costs[level].mean()))
@@ -264,7 +262,7 @@ def judge(predicted: Tensor, truth: Tensor, ladder: Ladder) -> dict[str, Any]:
     return {"floors": rows}
 
 
-def mixes(predicted: Tensor, truth: Tensor, ladder: Ladder) -> list[list[float]]:
+def mixes(predicted: Tensor, truth: Tensor, levels: Sequence[Rung]) -> list[list[float]]:
     """[floor, mean true fidelity, less its standard error] of routing at each of MIX_FLOORS.
 
     predicted (less margins), truth: [samples, levels].
@@ -272,19 +270,19 @@ def mixes(predicted: Tensor, truth: Tensor, ladder: Ladder) -> list[list[float]]
     fidelity = torch.cat([torch.ones(len(truth), 1), truth], 1)
     rows = []
     for floor in MIX_FLOORS:
-        got = fidelity.gather(1, difficulty(predicted, floor, ladder)[:, None])[:, 0]
+        got = fidelity.gather(1, difficulty(predicted, floor, levels)[:, None])[:, 0]
         rows.append([floor, float(got.mean() - got.std(correction=0) / math.sqrt(len(got)))])
     return rows
 
 
-def difficulty(fidelity: Tensor, floor: float, ladder: Ladder) -> Tensor:
+def difficulty(fidelity: Tensor, floor: float, levels: Sequence[Rung]) -> Tensor:
     """int64 [samples]: the cheapest level that keeps the floor, for the sample and on average.
 
     fidelity: [samples, levels] of the proxies; level 0, the original, always keeps it.
     """
-    costs = torch.tensor([level.cost for level in ladder.levels])
+    costs = torch.tensor([level.cost for level in levels])
     faithful = torch.tensor(
-        [lv.status == ALIGNED and (lv.fidelity or 0.0) >= floor for lv in ladder.levels[1:]]
+        [lv.status == ALIGNED and (lv.fidelity or 0.0) >= floor for lv in levels[1:]]
     )
     original = torch.ones(len(fidelity), 1, dtype=torch.bool)
     allowed = torch.cat([original, (fidelity >= floor) & faithful], 1)
@@ -297,11 +295,11 @@ def constant_fidelity(fidelity: Tensor, costs: Tensor, mean_cost: float) -> Tens
     fidelity: [samples, 1 + levels], costs: [1 + levels], both with level 0 first.
     """
     mixes = []
-    for cheap, dear in itertools.product(range(len(costs)), repeat=2):
-        span = float(costs[dear] - costs[cheap])
+    for cheap, expensive in itertools.product(range(len(costs)), repeat=2):
+        span = float(costs[expensive] - costs[cheap])
         share = (mean_cost - float(costs[cheap])) / span if span > 0 else 0.0
         if costs[cheap] <= mean_cost + 1e-6 and -1e-6 <= share <= 1 + 1e-6:
-            mixes.append(share * fidelity[:, dear] + (1 - share) * fidelity[:, cheap])
+            mixes.append(share * fidelity[:, expensive] + (1 - share) * fidelity[:, cheap])
     return max(mixes, key=lambda mix: float(mix.mean()))
 
 
@@ -322,24 +320,20 @@ def accuracy(predicted: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def cost_share(program: Program, calibration: Calibration, network: PolicyNetwork) -> float:
-    """What the policy costs for one sample, relative to level 0: MACs, or time if that is more.
+    """Return a policy's cost for one sample, relative to level 0: MACs, or time if that is more.
 
     Time counts where this machine is the target, for batches of 64, with the view.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, *VIEW))
-    share: float = counter.get_total_flops() / 2 / program.ladder.levels[0].macs
-    if not program.target.local:
+    share: float = counter.get_total_flops() / 2 / program.levels[0].macs
+    if not program.request.target.local:
         return share
     images = calibration.batch(calibration.align[:BATCH])
-    # As the device runs it; copies, since folding changes tensors that other graphs share.
-    graphs = {n: copy.deepcopy(g) for n, g in program.graphs.items() if n in (prefix(0), body(0))}
-    for graph in graphs.values():
-        fold(graph)
-    original = replace(program, graphs=graphs)
+    original = program.levels[0].fused()
     pixels = images.numpy()
     policy_s = _fastest_s(lambda: network(torch.from_numpy(pooled_view(pixels, *VIEW[1:]))))
-    return max(share, policy_s / _fastest_s(lambda: original.logits(0, images)))
+    return max(share, policy_s / _fastest_s(lambda: original.logits(images, program.parameters)))
 
 
 @torch.inference_mode()
@@ -354,7 +348,6 @@ def _fastest_s(call: Callable[[], object]) -> float:
 
 def policy_graph(network: PolicyNetwork) -> GraphModule:
     graph = capture(network, VIEW)
-    view = next(node for node in graph.graph.nodes if node.op == "placeholder")
-    view.name = view.target = "view"
-    graph.recompile()
+    rename_input(graph, placeholders(graph)[0], "view")
+    name_outputs(graph, ["fidelity"])
     return graph

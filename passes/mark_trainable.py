@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from pbc.ir.program import MODEL, PARAMETER, Program, get_tensor, placeholders
+from pbc.ir.program import Program
+from pbc.ir.rewrite import tensors_to_inputs
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,13 @@ class MarkTrainable:
         %theta_fc_bias: [10] = θ[fc.bias]
         %linear: [b, 10] = linear(%flatten, %theta_fc_weight, %theta_fc_bias)
 
-    Does nothing when no parameter of the graph trains.
+    Does nothing when no parameter of the graph trains, or when the model is split already.
     """
 
     stage: ClassVar[str] = "mark"
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
-        graph = program.graphs[MODEL]
-        parameters = {}
-        last_input = placeholders(graph)[-1]
-        for node in list(graph.graph.nodes):
-            if node.op != "get_attr" or node.target not in program.trainable:
-                continue
-            if node.target not in parameters:
-                parameters[node.target] = get_tensor(graph, node.target).detach().clone()
-            with graph.graph.inserting_after(last_input):
-                last_input = theta = graph.graph.placeholder(
-                    "theta_" + node.target.replace(".", "_")
-                )
-            theta.meta = {**node.meta, PARAMETER: node.target}
-            node.replace_all_uses_with(theta)
-            graph.graph.erase_node(node)
-        for name in parameters:
-            owner, _, leaf = name.rpartition(".")
-            delattr(graph.get_submodule(owner), leaf)
-        graph.recompile()
-        return replace(program, parameters=parameters)
+        if program.model is None:
+            return program
+        return replace(program, parameters=tensors_to_inputs(program.model, program.trainable))

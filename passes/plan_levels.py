@@ -14,29 +14,20 @@ from typing import ClassVar
 import numpy as np
 from torch.fx import GraphModule
 
-from pbc import plugins
-from pbc.bundle.ladder import (
-    FLOAT32,
-    INT8,
-    LATENCY,
-    MACS,
-    ORIGINAL,
-    PROFILE,
-    UNALIGNED,
-    Ladder,
-    Level,
-)
+from pbc.bundle.ladder import FLOAT32, INT8, LATENCY, MACS, PROFILE
 from pbc.errors import UsageError, suggest
+from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import HEADS, Dimension, Dims
-from pbc.ir.program import Program, body, op_name, prefix, shape_of
-from pbc.ir.slice_graph import emit
+from pbc.ir.graph import op_name, shape_of
+from pbc.ir.levels import LevelGraphs, LevelPlan, Size
+from pbc.ir.program import Program
+from pbc.ir.slice_graph import slice_graph
 from pbc.ir.work import work_file
+from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
-from pbc.lower.lowering import Candidate, Lowering
 from pbc.proxies import parallel
-from pbc.proxies.fidelity import precision_of
 from pbc.proxies.quantization import quantized
-from pbc.proxies.resolution import Size, macs, reduced, reducible
+from pbc.proxies.resolution import macs, reduced, reducible
 from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
@@ -61,7 +52,7 @@ INT8_COST = 0.35
 
 @dataclass(frozen=True)
 class Form:
-    """How a level differs from the original: a common width, a resolution and a precision."""
+    """The form of a level, against the original's: a common width, a resolution and a precision."""
 
     width: float = 1.0
     resolution: Size | None = None
@@ -82,12 +73,13 @@ class PlanLevels:
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
     down to `min_cost`, or to the cheapest cost in reach. Cost is what the device's own profile
     predicts, where there is one (`cost`, see `pbc.lower.cost_profile`); else the latency of one
-    training visit measured here when this machine is the target; else MACs. Then int8 is planned
-    for convolutional networks without depthwise layers, which gain little, and a note says what
-    was assumed; bfloat16 is not planned, since few devices multiply it, unless it was profiled.
-    Graphs stay as they are; `program.ladder` and `program.sizes` are filled. A level that rounding
-    makes equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the
-    only one.
+    training iteration measured here when this machine is the target; else MACs. Then int8 is
+    planned for convolutional networks without depthwise layers, which gain little, and a note says
+    what was assumed; bfloat16 is not planned, since few devices multiply it, unless it was
+    profiled.
+    Graphs stay as they are; `program.plans` has one plan per proxy. A level that rounding makes
+    equal to the one above is dropped and noted. Where nothing can be given up, level 0 is the only
+    one.
 
     axes: those that may be used, of "precision", "resolution", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options.
@@ -110,7 +102,8 @@ class PlanLevels:
         profile = None if self.cost is None else CostProfile.open(self.cost)
         if profile is not None:
             profile.check(program)
-        planner = _Planner(program, self.rounding, profile)
+        dims = dims_of(program)
+        planner = _Planner(program, dims, self.rounding, profile)
         notes = program.notes
         chosen: list[tuple[Form, float]] = []
         precision = FLOAT32
@@ -142,36 +135,30 @@ class PlanLevels:
                     f"a cost of {self.min_cost:.2f} is out of reach: the most that can be given up "
                     f"still costs {cheapest:.2f}, so the levels step down to that",
                 )
-        plans: list[Form] = [Form()]
-        sizes: list[Sizes] = [{}]
-        expected = [1.0]
+        forms: list[Form] = [Form()]
+        plans: list[LevelPlan] = [planner.plan(Form(), 1.0)]
         for number, (form, cost) in enumerate(chosen, 1):
             shrunk = planner.sizes(form)
-            if shrunk == sizes[-1] and replace(form, width=plans[-1].width) == plans[-1]:
+            if shrunk == plans[-1].sizes and replace(form, width=forms[-1].width) == forms[-1]:
                 notes += (
                     f"level {number} of {self.levels} is dropped: it rounds to the level above it",
                 )
                 continue
-            plans.append(form)
-            sizes.append(shrunk)
+            forms.append(form)
             # MACs follow from the sizes; a latency is read off between the forms measured.
-            expected.append(cost if planner.cost_model == LATENCY else planner.predicted(form))
-        notes += planner.extrapolations(plans)
-        levels = tuple(
-            Level(
-                level=number,
-                cost=cost,
-                latency_ms=None,
-                macs=planner.macs(form),
-                fidelity=1.0 if number == 0 else None,
-                status=ORIGINAL if number == 0 else UNALIGNED,
-                precision=form.precision,
-                resolution=form.resolution,
-            )
-            for number, (cost, form) in enumerate(zip(expected, plans, strict=True))
+            expected = cost if planner.cost_model == LATENCY else planner.predicted(form)
+            plans.append(planner.plan(form, expected))
+        notes += planner.extrapolations(forms)
+        program = program.copy()
+        original = replace(program.levels[0], macs=plans[0].macs)
+        return replace(
+            program,
+            levels=(original, *program.levels[1:]),
+            plans=tuple(plans[1:]),
+            cost_model=planner.cost_model,
+            dims=dims,
+            notes=notes,
         )
-        ladder = Ladder(levels, planner.cost_model)
-        return replace(program.copy(), ladder=ladder, sizes=tuple(sizes), notes=notes)
 
 
 def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, float]:
@@ -187,23 +174,25 @@ def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, flo
 
 
 class _Planner:
-    """What forms a program can take, and what they cost."""
+    """The forms that a program can take, and what they cost."""
 
-    def __init__(self, program: Program, rounding: int, profile: CostProfile | None = None) -> None:
-        assert program.dims is not None
+    def __init__(
+        self, program: Program, dims: Dims, rounding: int, profile: CostProfile | None
+    ) -> None:
         self._program = program
+        self._original = program.levels[0]
         self._profile = profile
-        self._dims: Dims = program.dims
-        self._rounding = rounding or (16 if has_depthwise(program) else 8)
+        self._dims = dims
+        self._rounding = rounding or (16 if has_depthwise(*self._original.frozen) else 8)
         self.whole = self._dims.macs()
         self._pixels: dict[Size | None, float] = {None: 1.0}
 
     @property
     def cost_model(self) -> str:
-        """What costs come from, as the manifest names it."""
+        """The source of costs, as the manifest names it."""
         if self._profile is not None:
             return PROFILE
-        return LATENCY if self._program.target.local else MACS
+        return LATENCY if self._program.request.target.local else MACS
 
     def profiled(self, precision: str) -> bool:
         return self._profile is not None and self._profile.measured(precision)
@@ -241,32 +230,37 @@ class _Planner:
         return forms
 
     def _resolutions(self, shares: Sequence[float]) -> list[Size]:
-        graph = self._program.graphs.get(prefix(0))
+        graph = self._original.prefix
         if graph is None:
             return []
-        _, height, width = self._program.input.shape
+        _, height, width = self._program.network.input.shape
         sizes = [(_rounded_pixels(height * s), _rounded_pixels(width * s)) for s in shares]
         distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
         return [size for size in distinct if reducible(graph, size)]
 
     def precisions(self) -> list[str]:
         """The cheaper precisions to try: those that the engine offers and the program can have."""
-        program = self._program
-        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)
-        offered = [p for p in lowering.precisions if p != INT8 or prefix(0) in program.graphs]
+        prefix = self._original.prefix
+        offered = backend(self._program.request.engine).precisions
+        possible = [p for p in offered if p != INT8 or prefix is not None]
         if self.cost_model == LATENCY:
-            return offered
-        return [p for p in offered if self.profiled(p) or (p == INT8 and _convolves(program))]
+            return possible
+        return [
+            p for p in possible if self.profiled(p) or (p == INT8 and _convolves(self._original))
+        ]
+
+    def plan(self, form: Form, cost: float) -> LevelPlan:
+        """The form, as what is to be made of it."""
+        return LevelPlan(self.sizes(form), cost, self.macs(form), form.precision, form.resolution)
 
     def sizes(self, form: Form) -> Sizes:
         return uniform_sizes(self._dims, form.width, self._rounding)
 
     def macs(self, form: Form) -> float:
         """Multiply-accumulates of one sample."""
-        if form.resolution not in self._pixels:
-            graph = self._program.graphs[prefix(0)]
-            assert form.resolution is not None
-            before, after = macs(graph), macs(reduced(graph, form.resolution))
+        prefix = self._original.prefix
+        if form.resolution not in self._pixels and form.resolution and prefix is not None:
+            before, after = macs(prefix), macs(reduced(prefix, form.resolution))
             # Only the prefix shrinks: what it sends has its full size again.
             self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
         return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]
@@ -289,19 +283,19 @@ class _Planner:
         return self._profile.cost(work) * self._assumed(form.precision)
 
     def _assumed(self, precision: str) -> float:
-        """What counts of a multiply-accumulate: less of those of an int8 prefix."""
-        if precision != INT8:
+        """The weight of a multiply-accumulate: less for those of an int8 prefix."""
+        prefix = self._original.prefix
+        if precision != INT8 or prefix is None:
             return 1.0
-        graphs = self._program.graphs
-        work = _layer_macs(graphs[prefix(0)])
-        return 1 - work / (work + _layer_macs(graphs[body(0)])) * (1 - INT8_COST)
+        work = _layer_macs(prefix)
+        return 1 - work / (work + _layer_macs(self._original.body)) * (1 - INT8_COST)
 
     def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""
-        program = self._program
-        decided_by = [[asdict(form) for form in forms], program.batch, program.engine]
+        program, request = self._program, self._program.request
+        decided_by = [[asdict(form) for form in forms], request.batch, request.engine]
         decided_by.append(self._rounding)
-        kept = work_file(program, "latencies", decided_by, (prefix(0), body(0)), ".json")
+        kept = work_file(program, "latencies", decided_by, self._original.frozen, ".json")
 
         def measure() -> list[float]:
             measured: list[float]
@@ -309,28 +303,31 @@ class _Planner:
                 with contextlib.suppress(ValueError):  # damaged: measure again
                     measured = json.loads(kept.read_text())
                     return measured
-            lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
-            measured = lowering.latency_ms(program, [self._candidate(form) for form in forms])
+            lowering = backend(request.engine).lowering()
+            measured = lowering.latency_ms(program, [self._trial(form) for form in forms])
             if kept is not None:
                 replace_bytes(kept, json.dumps(measured).encode())
             return measured
 
         return parallel.once(measure)
 
-    def _candidate(self, form: Form) -> Candidate:
-        # Which indices stay changes no latency, so the first ones stand for all.
+    def _trial(self, form: Form) -> LevelGraphs:
+        """A level of this form. Which indices stay changes no latency: the first stand for all."""
         keep = {name: list(range(size)) for name, size in self.sizes(form).items()}
-        shapes = form.resolution is not None
-        graphs = {
-            name: emit(graph, self._dims, keep, shapes=shapes and name == prefix(0))
-            for name, graph in self._program.graphs.items()
-        }
-        if form.resolution is not None:
-            graphs[prefix(0)] = reduced(graphs[prefix(0)], form.resolution)
-        if form.precision == INT8:
-            graphs[prefix(0)] = quantized(graphs[prefix(0)], self._program.example)
-        return Candidate(
-            graphs, {name: precision_of(self._program, name, form.precision) for name in graphs}
+        prefix = self._original.prefix
+        if prefix is not None:
+            shapes = form.resolution is not None
+            prefix = slice_graph(prefix, self._dims, keep, shapes=shapes)
+            if form.resolution is not None:
+                prefix = reduced(prefix, form.resolution)
+            if form.precision == INT8:
+                prefix = quantized(prefix, self._program.network.example)
+        return LevelGraphs(
+            body=slice_graph(self._original.body, self._dims, keep, shapes=False),
+            prefix=prefix,
+            keep=keep,
+            precision=form.precision,
+            resolution=form.resolution,
         )
 
 
@@ -356,11 +353,11 @@ def rounded(dimension: Dimension, width: float, rounding: int) -> int:
     return min(dimension.size, max(rounding, size))
 
 
-def has_depthwise(program: Program) -> bool:
+def has_depthwise(*graphs: GraphModule) -> bool:
     """Whether a convolution runs channel by channel; such layers like wider blocks of channels."""
     return any(
         op_name(node) == "aten.conv2d.default" and len(node.args) > 6 and node.args[6] != 1
-        for graph in program.graphs.values()
+        for graph in graphs
         for node in graph.graph.nodes
     )
 
@@ -375,8 +372,10 @@ def _layer_macs(graph: GraphModule) -> float:
     return total
 
 
-def _convolves(program: Program) -> bool:
-    """Whether most layers of the prefix are convolutions, none of them channel by channel."""
-    names = [op_name(node) for node in program.graphs[prefix(0)].graph.nodes]
+def _convolves(level: LevelGraphs) -> bool:
+    """Whether most layers of the prefix are convolutions, and no layer runs channel by channel."""
+    if level.prefix is None:
+        return False
+    names = [op_name(node) for node in level.prefix.graph.nodes]
     convolutions = names.count("aten.conv2d.default")
-    return convolutions > names.count("aten.linear.default") and not has_depthwise(program)
+    return convolutions > names.count("aten.linear.default") and not has_depthwise(*level.frozen)

@@ -1,22 +1,26 @@
-"""Emit the proxies by slicing along independent dimensions."""
+"""Make the proxies by slicing along independent dimensions."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import Dims, atoms
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
-from pbc.ir.slice_graph import emit
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.levels import Keep, LevelGraphs, LevelPlan
+from pbc.ir.program import Program
+from pbc.ir.slice_graph import slice_graph
 from pbc.proxies.resolution import reduced
 
 
 @dataclass(frozen=True)
 class PruneDims:
-    """Add `prefix/k` and `body/k` of every planned level k.
+    """Make the level of every plan, from the graphs of level 0.
 
     Before, at level 0::
 
@@ -35,28 +39,38 @@ class PruneDims:
     stage: ClassVar[str] = "prune"
 
     def __call__(self, program: Program) -> Program:
-        dims = program.dims
-        assert dims is not None
         program = program.copy()
-        scores = magnitude(program, dims)
-        graphs = dict(program.graphs)
-        plans: list[dict[str, list[int]]] = [{}]
-        for level in range(1, len(program.sizes)):
-            keep = {
-                name: largest(scores[name], size, plans[-1].get(name))
-                for name, size in program.sizes[level].items()
-            }
-            plans.append(keep)
-            for kind in (prefix, body):
-                if kind(0) in graphs:
-                    graphs[kind(level)] = emit(graphs[kind(0)], dims, keep)
-            resolution = program.ladder.resolution(level)
-            if resolution is not None:
-                graphs[prefix(level)] = reduced(graphs[prefix(level)], resolution)
-        return replace(program, graphs=graphs, plan=tuple(plans))
+        if not program.plans:
+            return program
+        dims, levels = dims_of(program), list(program.levels)
+        scores = magnitude(levels[0], dims)
+        for plan in program.plans:
+            levels.append(proxy(levels[0], plan, dims, nested(plan, levels[-1].keep, scores)))
+        return replace(program, levels=tuple(levels), plans=())
 
 
-def magnitude(program: Program, dims: Dims) -> dict[str, Tensor]:
+def nested(plan: LevelPlan, above: Keep, scores: Mapping[str, Tensor]) -> Keep:
+    """Return the best indices of a plan's size, among those that the level above keeps."""
+    return {name: largest(scores[name], size, above.get(name)) for name, size in plan.sizes.items()}
+
+
+def proxy(original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep) -> LevelGraphs:
+    """Return the level that keeps these indices."""
+    prefix = None if original.prefix is None else slice_graph(original.prefix, dims, keep)
+    if prefix is not None and plan.resolution is not None:
+        prefix = reduced(prefix, plan.resolution)
+    return LevelGraphs(
+        body=slice_graph(original.body, dims, keep),
+        prefix=prefix,
+        keep=keep,
+        cost=plan.cost,
+        macs=plan.macs,
+        precision=plan.precision,
+        resolution=plan.resolution,
+    )
+
+
+def magnitude(original: LevelGraphs, dims: Dims) -> dict[str, Tensor]:
     """Importance of every index of every independent dimension, float32 [size].
 
     The squared norm of the weights that belong to an index, summed over the matrices and kernels
@@ -64,10 +78,7 @@ def magnitude(program: Program, dims: Dims) -> dict[str, Tensor]:
     al., CVPR 2023, «group-level importance»; Torch-Pruning's GroupMagnitudeImportance).
     """
     tensors = {
-        name: get_tensor(graph, name)
-        for graph in (program.graphs.get(prefix(0)), program.graphs[body(0)])
-        if graph is not None
-        for name in tensor_names(graph)
+        name: get_tensor(graph, name) for graph in original.frozen for name in tensor_names(graph)
     }
     scores = {}
     for dimension in dims.independent():

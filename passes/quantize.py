@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc.bundle.ladder import ALIGNED, INT8
+from pbc.bundle.ladder import INT8
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import Program, body, prefix
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
 from pbc.ir.work import work_file
-from pbc.passes.align import MINUTES, STATISTICS_BATCHES
+from pbc.passes.align import MINUTES, STATISTICS_BATCHES, measured
 from pbc.proxies import parallel
 from pbc.proxies.distillation import Distillation, adopt, alignment_loss, unaugmented
-from pbc.proxies.fidelity import Standard, Tapped, sample_fidelity, standards
+from pbc.proxies.fidelity import Standard, UpToInterface, standards
 from pbc.proxies.quantization import (
     calibrated,
     correct_biases,
@@ -45,16 +46,16 @@ class Quantize:
 
     Before, folded::
 
-        %batch_norm: [b, 16, 8, 8] = conv2d(%x, @conv1.weight_folded, @conv1.weight_folded_bias)
-        %relu: [b, 16, 8, 8] = relu(%batch_norm)
+        %conv2d: [b, 16, 8, 8] = conv2d(%x, @conv1.weight_folded, @conv1.weight_folded_bias)
+        %relu: [b, 16, 8, 8] = relu(%conv2d)
 
     After (the float32 weight has left the graph)::
 
         %quantize_…: [b, 3, 8, 8] = quantize_per_tensor(%x, 0.02, 114, 0, 255, torch.uint8)
         %dequantize_…: [b, 3, 8, 8] = dequantize_per_tensor(%quantize_…, 0.02, 114, 0, 255, …)
         %dequantize_…_1 = dequantize_per_channel(@conv1.weight_folded_int8, @…_scale, None, 0, …)
-        %batch_norm: [b, 16, 8, 8] = conv2d(%dequantize_…, %dequantize_…_1, @…_bias)
-        %relu: [b, 16, 8, 8] = relu(%batch_norm)
+        %conv2d: [b, 16, 8, 8] = conv2d(%dequantize_…, %dequantize_…_1, @…_bias)
+        %relu: [b, 16, 8, 8] = relu(%conv2d)
         … and the same pair for %relu
 
     Ranges, biases, then weights (pbc.proxies.quantization): each tensor's range is the one with
@@ -74,38 +75,36 @@ class Quantize:
     stage: ClassVar[str] = "quantize"
 
     def __call__(self, program: Program) -> Program:
-        levels = [
-            level
-            for level in program.levels
-            if program.ladder.precision(level) == INT8 and prefix(level) in program.graphs
-        ]
         program = program.copy()
-        if not levels:
+        numbers = [
+            number
+            for number, level in enumerate(program.levels)
+            if level.precision == INT8 and level.prefix is not None
+        ]
+        if not numbers:
             return program
         if program.calibration is None:
-            for level in levels:
-                graph = program.graphs[prefix(level)]
-                program.graphs[prefix(level)] = quantized(graph, program.example)
-            named = ", ".join(map(str, levels))
-            note = f"no --calibration: int8 levels ({named}) have the ranges of random images"
-            return replace(program, notes=(*program.notes, note))
+            return _with_ranges_of_the_example(program, numbers)
+        return self._quantized(program, numbers, program.calibration)
+
+    def _quantized(
+        self, program: Program, numbers: Sequence[int], calibration: Calibration
+    ) -> Program:
         device = parallel.device()
         # A copy of its own: moving a module moves the tensors it shares.
-        original = copy.deepcopy(Tapped(program, 0)).to(device).eval()
-        batches = unaugmented(program.calibration, STATISTICS_BATCHES)
+        original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
+        batches = unaugmented(calibration, STATISTICS_BATCHES)
         standard = standards(original, (batch.to(device) for batch in batches))
-        for number, level in enumerate(levels, 1):
-            _Quantization(program, original, standard, level).run(
+        levels = list(program.levels)
+        for turn, number in enumerate(numbers, 1):
+            levels[number] = _Quantization(program, calibration, original, standard, number).run(
                 self._steps(),
-                self._seconds(len(levels)),
-                self._saved_as(program, level),
-                f"level {number} of {len(levels)} in int8",
+                self._seconds(len(numbers)),
+                self._saved_as(program, number, calibration),
+                f"level {turn} of {len(numbers)} in int8",
             )
-        values = sample_fidelity(program, levels, program.calibration, program.calibration.held_out)
-        rows = list(program.ladder.levels)
-        for level, fidelity in zip(levels, values.mean(0), strict=True):
-            rows[level] = replace(rows[level], fidelity=float(fidelity), status=ALIGNED)
-        return replace(program, ladder=replace(program.ladder, levels=tuple(rows)))
+        program = replace(program, levels=tuple(levels))
+        return measured(program, [levels[number] for number in numbers], calibration)
 
     def _steps(self) -> int | None:
         return None if self.align_steps is None else max(1, round(self.align_steps * SHARE))
@@ -117,40 +116,60 @@ class Quantize:
             minutes = MINUTES
         return None if minutes is None else minutes * 60 * SHARE / count
 
-    def _saved_as(self, program: Program, level: int) -> Path | None:
-        """Where this level's training is kept between interruptions, by all that decides it."""
-        assert program.calibration is not None
-        decided_by = [asdict(self), program.seed, program.calibration.samples.digest()]
-        graphs = [kind(at) for kind in (prefix, body) for at in (0, level)]
-        return work_file(program, f"quantize-{level}", decided_by, graphs, ".safetensors")
+    def _saved_as(self, program: Program, number: int, calibration: Calibration) -> Path | None:
+        """The file that keeps this level's training, named by all that decides it."""
+        decided_by = [asdict(self), program.request.seed, calibration.samples.digest()]
+        graphs = [*program.levels[0].frozen, *program.levels[number].frozen]
+        return work_file(program, f"quantize-{number}", decided_by, graphs, ".safetensors")
+
+
+def _with_ranges_of_the_example(program: Program, numbers: Sequence[int]) -> Program:
+    levels = tuple(
+        replace(level, prefix=quantized(level.prefix, program.network.example))
+        if number in numbers and level.prefix is not None
+        else level
+        for number, level in enumerate(program.levels)
+    )
+    named = ", ".join(map(str, numbers))
+    note = f"no --calibration: int8 levels ({named}) have the ranges of random images"
+    return replace(program, levels=levels, notes=(*program.notes, note))
 
 
 class _Quantization:
-    """One level's: it changes the program's graphs, which are this pass's own."""
+    """The rounding of one level's prefix."""
 
     def __init__(
-        self, program: Program, original: Tapped, standard: list[Standard], level: int
+        self,
+        program: Program,
+        calibration: Calibration,
+        original: UpToInterface,
+        standard: list[Standard],
+        number: int,
     ) -> None:
-        assert program.calibration is not None
         self._program = program
-        self._calibration: Calibration = program.calibration
+        self._calibration = calibration
         self._original = original
         self._standard = standard
-        self._level = level
+        self._level, self._number = program.levels[number], number
         self._device = parallel.device()
+        prefix = self._level.prefix
+        assert prefix is not None  # int8 is a prefix's precision
         # Moved in a copy, as the original is.
-        self._float = copy.deepcopy(folded(program.graphs[prefix(level)])).to(self._device)
+        self._float = copy.deepcopy(folded(prefix)).to(self._device)
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         for images in unaugmented(self._calibration, count):
             yield images.to(self._device)
 
-    def run(self, steps: int | None, seconds: float | None, saved: Path | None, label: str) -> None:
+    def run(
+        self, steps: int | None, seconds: float | None, saved: Path | None, label: str
+    ) -> LevelGraphs:
+        """Return the level with the prefix that comes nearest to the original."""
         chosen = scheme(self._float)
         batches = partial(self._batches, RANGE_BATCHES)
         # Processes of one compilation must come to the same graphs.
         ranges = parallel.once(lambda: calibrated(self._float, chosen, batches))
-        rounded = self._tapped(simulated(self._float, chosen, ranges))
+        rounded = self._up_to_interface(simulated(self._float, chosen, ranges))
         corrected = copy.deepcopy(rounded)
         assert corrected.prefix is not None
         images = next(self._batches(1))
@@ -162,7 +181,7 @@ class _Quantization:
             trained,
             self._standard,
             self._calibration,
-            self._program.seed * 1000 + self._level,
+            self._program.request.seed * 1000 + self._number,
             steps=steps,
             seconds=seconds,
             saved=saved,
@@ -173,27 +192,24 @@ class _Quantization:
         ).train()
         best = min((start, trained), key=self._judged).cpu()
         assert best.prefix is not None
-        graphs = self._program.graphs
-        graphs[prefix(self._level)] = best.prefix
-        adopt(self._program, self._level, best)
-        graphs[prefix(self._level)] = integers(best.prefix)
+        level = replace(self._level, prefix=best.prefix)
+        adopt(level, best)
+        return replace(level, prefix=integers(best.prefix))
 
-    def _tapped(self, simulation: GraphModule) -> Tapped:
+    def _up_to_interface(self, simulation: GraphModule) -> UpToInterface:
         """The level with this prefix, in tensors of its own."""
-        graphs = {**self._program.graphs, prefix(self._level): simulation}
-        return copy.deepcopy(Tapped(replace(self._program, graphs=graphs), self._level)).to(
-            self._device
-        )
+        level = replace(self._level, prefix=simulation)
+        return copy.deepcopy(UpToInterface(self._program, level)).to(self._device)
 
-    def _judged(self, tapped: Tapped) -> float:
-        return parallel.once(lambda: self._loss(tapped))
+    def _judged(self, level: UpToInterface) -> float:
+        return parallel.once(lambda: self._loss(level))
 
-    def _loss(self, tapped: Tapped) -> float:
+    def _loss(self, level: UpToInterface) -> float:
         """On images of the alignment set, as they are."""
         total = 0.0
         with torch.no_grad():
             for images in self._batches(JUDGED_BATCHES):
                 total += float(
-                    alignment_loss(tapped(images), self._original(images), self._standard)
+                    alignment_loss(level(images), self._original(images), self._standard)
                 )
         return total

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pbc import plugins
-from pbc.ir.program import Program, body, step_forward, step_update
-from pbc.lower.lowering import Lowering, Tries
-from pbc.passes.derive_train_step import open_axes
+from pbc.bundle.graph_name import FORWARD, update
+from pbc.ir.program import Program
+from pbc.lower.backend import backend
 from pbc.training_graph.autodiff import differentiate
 from pbc.training_graph.optimizers import with_update
 
@@ -33,15 +32,15 @@ class TryEngine:
     after: ClassVar[tuple[str, ...]] = ("split-prefix",)
 
     def __call__(self, program: Program) -> Program:
-        lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
-        if not self.levels or not isinstance(lowering, Tries):
+        if not self.levels:
             return program
+        engine = backend(program.request.engine)
+        lowering = engine.lowering()
         # What was captured fails at once, and its gradient takes longer to derive.
         lowering.try_graphs(program, program.graphs)
-        if lowering.derives_steps:
-            gradient = differentiate(program.graphs[body(0)], open_axes(program))
-            update = with_update(gradient.backward, "sgd")
-            lowering.try_graphs(
-                program, {step_forward(0): gradient.forward, step_update(0, "sgd"): update}
-            )
+        if engine.derives_steps:
+            gradient = differentiate(program.levels[0].body, program.open_axes)
+            backward = with_update(gradient.backward, "sgd")
+            step = {FORWARD.at(0): gradient.forward, update("sgd").at(0): backward}
+            lowering.try_graphs(program, step)
         return program

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pbc import plugins
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
 from pbc.data import labelled
@@ -18,23 +17,29 @@ from pbc.frontend import models
 from pbc.frontend.start import begin
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import Program, Request
+from pbc.ir.dim_rules import dims_of
+from pbc.ir.levels import ladder
+from pbc.ir.program import Block, Program, Request
+from pbc.ir.stages import STAGES
 from pbc.ir.work import clear
 from pbc.lower import manifest, self_test_numbers
+from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.lower.engine_choice import choose_engine, require_tuning
-from pbc.lower.lowering import Lowering
 from pbc.proxies import parallel
+from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.target import load_target
 from pbc.util.progress import tell
 
-UP_TO_PLAN = pipeline.STAGES.index("plan")
+UP_TO_PLAN = STAGES.index("plan")
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """Everything that `pbc compile` takes besides the model.
 
+    blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
+    (see pbc.frontend.blocks).
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
@@ -47,6 +52,7 @@ class CompileOptions:
     target: str = "host"
     weights: str = models.DEFAULT
     strategy: str = "linear-probe"
+    blocks: str | None = None
     classes: int | None = None
     data: Path | None = None
     levels: int = 4
@@ -85,7 +91,7 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a compilation would do: its passes, levels with expected costs, and file sizes."""
+    """A compilation that was not run: its passes, levels with expected costs, and file sizes."""
 
     passes: tuple[str, ...]
     ladder: Ladder
@@ -93,6 +99,7 @@ class Forecast:
     notes: tuple[str, ...]
     engine: str
     requires: Mapping[str, str]
+    blocks: tuple[Block, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -102,6 +109,7 @@ class Forecast:
             "cost_model": self.ladder.cost_model,
             "levels": self.ladder.to_json(),
             "file_bytes": dict(self.file_bytes),
+            "blocks": [vars(block) for block in self.blocks],
             "notes": list(self.notes),
         }
 
@@ -118,7 +126,7 @@ def compile(model: str, output: Path | str, options: CompileOptions = CompileOpt
         output = Path(output)
         require_writable(output, options)
         work = output.with_name(f".{output.name}.work")
-        program = lowered(start(model, options), options, work)
+        program = lowered(start(model, options, work), options)
         if parallel.rank() == 0:
             write(output, *package(program), as_folder=options.folder)
             clear(work)
@@ -130,20 +138,20 @@ def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast
     """Return what `compile` would do, without aligning, measuring the result or writing."""
     passes = _passes(options)
     program = start(model, options)
-    planning = [p for p in passes.passes if pipeline.STAGES.index(p[1].stage) <= UP_TO_PLAN]
+    planning = [p for p in passes.passes if STAGES.index(p[1].stage) <= UP_TO_PLAN]
     program = pipeline.PassPipeline(tuple(planning)).run(program)
-    assert program.dims is not None
-    expected = {
-        f"level {level}": program.dims.bytes(sizes) for level, sizes in enumerate(program.sizes)
-    }
+    planned = ladder((*program.levels, *program.plans), program.cost_model)
+    dims, sizes = dims_of(program), [{}, *(plan.sizes for plan in program.plans)]
+    expected = {f"level {level}": dims.bytes(shrunk) for level, shrunk in enumerate(sizes)}
     theta = len(manifest.trainable_file(program))
     return Forecast(
         passes=tuple(name for name, _ in passes.passes),
-        ladder=program.ladder,
+        ladder=planned,
         file_bytes={**expected, "trainable": theta},
-        notes=(*program.notes, *_without_calibration(options, program.ladder)),
-        engine=program.engine,
+        notes=(*program.notes, *_without_calibration(options, len(planned))),
+        engine=program.request.engine,
         requires=_requires(program),
+        blocks=program.network.blocks,
     )
 
 
@@ -161,15 +169,20 @@ def require_writable(output: Path, options: CompileOptions) -> None:
         raise PbcError(f"the folder {output.parent.resolve()} of {output} is not writable")
 
 
-def start(model: str | models.Source, options: CompileOptions) -> Program:
-    """Check what was asked for, then load and capture the model."""
+def start(model: str | models.Source, options: CompileOptions, work: Path | None = None) -> Program:
+    """Check what was asked for, then load and capture the model.
+
+    work: a folder for what lets an interrupted compilation continue.
+    """
     request, notes = requested(options)
+    request = replace(request, work=work)
+    lowering = backend(request.engine).lowering()
     program = begin(
         model,
         request,
         weights=options.weights,
         shape=options.shape,
-        command=options.command,
+        operators=lowering.operators() or OPS,
     )
     return replace(program, notes=(*notes, *program.notes))
 
@@ -180,7 +193,7 @@ def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
         CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)
     engine, notes = choose_engine(target, options.engine)
-    plugins.load("pbc.lowerings", engine)().check(target)
+    backend(engine).lowering().check(target)
     if options.tune is not None:
         require_tuning(target, engine)
     names, count = _classes(options)
@@ -188,34 +201,35 @@ def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
         target=target,
         engine=engine,
         strategy=options.strategy,
+        blocks=options.blocks,
         batch=options.batch,
         seed=options.seed,
         class_names=names,
         class_count=count,
+        command=options.command,
     )
     return request, notes
 
 
-def lowered(program: Program, options: CompileOptions, work: Path | None = None) -> Program:
+def lowered(program: Program, options: CompileOptions) -> Program:
     """Run all passes over a program, with its calibration data."""
     if options.calibration is not None:
-        data = Calibration.open(options.calibration, program.input, options.seed)
+        data = Calibration.open(options.calibration, program.network.input, options.seed)
         program = replace(program, calibration=data)
-    program = _passes(options).run(replace(program, work=work), options.dump_ir)
-    notes = (*program.notes, *_without_calibration(options, program.ladder))
+    program = _passes(options).run(program, options.dump_ir)
+    notes = (*program.notes, *_without_calibration(options, len(program.levels)))
     return replace(program, notes=notes)
 
 
 def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest and the files of a lowered program."""
-    lowering = plugins.load("pbc.lowerings", program.engine)()
-    assert program.dims is not None
+    """Return the manifest and the files of a lowered program."""
+    lowering = backend(program.request.engine).lowering()
     files = {
         **program.artifacts,
         manifest.TRAINABLE: manifest.trainable_file(program),
-        manifest.DIMS: json.dumps(manifest.dims_table(program.dims), indent=1).encode(),
+        manifest.DIMS: json.dumps(manifest.dims_table(dims_of(program)), indent=1).encode(),
     }
-    graph_files = {name: lowering.graph_file(name) for name in program.graphs}
+    graph_files = {str(name): lowering.graph_file(name) for name in program.graphs}
     made = manifest.manifest(program, _requires(program), graph_files, lowering.contents(program))
     return {**made, "self_test": self_test_numbers.numbers(program, made)}, files
 
@@ -243,13 +257,13 @@ def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | Non
     return names, len(names)
 
 
-def _without_calibration(options: CompileOptions, ladder: Ladder) -> tuple[str, ...]:
-    if options.calibration is not None or len(ladder) == 1:
+def _without_calibration(options: CompileOptions, levels: int) -> tuple[str, ...]:
+    if options.calibration is not None or levels == 1:
         return ()
     return ("no --calibration: proxies stay unaligned, and nothing is routed to them",)
 
 
 def _requires(program: Program) -> dict[str, str]:
-    """What the board must have: its target says so, and the lowering to its engine."""
-    lowering: Lowering = plugins.load("pbc.lowerings", program.engine)()
-    return program.target.requirements(program.engine, lowering.requires())
+    """Requirements on the board: its target says so, and the backend to its engine."""
+    engine = program.request.engine
+    return program.request.target.requirements(engine, dict(backend(engine).requires))

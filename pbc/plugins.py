@@ -2,34 +2,94 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from pbc.errors import PbcError, UsageError, suggest
-
-GROUPS = {
-    "pbc.passes": "pass",
-    "pbc.targets": "target",
-    "pbc.strategies": "strategy",
-    "pbc.engines": "engine",
-    "pbc.lowerings": "lowering",
-    "pbc.schedulers": "scheduler",
-    "pbc.rivals": "rival",
-    "pbc.tvm_passes": "TVM pass",
-    "pbc.device_libraries": "library for devices",
-}
-"""Each entry point group, with the word that messages use for one of its members."""
+from pbc.util import source
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One installed plugin: where it is, and which distribution brought it."""
+class Group:
+    """Entry point group: the word that messages use for a member, and what a member has to be.
+
+    protocol: the dotted name of the class that says so, which may need a package that is not
+    installed here. sentence: the same in words.
+    """
+
+    name: str
+    word: str
+    protocol: str
+    sentence: str
+
+
+GROUPS = {
+    group.name: group
+    for group in (
+        Group(
+            "pbc.passes",
+            "pass",
+            "pbc.ir.pipeline.Pass",
+            "a frozen dataclass, callable from Program to Program",
+        ),
+        Group(
+            "pbc.targets",
+            "target",
+            "pbc.target.Target",
+            "a device as data, or a function that returns one",
+        ),
+        Group(
+            "pbc.strategies",
+            "strategy",
+            "pbc.frontend.strategy.Strategy",
+            "a class that says which parameters train, and inserts what trains besides",
+        ),
+        Group(
+            "pbc.lowerings",
+            "lowering",
+            "pbc.lower.backend.Backend",
+            "the facts of an engine that programs are lowered to, under its name",
+        ),
+        Group(
+            "pbc.engines",
+            "engine",
+            "pbc.runtime.engines.Engine",
+            "a class that loads bundles on the device, to run and to train",
+        ),
+        Group(
+            "pbc.schedulers",
+            "scheduler",
+            "pbc.runtime.schedulers.Scheduler",
+            "a class that forms the mini-batches of a run and routes them to levels",
+        ),
+        Group(
+            "pbc.rivals",
+            "rival",
+            "pbc.bench.rival.Rival",
+            "a class that trains in its own way, for `pbc bench` to compare",
+        ),
+        Group(
+            "pbc.tvm_passes",
+            "TVM pass",
+            "tvm.ir.transform.Pass",
+            "a module pass of TVM that writes schedules for the kinds of target in its `kinds`",
+        ),
+        Group(
+            "pbc.device_libraries",
+            "library for devices",
+            "pbc.deploy.libraries.DeviceLibraries",
+            "shared libraries that an engine needs on a board and no wheel brings, by its name",
+        ),
+    )
+}
+"""All groups, by name: the one place that says what each kind of plugin is."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Installed plugin: its place, and the distribution that brought it."""
 
     name: str
     group: str
@@ -39,16 +99,19 @@ class Entry:
 
     @property
     def module(self) -> str:
-        """The dotted name of the module that holds the plugin."""
+        """Return the dotted name of the module that holds the plugin."""
         return self.value.partition(":")[0].strip()
 
     @property
     def attribute(self) -> str:
-        """The name of the plugin within its module."""
+        """Return the name of the plugin within its module."""
         return self.value.partition(":")[2].strip()
 
     def load(self) -> Any:
-        """Import the module and return the object it holds."""
+        """Import the module and return the object it holds.
+
+        Raises PbcError where there is none, or one that lacks what the group's protocol asks for.
+        """
         try:
             module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -57,11 +120,27 @@ class Entry:
             raise PbcError(self._broken(str(error))) from error
         if not hasattr(module, self.attribute):
             raise PbcError(self._broken(f"the module holds no {self.attribute!r}"))
-        return getattr(module, self.attribute)
+        loaded = getattr(module, self.attribute)
+        if self.group in GROUPS and (lacking := _lacking(loaded, GROUPS[self.group].protocol)):
+            group = GROUPS[self.group]
+            raise PbcError(
+                self._broken(
+                    f"it has no {', '.join(lacking)}, which {group.protocol} declares: "
+                    f"it has to be {group.sentence}"
+                )
+            )
+        return loaded
 
     def summary(self) -> str:
         """Return the first line of the plugin's docstring, read without running its module."""
-        return summary(self.module, self.attribute)
+        return source.summary(self.module, self.attribute)
+
+    def literals(self, *attributes: str) -> dict[str, Any] | None:
+        """Return class attributes that the plugin's source spells out, read without running it.
+
+        None where some are computed or may be inherited; those that are not there are left out.
+        """
+        return source.literals(self.module, self.attribute, attributes)
 
     def _broken(self, reason: str) -> str:
         origin = f"{self.distribution} {self.version}"
@@ -70,28 +149,28 @@ class Entry:
 
 def kind(group: str) -> str:
     """Return the word for a member of the group: 'pass' for 'pbc.passes'."""
-    return GROUPS.get(group, group)
+    return GROUPS[group].word if group in GROUPS else group
 
 
-def entries(group: str) -> dict[str, Entry]:
+def entries(group: str) -> dict[str, Plugin]:
     """Return the installed plugins of a group by name, in order of their names.
 
     Two distributions that claim one name are an error, not a matter of luck.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, Plugin] = {}
     for point in metadata.entry_points(group=group):
         origin, version = (point.dist.name, point.dist.version) if point.dist else ("?", "?")
-        entry = Entry(point.name, group, point.value, origin, version)
-        other = found.setdefault(entry.name, entry)
-        if other != entry:
+        plugin = Plugin(point.name, group, point.value, origin, version)
+        other = found.setdefault(plugin.name, plugin)
+        if other != plugin:
             raise PbcError(
-                f"two distributions bring a {kind(group)} named {entry.name!r}: "
+                f"two distributions bring a {kind(group)} named {plugin.name!r}: "
                 f"{other.distribution} {other.version} and {origin} {version}; uninstall one"
             )
     return dict(sorted(found.items()))
 
 
-def find(group: str, name: str) -> Entry:
+def find(group: str, name: str) -> Plugin:
     """Return the group's plugin of this name."""
     available = entries(group)
     if name not in available:
@@ -104,29 +183,20 @@ def load(group: str, name: str) -> Any:
     return find(group, name).load()
 
 
-def summary(module: str, attribute: str) -> str:
-    """Return the first docstring line of a class or function, or of its module.
+def _lacking(loaded: Any, protocol: str) -> list[str]:
+    """Return the names that a protocol of pbc's declares and a plugin does not have.
 
-    The source is parsed, not run: a list of plugins needs none of what they import.
+    The protocol is read, not imported, and another package's is not even looked for: finding it
+    could import all of that package. Class attributes have to be there already, methods where the
+    plugin is a class.
     """
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        return ""
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return ""
-    tree = ast.parse(Path(spec.origin).read_bytes())
-    text = ast.get_docstring(_definition(tree.body, attribute) or tree) or ""
-    return text.partition("\n")[0]
-
-
-def _definition(
-    body: Iterable[ast.stmt], name: str
-) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | None:
-    for statement in body:
-        if (
-            isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and statement.name == name
-        ):
-            return statement
-    return None
+    module, _, name = protocol.rpartition(".")
+    if module.partition(".")[0] != "pbc":
+        return []
+    attributes, methods = source.protocol_members(module, name)
+    lacking = [name for name in attributes if not hasattr(loaded, name)]
+    if isinstance(loaded, type):
+        # Every class is callable: what its instances have is in the classes that it is made of.
+        own = {name for base in loaded.__mro__ if base is not object for name in vars(base)}
+        lacking += [name for name in methods if name not in own]
+    return lacking

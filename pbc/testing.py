@@ -15,15 +15,20 @@ import difflib
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from pbc import compiler
+from pbc.bundle.ladder import Ladder
 from pbc.data import InputSpec
 from pbc.frontend import models
+from pbc.ir.graph import graph_text, parameter_names
+from pbc.ir.levels import ladder
 from pbc.ir.pipeline import Pass, PassPipeline
-from pbc.ir.program import MODEL, Program, body
+from pbc.ir.program import Program
 
 TARGET = "generic-x86-64"
 """Not this machine, so that nothing is measured and a test gives the same result everywhere."""
@@ -42,26 +47,26 @@ def make_program(
 
     The program shares the module's tensors; what the strategy inserts stays in the module.
     """
-    source = models.Source(
-        name=type(module).__name__,
-        module=module.eval(),
-        input=InputSpec(shape, models.IMAGENET_MEAN, models.IMAGENET_STD),
-        classifier=models.last_linear(module, type(module).__name__),
-        weights="given",
-        weights_sha256=None,
-    )
+    spec = InputSpec(shape, models.IMAGENET_MEAN, models.IMAGENET_STD)
+    source = models.given(module, type(module).__name__, spec)
     options = compiler.CompileOptions(target=target, strategy=strategy, shape=shape, seed=seed)
     return run_passes(compiler.start(source, options), *passes)
 
 
 def retarget(program: Program, strategy: str, trainable: Iterable[str]) -> Program:
-    """The same captured model with other parameters to train: capturing is what takes long.
+    """Return the same captured model with other parameters to train: capturing takes long.
 
     Stopped gradients and folded constants stay those of the strategy it was captured for.
     """
-    if MODEL not in program.graphs:
+    if program.model is None:
         raise ValueError("only a program that was not split yet can change its strategy")
-    return replace(program.copy(), strategy=strategy, trainable=frozenset(trainable))
+    program = with_request(program.copy(), strategy=strategy)
+    return replace(program, trainable=frozenset(trainable))
+
+
+def with_request(program: Program, **changes: Any) -> Program:
+    """Return the program as if something else had been asked for, such as another engine."""
+    return replace(program, request=replace(program.request, **changes))
 
 
 def run_passes(program: Program, *passes: Pass) -> Program:
@@ -69,13 +74,18 @@ def run_passes(program: Program, *passes: Pass) -> Program:
     return PassPipeline(tuple((type(step).__name__, step) for step in passes)).run(program)
 
 
+def graph_of(program: Program, name: str) -> GraphModule:
+    """Return a graph by the name that it has in the program's text, such as `prefix/0`."""
+    return {str(known): graph for known, graph in program.graphs.items()}[name]
+
+
 def assert_text(program: Program, expected: str, graph: str | None = None) -> None:
     """Hold the program's text, or that of one of its graphs, against the expected one.
 
     Both may be indented and framed by blank lines.
     """
-    shown = program if graph is None else replace(program, graphs={graph: program.graphs[graph]})
-    got, wanted = shown.text(), textwrap.dedent(expected).strip()
+    got = program.text() if graph is None else graph_text(graph, graph_of(program, graph))
+    wanted = textwrap.dedent(expected).strip()
     if got != wanted:
         difference = difflib.unified_diff(
             wanted.splitlines(), got.splitlines(), "expected", "got", lineterm=""
@@ -88,8 +98,8 @@ def assert_equivalent(
 ) -> None:
     """Check that a level computes the same logits in both programs, relative to the largest."""
     with torch.no_grad():
-        expected = before.logits(level, before.example)
-        got = after.logits(level, before.example)
+        expected = before.logits(level, before.network.example)
+        got = after.logits(level, before.network.example)
     _assert_close({"the logits": got}, {"the logits": expected}, tolerance)
 
 
@@ -117,7 +127,7 @@ def assert_unchanged(step: Pass, program: Program) -> Program:
 
 
 def assert_same(before: Program, after: Program) -> None:
-    """Check that a pass did nothing: the same text, tensors and ladder."""
+    """Check that a pass did nothing: the same text, tensors, levels and artifacts."""
     if before.text() != after.text():
         raise AssertionError("the program's text changed")
     one, other = _tensors(before), _tensors(after)
@@ -127,8 +137,13 @@ def assert_same(before: Program, after: Program) -> None:
     ]
     if changed:
         raise AssertionError(f"tensors changed: {changed}")
-    if before.ladder != after.ladder or before.artifacts != after.artifacts:
-        raise AssertionError("the ladder or the artifacts changed")
+    if rungs(before) != rungs(after) or before.artifacts != after.artifacts:
+        raise AssertionError("the levels or the artifacts changed")
+
+
+def rungs(program: Program) -> Ladder:
+    """Return the program's levels, made and planned, as a device would know them."""
+    return ladder((*program.levels, *program.plans), program.cost_model)
 
 
 def gradients(program: Program, level: int = 0) -> dict[str, Tensor]:
@@ -137,14 +152,15 @@ def gradients(program: Program, level: int = 0) -> dict[str, Tensor]:
     The prefix runs without gradients, as on the device.
     """
     values = {n: p.detach().clone().requires_grad_(True) for n, p in program.parameters.items()}
-    trained = replace(program, parameters=values)
-    if MODEL in program.graphs:
-        logits = trained.logits(level, program.example)
+    example = program.network.example
+    if program.model is not None:
+        logits = replace(program, parameters=values).logits(level, example)
     else:
+        own = program.levels[level]
         with torch.no_grad():
-            features = program.features(level, program.example)
-        graph = program.graphs[body(level)]
-        (logits,) = graph(*features, *trained.parameter_values(graph))
+            features = own.features(example)
+        theta = [values[name] for name in parameter_names(own.body)]
+        (logits,) = own.body(*features.values(), *theta)
     grads = torch.autograd.grad(_loss(logits), list(values.values()), allow_unused=True)
     return {
         name: torch.zeros_like(value) if grad is None else grad
@@ -158,7 +174,7 @@ def eager_gradients(module: nn.Module, program: Program) -> dict[str, Tensor]:
     flags = {name: value.requires_grad for name, value in values.items()}
     for value in values.values():
         value.requires_grad_(True)
-    loss = _loss(module.eval()(program.example))
+    loss = _loss(module.eval()(program.network.example))
     grads = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
     for name, value in values.items():
         value.requires_grad_(flags[name])
@@ -209,7 +225,8 @@ def _tensors(program: Program) -> dict[str, Tensor]:
 
 def _other_fields(program: Program) -> dict[str, str]:
     """The plain fields as text; tensors, graphs and calibration data are not among them."""
-    skipped = {"graphs", "parameters", "example", "reference", "calibration", "dims", "artifacts"}
-    return {
-        f.name: repr(getattr(program, f.name)) for f in fields(program) if f.name not in skipped
+    skipped = {"network", "model", "levels", "policy", "parameters", "calibration", "dims"}
+    shown = {f.name: getattr(program, f.name) for f in fields(program) if f.name not in skipped}
+    return {name: repr(value) for name, value in shown.items()} | {
+        "levels": repr([(level.rung(0), level.keep) for level in program.levels])
     }

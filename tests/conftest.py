@@ -12,6 +12,8 @@ import pytest
 # Threads that find the cores busy only wait for each other; set before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["skips"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

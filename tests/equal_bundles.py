@@ -5,9 +5,9 @@ For changes that move code and must not move behaviour:
     python tests/equal_bundles.py OLD/.venv/bin/pbc NEW/.venv/bin/pbc
 
 Compiles with fixed seeds and steps for two targets and all engines, and compares every entry of
-the two bundles: bytes first; where they differ, graphs with their values numbered in order (a name is no
-behaviour), tensors by name and bytes, the manifest without what names the compilation. Exit code 1
-where something else differs.
+the two bundles: bytes first; where they differ, graphs with their values numbered in order (a name
+is no behaviour), tensors by name and bytes, the manifest without what names the compilation. Exit
+code 1 where something else differs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from pbc.bench import Arrays
+from pbc.bench.rival import Arrays
 from pbc.errors import PbcError
 from pbc.util.atomic import replace_bytes
 
@@ -46,8 +46,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where one rival and seed stand: the cells so far, the state to go on from, their facts."""
+class EntryProgress:
+    """The cells of one rival and seed so far, the state to go on from, and the rival's facts."""
 
     cells: tuple[Cell, ...] = ()
     state: Arrays | None = None
@@ -58,7 +58,7 @@ class Work:
     """The folder that a bench writes: `bench.json`, a state per rival and seed, `cells.jsonl`.
 
     A state and the cells that led to it are one file, replaced in one step, so that a kill at any
-    moment leaves them agreeing. `cells.jsonl` repeats the cells for whoever watches.
+    moment leaves them agreeing. `cells.jsonl` repeats the cells, to be watched.
     """
 
     def __init__(self, root: Path) -> None:
@@ -121,11 +121,11 @@ class Work:
         """Keep a JSON value for a resumed bench."""
         replace_bytes(self.root / "states" / f"{name}.json", json.dumps(value).encode())
 
-    def load(self, rival: str, seed: int) -> Progress:
+    def load(self, rival: str, seed: int) -> EntryProgress:
         """Return what is known of a rival and seed."""
         path = self._state(rival, seed)
         if not path.exists():
-            return Progress()
+            return EntryProgress()
         try:
             with safe_open(path, framework="numpy") as file:
                 known = json.loads((file.metadata() or {})["progress"])
@@ -133,9 +133,9 @@ class Work:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise PbcError(f"{path} is damaged ({error}); --overwrite starts again") from error
         cells = tuple(Cell.from_json(row) for row in known["cells"])
-        return Progress(cells, state, known["facts"])
+        return EntryProgress(cells, state, known["facts"])
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: EntryProgress) -> None:
         """Keep the cells of a rival and seed with the state after the last of them."""
         last = progress.cells[-1]
         known = {

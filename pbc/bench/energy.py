@@ -15,8 +15,8 @@ _SAMPLE_SECONDS = 0.2
 _TIMEOUT_SECONDS = 5
 
 
-class Meter(Protocol):
-    """Counts joules since some moment."""
+class EnergyMeter(Protocol):
+    """Counter of joules since some moment."""
 
     name: str
 
@@ -25,7 +25,7 @@ class Meter(Protocol):
 
 
 class NoMeter:
-    """Says that there is none."""
+    """Absence of a meter, which counts nothing."""
 
     name = "no energy meter on this machine"
 
@@ -85,7 +85,7 @@ class Rapl:
 
 
 class PowerMeter:
-    """Integrates a power that can only be looked at, from a thread of its own."""
+    """Integral of a power that can only be read at moments, in a thread of its own."""
 
     def __init__(self, name: str, watts: Callable[[], float]) -> None:
         self.name = name
@@ -178,7 +178,7 @@ def nvidia_watts() -> float:
     return parse_nvidia_smi(result.stdout)
 
 
-def find_meter(root: Path = Path("/sys"), *, uses_gpu: bool = False) -> Meter:
+def find_meter(root: Path = Path("/sys"), *, uses_gpu: bool = False) -> EnergyMeter:
     """Return the machine's meter: RAPL, a Jetson's INA3221, an NVIDIA GPU's, or none.
 
     uses_gpu: whether the training runs on a GPU; a GPU that idles says nothing about it.

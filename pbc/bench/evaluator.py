@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pbc.bench import Arrays
+from pbc.bench.rival import Arrays
 from pbc.data import Samples
 from pbc.runtime.objective import Objective
 from pbc.runtime.runtime import Runtime
@@ -16,13 +16,13 @@ _KEPT_BYTES = 1 << 30
 
 
 class Evaluator:
-    """Knows what level 0's prefix sends for every test photo, where that fits in 1 GiB."""
+    """Evaluator that keeps what level 0's prefix sends for every test photo, up to 1 GiB of it."""
 
     def __init__(self, runtime: Runtime, samples: Samples, threads: int | None) -> None:
         self._samples = samples
         self._executable = runtime.engine.load(runtime.bundle, threads=threads)
         values = sum(math.prod(shape) for shape in runtime.bundle.manifest["features"].values())
-        kept = "prefix/0" in runtime.bundle.manifest["graphs"]
+        kept = runtime.bundle.has_prefix
         self._keep = kept and 4 * values * len(samples) <= _KEPT_BYTES
         self._kept: dict[int, dict[str, np.ndarray]] = {}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pbc import plugins
-from pbc.bench import Rival, Setting
-from pbc.bench.cells import Cell, Progress, Work
-from pbc.bench.energy import Meter, NoMeter
+from pbc.bench.cells import Cell, EntryProgress, Work
+from pbc.bench.energy import EnergyMeter, NoMeter
 from pbc.bench.evaluator import Evaluator
+from pbc.bench.rival import Rival, RivalSetting
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
@@ -26,8 +26,8 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Who plays, how often and how long.
+class MatchPlan:
+    """The rivals of a match, their seeds and epochs.
 
     options: what every rival trains with; batch and learning_rate are set. epochs_of: epochs of
     those rivals that run fewer. rate_of: learning rates of those that need their own.
@@ -47,26 +47,26 @@ class Plan:
 
     def setting(
         self, rival: str, seed: int, runtime: Runtime, samples: Samples, folder: Path
-    ) -> Setting:
+    ) -> RivalSetting:
         """Return what a rival is made from."""
         rate = self.rate_of.get(rival, self.options.learning_rate)
         options = replace(self.options, seed=seed, learning_rate=rate)
-        return Setting(runtime, samples, options, folder, self.weights, self.torch_compile)
+        return RivalSetting(runtime, samples, options, folder, self.weights, self.torch_compile)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a match gave: cells per rival and seed, facts per rival, why some did not play."""
+    """Cells per rival and seed, facts per rival, and why some rivals did not run."""
 
     cells: Mapping[tuple[str, int], tuple[Cell, ...]]
     facts: Mapping[str, Mapping[str, Any]]
     left_out: Mapping[str, str]
 
 
-class Contestant:
+class Entry:
     """A rival in the match of one seed, with its cells so far."""
 
-    def __init__(self, name: str, seed: int, rival: Rival, progress: Progress) -> None:
+    def __init__(self, name: str, seed: int, rival: Rival, progress: EntryProgress) -> None:
         self.name = name
         self.seed = seed
         self.cells = list(progress.cells)
@@ -74,14 +74,14 @@ class Contestant:
         self._notes: list[str] = list((progress.facts or {}).get("notes", []))
         self._preparation_joules = 0.0
 
-    def prepare(self, progress: Progress, meter: Meter) -> None:
-        """Get ready; what is done again after an interruption costs no energy in the books."""
+    def prepare(self, progress: EntryProgress, meter: EnergyMeter) -> None:
+        """Get ready; what is done again after an interruption counts no energy."""
         before = meter.joules()
         self._rival.prepare(progress.state)
         if progress.state is None:
             self._preparation_joules = meter.joules() - before
 
-    def play(self, evaluator: Evaluator, test: Samples, meter: Meter) -> Cell:
+    def run_epoch(self, evaluator: Evaluator, test: Samples, meter: EnergyMeter) -> Cell:
         """Run an epoch, then evaluate; the evaluation is outside of what is measured.
 
         Raises PbcError where the training has diverged: there is nothing to compare then.
@@ -111,28 +111,28 @@ class Contestant:
         self.cells.append(cell)
         return cell
 
-    def progress(self, last: bool) -> Progress:
-        """Return what is to be kept; after the last epoch nobody needs the state."""
+    def progress(self, last: bool) -> EntryProgress:
+        """Return what is to be kept; after the last epoch the state is not needed."""
         state = {} if last else self._rival.state()
         facts = self._rival.facts()
         # Those from before an interruption first; a rival that goes on need not tell them again.
         self._notes = list(dict.fromkeys([*self._notes, *facts.get("notes", [])]))
-        return Progress(tuple(self.cells), state, {**facts, "notes": self._notes})
+        return EntryProgress(tuple(self.cells), state, {**facts, "notes": self._notes})
 
 
-def play(
-    plan: Plan,
+def run_match(
+    plan: MatchPlan,
     runtime: Runtime,
     train: Samples,
     test: Samples,
     work: Work,
-    meter: Meter,
+    meter: EnergyMeter,
     tell: Tell,
 ) -> Outcome:
-    """Play all seeds, or what is left of them after an interruption.
+    """Run all seeds, or what is left of them after an interruption.
 
-    A rival that cannot play (PbcError, a package that is missing) is told and left out; the others
-    go on.
+    A rival that cannot run (PbcError, a package that is missing) is reported and left out; the
+    others go on.
     """
     evaluator = Evaluator(runtime, test, plan.options.threads)
     known = {
@@ -146,7 +146,7 @@ def play(
         tell(f"{name} is left out: {error}")
 
     for seed in range(plan.seeds):
-        contestants = []
+        entries = []
         for name in plan.rivals:
             progress = known[name, seed]
             if name in left_out or len(progress.cells) >= plan.epochs(name):
@@ -154,47 +154,47 @@ def play(
             setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
             try:
                 rival: Rival = plugins.load(GROUP, name)(setting)
-                contestant = Contestant(name, seed, rival, progress)
-                contestant.prepare(progress, meter)
+                entry = Entry(name, seed, rival, progress)
+                entry.prepare(progress, meter)
             except PbcError as error:
                 leave_out(name, error)
                 continue
             except ModuleNotFoundError as error:
                 if error.name is None or error.name.partition(".")[0] == "pbc":
-                    raise  # not a package that somebody could install
+                    raise  # not a package that could be installed
                 needs = missing(error) or f"{error.name}, which is not installed"
                 leave_out(name, PbcError(f"it needs {needs}"))
                 continue
-            contestants.append(contestant)
+            entries.append(entry)
         for epoch in range(plan.options.epochs):
-            # Whoever follows full training finds the processor's caches cold: not always the same.
-            turn = epoch % max(len(contestants), 1)
-            for contestant in contestants[turn:] + contestants[:turn]:
-                wanted = plan.epochs(contestant.name)
-                if len(contestant.cells) != epoch or epoch >= wanted:
+            # After full training the processor's caches are cold: not always for the same rival.
+            turn = epoch % max(len(entries), 1)
+            for entry in entries[turn:] + entries[:turn]:
+                wanted = plan.epochs(entry.name)
+                if len(entry.cells) != epoch or epoch >= wanted:
                     continue
-                if contestant.name in left_out:
+                if entry.name in left_out:
                     continue
                 try:
-                    cell = contestant.play(evaluator, test, meter)
+                    cell = entry.run_epoch(evaluator, test, meter)
                 except PbcError as error:
-                    leave_out(contestant.name, error)
+                    leave_out(entry.name, error)
                     continue
-                progress = contestant.progress(last=epoch + 1 == wanted)
+                progress = entry.progress(last=epoch + 1 == wanted)
                 work.save(progress)
-                known[contestant.name, seed] = progress
+                known[entry.name, seed] = progress
                 tell(cell_line(cell, plan))
-        del contestants
+        del entries
         gc.collect()  # caches of gigabytes do not wait for the next seed
-    playing = [name for name in plan.rivals if name not in left_out]
+    finished = [name for name in plan.rivals if name not in left_out]
     return Outcome(
-        {(name, seed): known[name, seed].cells for name in playing for seed in range(plan.seeds)},
-        {name: known[name, 0].facts or {} for name in playing},
+        {(name, seed): known[name, seed].cells for name in finished for seed in range(plan.seeds)},
+        {name: known[name, 0].facts or {} for name in finished},
         left_out,
     )
 
 
-def cell_line(cell: Cell, plan: Plan) -> str:
+def cell_line(cell: Cell, plan: MatchPlan) -> str:
     """Return one line that says what an epoch of a rival gave."""
     total = sum(cell.levels)
     shares = " ".join(

@@ -12,8 +12,8 @@ import numpy as np
 from pbc.bench import photos
 from pbc.bench.cells import Work
 from pbc.bench.energy import NoMeter
-from pbc.bench.match import Plan, play
-from pbc.bench.results import REFERENCE, Spread, standings
+from pbc.bench.match import MatchPlan, run_match
+from pbc.bench.standings import REFERENCE, Spread, standings
 from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError, suggest
@@ -71,10 +71,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Variation:
-    """What one value of a study changes: the plan, the runtime, the training photos."""
+    """The plan, the runtime and the training photos at one value of a study."""
 
     value: str
-    plan: Plan
+    plan: MatchPlan
     runtime: Runtime
     train: Samples
 
@@ -129,7 +129,7 @@ def ships_means(bundle: Bundle) -> bool:
 
 def study(
     name: str,
-    plan: Plan,
+    plan: MatchPlan,
     runtime: Runtime,
     train: Samples,
     test: Samples,
@@ -137,7 +137,7 @@ def study(
     bundles: Mapping[str, Path],
     tell: Tell,
 ) -> Study:
-    """Play a small match for every value of a study."""
+    """Run a small match for every value of a study."""
     plan = replace(plan, rivals=_RIVALS, epochs_of={}, rate_of={})
     variations = {
         "levels": lambda: _levels(plan, runtime, train),
@@ -151,7 +151,7 @@ def study(
         digest = variation.runtime.bundle.digest[:12]
         part = Work(work.root / "states" / "sweep" / f"{name}-{variation.value}-{digest}")
         part.begin({"value": variation.value}, resume=True, overwrite=False)
-        outcome = play(
+        outcome = run_match(
             variation.plan, variation.runtime, variation.train, test, part, NoMeter(), tell
         )
         points += [
@@ -168,7 +168,7 @@ def study(
     return Study(name, STUDIES[name], values, tuple(points))
 
 
-def _levels(plan: Plan, runtime: Runtime, train: Samples) -> list[Variation]:
+def _levels(plan: MatchPlan, runtime: Runtime, train: Samples) -> list[Variation]:
     count = len(runtime.bundle.manifest["levels"])
     return [
         Variation(
@@ -178,7 +178,7 @@ def _levels(plan: Plan, runtime: Runtime, train: Samples) -> list[Variation]:
     ]
 
 
-def _shots(plan: Plan, runtime: Runtime, train: Samples) -> list[Variation]:
+def _shots(plan: MatchPlan, runtime: Runtime, train: Samples) -> list[Variation]:
     most = int(np.bincount(train.labels).max())
     return [
         Variation(str(count), plan, runtime, photos.first_of_each(train, count, seed=0))
@@ -191,7 +191,7 @@ def _shots(plan: Plan, runtime: Runtime, train: Samples) -> list[Variation]:
 
 
 def _policies(
-    plan: Plan, runtime: Runtime, train: Samples, bundles: Mapping[str, Path]
+    plan: MatchPlan, runtime: Runtime, train: Samples, bundles: Mapping[str, Path]
 ) -> list[Variation]:
     """Compare the shipped policy with its means and with predictions that know no photo.
 
@@ -216,7 +216,7 @@ def _with_means(bundle: Bundle) -> Bundle:
 
 
 class ShuffledPolicy:
-    """An engine whose policy's answers are dealt out at random: right on average, about nobody."""
+    """Engine whose policy's answers are dealt out at random: right on average, for no photo."""
 
     def __init__(self, engine: Engine) -> None:
         self.name = engine.name

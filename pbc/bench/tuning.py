@@ -45,12 +45,12 @@ def tune(
 ) -> Rate:
     """Train PET at every rate on cached level-0 features; the most accurate on held-out photos.
 
-    Of equals the one of the lowest loss. Without a frozen prefix a trial would be as dear as a
-    run: the optimizer's default is taken then.
+    Of equals the one of the lowest loss. Without a frozen prefix a trial would be as expensive
+    as a run: the optimizer's default is taken then.
     """
     default = default_rate(options.optimizer)
     bundle = runtime.bundle
-    if "prefix/0" not in bundle.manifest["graphs"]:
+    if not bundle.has_prefix:
         return Rate(default, "the default: without a frozen prefix tuning would cost whole runs")
     values = sum(math.prod(shape) for shape in bundle.manifest["features"].values())
     if 4 * values * len(samples) > _MOST_BYTES:

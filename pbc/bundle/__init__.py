@@ -1,5 +1,6 @@
 """The bundle: the one file that a device receives, as either side reads it."""
 
-from pbc.bundle.bundle import Bundle, write
+from pbc.bundle.reader import Bundle, manifest_digest
+from pbc.bundle.writer import write
 
-__all__ = ["Bundle", "write"]
+__all__ = ["Bundle", "manifest_digest", "write"]

@@ -25,8 +25,8 @@ class Level:
     """One rung: what running the frozen part at this level costs and how faithful it is.
 
     cost: relative to level 0, under the ladder's cost model (0 < cost <= 1 for level 0).
-    latency_ms: of one training visit of a batch (prefix forward, at the batch size that suits it,
-        body forward and backward), None where it was not measured.
+    latency_ms: of one training iteration of a batch (prefix forward, at the batch size that suits
+        it, body forward and backward), None where it was not measured.
     macs: multiply-accumulates of prefix and body for one sample.
     fidelity: centred, standardised cosine to level 0 on held-out calibration images
         (docs/architecture.md, «Fidelity»); None for a level that was never aligned.
@@ -64,11 +64,11 @@ class Ladder:
         return len(self.levels)
 
     def precision(self, level: int) -> str:
-        """What the frozen part of a level computes in; float32 where nothing is planned."""
+        """Return what the frozen part of a level computes in; float32 where nothing is planned."""
         return self.levels[level].precision if level < len(self) else FLOAT32
 
     def resolution(self, level: int) -> tuple[int, int] | None:
-        """What the images are reduced to at a level; None where nothing is planned."""
+        """Return what the images are reduced to at a level; None where nothing is planned."""
         return self.levels[level].resolution if level < len(self) else None
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: each command parses, calls one library function, and prints.
+"""Command line: each command parses, calls one library function, and prints.
 
 A command's module is imported when the command runs, so that `pbc --help` and `pbc train` never
 load the compiler.
@@ -7,6 +7,7 @@ load the compiler.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ import click
 
 from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.plugins import summary
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
+from pbc.util.source import summary
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command is, and which extras bring what it may need beside the core."""
+    """Place of a command, and the extras that bring what it may need beside the core."""
 
     module: str
     attribute: str
@@ -41,14 +42,16 @@ COMMANDS: Mapping[str, Command] = {
     "profile": Command("pbc.cli.profile", "profile", DEVICE_EXTRAS),
     "deploy": Command("pbc.cli.deploy", "deploy"),
     "pack": Command("pbc.cli.pack", "pack"),
-    "targets": Command("pbc.cli.listing", "targets"),
-    "passes": Command("pbc.cli.listing", "passes"),
-    "strategies": Command("pbc.cli.listing", "strategies"),
+    "targets": Command("pbc.cli.targets", "targets"),
+    "strategies": Command("pbc.cli.plugins", "strategies"),
+    "passes": Command("pbc.cli.plugins", "passes"),
+    "plugins": Command("pbc.cli.plugins", "list_plugins"),
+    "doctor": Command("pbc.cli.doctor", "doctor"),
 }
 
 
 class Main(click.Group):
-    """The `pbc` command: finds its commands lazily and says what went wrong in one line."""
+    """Group of all commands: finds them lazily and says what went wrong in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -95,6 +98,8 @@ class Main(click.Group):
         **extra: Any,
     ) -> Any:
         """Run; as the standalone program, end with one line on stderr and an exit code."""
+        if "NO_COLOR" in os.environ:
+            extra.setdefault("color", False)
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode, **extra)
         try:
@@ -112,17 +117,23 @@ class Main(click.Group):
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    plain = "NO_COLOR" in os.environ
+    head = click.style("error:", fg="red", bold=True)
+    click.echo(f"{head} {message}", err=True, color=False if plain else None)
     sys.exit(exit_code)
 
 
-@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
+# \b keeps click from running the lines that follow into one paragraph.
+_HELP = """Compile a pretrained network for a device, and personalise it there.
+
+\b
+  pbc compile resnet50 --target jetson-tx2 -o model.pbc
+  pbc train model.pbc photos/ -o mine
+  pbc predict mine photo.jpg
+"""
+
+
+@click.group(cls=Main, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pbc")
 def main() -> None:
-    r"""Compile a pretrained network for a device, and personalise it there.
-
-    \b
-      pbc compile resnet50 --target jetson-tx2 -o model.pbc
-      pbc train model.pbc photos/ -o mine
-      pbc predict mine photo.jpg
-    """
+    """Run `pbc`."""

@@ -1,4 +1,4 @@
-"""`pbc bench`: parse, play the match, print and write the results."""
+"""`pbc bench`: parse, run the match, print and write the results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from pbc.bench.bench import RIVALS, Options
-from pbc.bench.bench import bench as play
+from pbc.bench.compare import compare
+from pbc.bench.options import RIVALS, BenchOptions
 from pbc.bench.report import html as report
 from pbc.bench.report import tables
-from pbc.bench.results import FULL
+from pbc.bench.standings import FULL
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
 from pbc.errors import UsageError
@@ -33,15 +33,15 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("--test", type=_PATH, help="Photos to test on.  [default: a third of DATA]")
 @click.option(
     "--rivals",
-    help="Who plays; `all` means everyone who is installed.  "
+    help="Which rivals run; `all` means every installed one.  "
     f"[default: those of {','.join(RIVALS)} whose packages are installed]",
 )
 @click.option("--seeds", type=int, default=3, show_default=True)
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
-@click.option("--lr", type=float, help="Learning rate of all.  [default: tuned for PET]")
+@click.option("--lr", type=float, help="Learning rate of all rivals.  [default: tuned for PET]")
 @objective_options
-@click.option("--threads", type=int, help="Threads of everybody.  [default: the engine's choice]")
+@click.option("--threads", type=int, help="Threads of every rival.  [default: the engine's choice]")
 @click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
 @click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")
 @click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
@@ -64,7 +64,8 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
     metavar="NAME=PATH",
     help="For --sweep policy-data: the same model compiled with other images.",
 )
-@click.option("--json", "json_out", type=_PATH, help="Write everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
 @click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
 @click.option("--csv", "csv_out", type=_PATH, help="Write the paper artifact's table.")
 def bench(
@@ -85,7 +86,8 @@ def bench(
     accuracy_budgets: bool,
     sweep: str | None,
     bundles: Sequence[str],
-    json_out: Path | None,
+    as_json: bool,
+    output: Path | None,
     html_out: Path | None,
     csv_out: Path | None,
     **settings: Any,
@@ -100,10 +102,10 @@ def bench(
         names = tuple(entries("pbc.rivals")) if rivals == "all" else _list(rivals)
     if accuracy_budgets and FULL not in names:
         raise UsageError(f"--accuracy-budgets needs {FULL!r} among --rivals ({', '.join(names)})")
-    for out in (json_out, html_out, csv_out):
+    for out in (output, html_out, csv_out):
         if out is not None and not out.resolve().parent.is_dir():
             raise UsageError(f"the folder of {out} does not exist")
-    options = Options(
+    options = BenchOptions(
         train=TrainOptions(learning_rate=lr, **settings),
         test=test,
         rivals=names,
@@ -120,26 +122,30 @@ def bench(
         overwrite=overwrite,
     )
     try:
-        results = play(bundle, data, options, work or bundle.with_suffix(".bench"), _tell)
+        results = compare(bundle, data, options, work or bundle.with_suffix(".bench"), _tell)
     except KeyboardInterrupt:
         click.echo("interrupted: the same command with --resume goes on from here", err=True)
         sys.exit(130)
-    tables.show(console(), results, accuracy_budgets)
-    if json_out is not None:
-        _write(json_out, json.dumps(results.to_json(), indent=1) + "\n")
+    text = json.dumps(results.to_json(), indent=1) + "\n"
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        tables.show(console(), results, accuracy_budgets)
+    if output is not None:
+        _write(output, text, as_json)
     if html_out is not None:
-        _write(html_out, report.html(results, accuracy_budgets))
+        _write(html_out, report.html(results, accuracy_budgets), as_json)
     if csv_out is not None:
-        _write(csv_out, tables.artifact_csv(results))
+        _write(csv_out, tables.artifact_csv(results), as_json)
 
 
 def _tell(line: str) -> None:
     click.echo(line, err=True)
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, as_json: bool) -> None:
     replace_bytes(path, text.encode(), mode=_MODE)
-    click.echo(f"wrote {path}")
+    click.echo(f"wrote {path}", err=as_json)
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pbc import compiler
 from pbc.bundle import Bundle
-from pbc.cli.inspect import show_levels
+from pbc.cli.inspect import show_blocks, show_levels
 from pbc.errors import UsageError
 from pbc.util.progress import reporting_to, telling
+from pbc.util.sizes import size_text
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -44,6 +45,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     default="linear-probe",
     show_default=True,
     help="What trains; see `pbc strategies` (last-k:K, adapters:N, …).",
+)
+@click.option(
+    "--blocks",
+    metavar="PATTERN",
+    help="The modules that the strategy counts, such as 'layers.*'; found by pbc by default.",
 )
 @click.option(
     "--classes", type=int, help="How many classes; without it and --data, training decides."
@@ -155,9 +161,10 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     click.echo(f"passes: {', '.join(plan.passes)}")
     click.echo(f"engine: {plan.engine}")
     _show_requires(plan.requires)
+    show_blocks([vars(block) for block in plan.blocks])
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
-        click.echo(f"{name}: {size / 1e6:.2f} MB expected")
+        click.echo(f"{name}: {size_text(size)} expected")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was written")
 
@@ -169,7 +176,7 @@ def _show_result(bundle: Bundle) -> None:
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
-        f"wrote {bundle.path} ({size / 1e6:.1f} MB); next: pbc train {bundle.path} PHOTOS -o OUT"
+        f"wrote {bundle.path} ({size_text(size)}); next: pbc train {bundle.path} PHOTOS -o OUT"
     )
 
 

@@ -42,7 +42,7 @@ def deploy(
     version before stays. DIR is `pbc` in the home folder by default; DIR/bin/pbc runs what is
     active, DIR/bundle.pbc is its bundle.
     """
-    options = deployment.Options(
+    options = deployment.DeployOptions(
         ssh_options=tuple(word for option in ssh_options for word in shlex.split(option)),
         **settings,
     )

@@ -92,12 +92,15 @@ class TrainDisplay:
 
 def epoch_line(report: EpochReport, epochs: int) -> str:
     """Return one line that says how an epoch went."""
-    skipped = f"  skipped {report.skipped}/{report.steps}" if report.skipped else ""
-    everybody = report.rested + sum(report.levels)
-    rested = f"  rested {100 * report.rested / everybody:.0f}%" if report.rested else ""
+    skipped = ""
+    if report.skipped_updates:
+        skipped += f"  skipped {report.skipped_updates}/{report.steps} updates"
+    if report.skipped_samples:
+        share = report.skipped_samples / (report.skipped_samples + sum(report.levels))
+        skipped += f"  skipped {share:.0%} of samples"
     return (
         f"epoch {report.epoch}/{epochs}  loss {report.loss:.4f}  {level_shares(report.levels)}  "
-        f"{report.samples_per_second:.0f} samples/s{skipped}{rested}"
+        f"{report.samples_per_second:.0f} samples/s{skipped}"
     )
 
 

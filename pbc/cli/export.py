@@ -1,4 +1,4 @@
-"""The command that hands a personal model to other programs."""
+"""`pbc export`: hand a personal model to other programs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pbc.runtime.output.export import export as write
+from pbc.util.sizes import size_text
 
 _PATH = click.Path(path_type=Path)
 
@@ -26,4 +27,4 @@ def export(out: Path, target: Path | None, level: int | None) -> None:
     if target is None:
         target = Path(f"{out.resolve().name}.onnx")
     write(out, target, level=level)
-    click.echo(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB)")
+    click.echo(f"wrote {target} ({size_text(target.stat().st_size)})")

@@ -1,4 +1,4 @@
-"""`pbc inspect`: what is in a bundle."""
+"""`pbc inspect`: show the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from pbc.bundle import Bundle
 from pbc.cli.tables import console
 from pbc.errors import PbcError
-from pbc.runtime.routing.bounds import floor_for
+from pbc.runtime.routing.fidelity_floor import floor_for
 
 DIMS = "dims.json"
 SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
@@ -68,6 +68,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
     for key, value in rows.items():
         grid.add_row(Text(key, style="bold"), Text(str(value)))
     console().print(grid)
+    show_blocks(manifest.get("blocks", []))
     show_levels(manifest["levels"], manifest["cost_model"])
     _show_policy(manifest["policy"])
     _show_accuracy_map(manifest["accuracy_map"])
@@ -109,7 +110,7 @@ def _show_accuracy_map(points: list[list[float]] | None) -> None:
         click.echo("accuracy: unknown what a fidelity costs (no map was fitted)")
         return
     needed = ", ".join(f"{lost:g}: {floor_for(points, lost):.3f}" for lost in SHOWN_LOSSES)
-    click.echo(f"accuracy: fidelity that keeps the loss to so many points: {needed}")
+    click.echo(f"accuracy: fidelity that keeps the loss to N points: {needed}")
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:
@@ -117,6 +118,19 @@ def _elements(shape: list[int | None], classes: int | None) -> int:
     for size in shape:
         product *= size if size is not None else (classes or 1)
     return product
+
+
+def show_blocks(blocks: list[dict[str, Any]]) -> None:
+    """Print the network's blocks in the order in which they run, and what of them trains."""
+    if not blocks:
+        return
+    table = Table("block", "values", "train", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
+    for block in blocks:
+        values, trained = block["values"], block["trained"]
+        train = "all" if trained == values > 0 else f"{trained:,}" if trained else "-"
+        table.add_row(block["name"], f"{values:,}", train)
+    console().print(table)
 
 
 def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pbc.runtime.objective import LEARNING_RATES
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.runtime.options import TrainOptions
 
 _DEFAULTS = TrainOptions()
@@ -16,7 +16,7 @@ _OPTIONS = (
         "--optimizer",
         default=_DEFAULTS.optimizer,
         show_default=True,
-        help=f"{', '.join(list(LEARNING_RATES)[:-1])} or {list(LEARNING_RATES)[-1]}.",
+        help=f"{', '.join(list(OPTIMIZERS)[:-1])} or {list(OPTIMIZERS)[-1]}.",
     ),
     click.option(
         "--momentum", type=float, default=_DEFAULTS.momentum, show_default=True, help="Of sgd."

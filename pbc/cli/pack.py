@@ -8,35 +8,36 @@ from typing import Any
 
 import click
 
-from pbc.deploy.pack import ACTIVATE, Options
+from pbc.deploy.pack import ACTIVATE, PackOptions
 from pbc.deploy.pack import pack as write
 from pbc.errors import UsageError
+from pbc.util.sizes import size_text
 
 _PATH = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("bundle", type=_PATH)
-@click.option("-o", "--out", type=_PATH, required=True, metavar="FILE.tar")
+@click.option("-o", "--output", type=_PATH, required=True, metavar="FILE.tar")
 @click.option("--python-version", "python", metavar="3.N",
               help="The board's Python.  [default: the target's, else this one's]")  # fmt: skip
 @click.option("--libc", metavar="2.N", help="The board's glibc.  [default: the target's]")
 @click.option("--wheels", type=_PATH, help="Take wheels from this folder, and from nowhere else.")
 @click.option("--offline", is_flag=True, help="Take wheels that were collected before.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def pack(bundle: Path, out: Path, as_json: bool, **settings: Any) -> None:
+def pack(bundle: Path, output: Path, as_json: bool, **settings: Any) -> None:
     """Write BUNDLE, its runtime and an activation script into one archive.
 
     For boards that have an updater of their own: unpacked there, `sh activate.sh DIR` does what
     `pbc deploy` does once it has copied.
     """
-    if not out.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {out} does not exist")
-    found = write(bundle, out, Options(**settings))
+    if not output.resolve().parent.is_dir():
+        raise UsageError(f"the folder of {output} does not exist")
+    found = write(bundle, output, PackOptions(**settings))
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(
-        f"wrote {out} ({found['bytes'] / 2**20:.1f} MiB) for Python {found['python']} on "
+        f"wrote {output} ({size_text(found['bytes'])}) for Python {found['python']} on "
         f"{found['arch']} with {found['libc']} or newer; on the board: sh {ACTIVATE} DIR"
     )

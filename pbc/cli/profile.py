@@ -16,14 +16,16 @@ from rich.text import Text
 from pbc.bench.report.tables import aligned
 from pbc.cli.tables import console
 from pbc.errors import UsageError
-from pbc.profile.profile import Options, Profile, best_prefix, visit_ms
-from pbc.profile.profile import profile as measure
+from pbc.profile.measure import Profile, measure
+from pbc.profile.options import ProfileOptions
+from pbc.profile.ratios import best_prefix, image_ms
 from pbc.profile.remote import profile_on
-from pbc.profile.stages import COMPILED, EAGER, level_name
+from pbc.profile.task import COMPILED, EAGER, level_name
 from pbc.util.atomic import replace_bytes
+from pbc.util.sizes import memory_text
 
 _PATH = click.Path(path_type=Path)
-_DEFAULTS = Options()
+_DEFAULTS = ProfileOptions()
 _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it holds no photo
 
 
@@ -31,13 +33,15 @@ _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it hold
 @click.argument("bundle", type=_PATH)
 @click.option("--data", type=_PATH, help="Photos to measure on.  [default: noise]")
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
-@click.option("--threads", metavar="N,N,…", help="Threads of everybody.  [default: one per CPU]")
+@click.option(
+    "--threads", metavar="N,N,…", help="Numbers of threads to measure with.  [default: one per CPU]"
+)
 @click.option("--levels", metavar="N,N,…", help="Levels to measure.  [default: all]")
 @click.option("--optimizer", default=_DEFAULTS.optimizer, show_default=True)
 @click.option("--rounds", type=int, default=_DEFAULTS.rounds, show_default=True,
               help="How often everything is timed, in turn.")  # fmt: skip
 @click.option("--against", metavar="torch|none",
-              help="Whom to compare with.  [default: torch, where it is installed]")  # fmt: skip
+              help="What to compare with.  [default: torch, where it is installed]")  # fmt: skip
 @click.option("--no-compile", is_flag=True, help="PyTorch runs eagerly only.")
 @click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
 @click.option("--on", metavar="USER@HOST[:DIR]",
@@ -45,7 +49,7 @@ _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it hold
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="WORDS",
               help="For ssh, like '-p 2222' or '-i key'.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("-o", "--out", type=_PATH, help="Write everything as JSON.")
+@click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
 def profile(
     bundle: Path,
     threads: str | None,
@@ -54,7 +58,7 @@ def profile(
     on: str | None,
     ssh_options: tuple[str, ...],
     as_json: bool,
-    out: Path | None,
+    output: Path | None,
     **settings: Any,
 ) -> None:
     """Measure what each stage of each level of BUNDLE costs here, and what PyTorch needs.
@@ -62,15 +66,15 @@ def profile(
     Training with BUNDLE decides by measurements of its own; this one is for people, and for
     `pbc compile --cost`, which plans the next ladder by it.
     """
-    if out is not None and not out.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {out} does not exist")
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UsageError(f"the folder of {output} does not exist")
     if ssh_options and on is None:
         raise UsageError("--ssh-option is for --on")
 
     def tell(line: str) -> None:
         click.echo(line, err=True)
 
-    options = Options(
+    options = ProfileOptions(
         threads=_numbers("--threads", threads),
         levels=_numbers("--levels", levels),
         torch_compile=not no_compile,
@@ -86,14 +90,14 @@ def profile(
         click.echo("interrupted: nothing was kept", err=True)
         sys.exit(130)
     text = json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n"
-    if out is not None:
-        replace_bytes(out, text.encode(), mode=_MODE)
+    if output is not None:
+        replace_bytes(output, text.encode(), mode=_MODE)
     if as_json:
         click.echo(text, nl=False)
         return
     show(console(), found)
-    if out is not None:
-        click.echo(f"wrote {out}")
+    if output is not None:
+        click.echo(f"wrote {output}")
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
@@ -140,10 +144,10 @@ def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
             "skipped",
             "logits",
             "load",
-            "visit/image",
+            "total/image",
             "prefix",
             "step",
-            "visit",
+            "total",
         ]
     ]
     for name, side in run["sides"].items():
@@ -160,10 +164,10 @@ def _stages(run: dict[str, Any], content: dict[str, Any]) -> Table:
                 _times(side["forward"]),
                 _times(side.get("logits")),
                 f"{by_name[name]:.0f}" if name in by_name else "-",
-                f"{visit_ms(side, batch):.3g}",
+                f"{image_ms(side, batch):.3g}",
                 *(
                     f"{compared[stage]:.2f}x{against}" if stage in compared else "-"
-                    for stage in ("prefix", "step", "visit")
+                    for stage in ("prefix", "step", "total")
                 ),
             ]
         )
@@ -179,8 +183,8 @@ def _loading(process: dict[str, Any]) -> Table:
             f"{load['open_seconds']:.2f}",
             f"{load['engine_seconds']:.2f}",
             f"{load['load_seconds']:.2f}",
-            _megabytes(load["peak_rss_bytes"]),
-            _megabytes(load["pss_bytes"]),
+            _memory(load["peak_rss_bytes"]),
+            _memory(load["pss_bytes"]),
         ]
         for title, load in (
             ("the first time", process["first_load"]),
@@ -196,8 +200,8 @@ def _training(trained: dict[str, Any]) -> Table:
         [
             f"PyTorch {_way(who)}" if who in (EAGER, COMPILED) else who,
             str(found["steps"]),
-            _megabytes(found["peak_rss_bytes"]),
-            _megabytes(found["pss_bytes"]),
+            _memory(found["peak_rss_bytes"]),
+            _memory(found["pss_bytes"]),
         ]
         for who, found in trained.items()
     ]
@@ -212,5 +216,5 @@ def _times(times: dict[str, float] | None) -> str:
     return "-" if times is None else f"{times['min']:.3g} ({times['median']:.3g})"
 
 
-def _megabytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.0f} MiB"
+def _memory(count: int | None) -> str:
+    return "-" if count is None else memory_text(count)

@@ -22,7 +22,7 @@ from pbc.data import ImageFolder, Samples, has_held_out, read_image
 from pbc.data.inventory import printable
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
 

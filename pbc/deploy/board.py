@@ -1,4 +1,4 @@
-"""The part of a deploy that runs on the board: the standard library alone, in one file.
+"""Board side of a deploy: one file that travels alone and needs the standard library only.
 
 `pbc deploy` sends this source through ssh and then speaks with it over the same pipe; a pack brings
 it along. What it keeps in the folder of the deploy:
@@ -10,8 +10,9 @@ it along. What it keeps in the folder of the deploy:
     current -> slots/<id>       the slot in use: one rename switches, and nothing else does
     bin/pbc, bundle.pbc         stable names: the current slot's pbc, the current slot's bundle
 
-A slot or a folder of packages is complete when its seal is there, which is written last, after all
-of it is on the disk. What is cut off before the rename of `current` leaves the old slot as it was.
+A slot or a folder of packages is complete when its complete marker is there, which is written
+last, after all of it is on the disk. What is cut off before the rename of `current` leaves the old
+slot as it was.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 FORMAT = 1
-# What somebody may know better than the board says; without the others nothing would run.
+# Checks that a user may overrule; without the others nothing would run.
 CHECKS = ("memory", "disk", "jetpack", "cuda")
 CONNECTION_ENDED = "the connection ended"
 
-_SEAL = "sealed.json"
+_COMPLETE_MARKER = "complete.json"
 _CHUNK_BYTES = 1 << 20
 _LOCK_SECONDS = 20.0
 _SELF_TEST_SECONDS = 1800
@@ -46,7 +47,7 @@ _MEMORY_SHARE = 0.75
 _ARCHS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 _RUN = '''\
-"""Run the pbc of this slot; the lock tells whoever removes old slots that it is in use."""
+"""Run the pbc of this slot; the lock tells a prune of old slots that it is in use."""
 import fcntl
 import os
 import sys
@@ -70,7 +71,7 @@ exec {root}/"$slot"/python/bin/python -I {root}/"$slot"/run.py "$@"
 
 
 class Refused(Exception):
-    """What the user can do something about, in one line."""
+    """Failure that the user can do something about, in one line."""
 
 
 # ---- facts ---------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def refusals(facts: Mapping[str, str], needs: Mapping[str, Any]) -> dict[str, st
 
 
 def meets(version: str, wanted: str) -> bool:
-    """Whether a version is what `>=2.28`, `>=2.9,<3` or `10.2` ask for; all parts must hold.
+    """Return whether a version is what `>=2.28`, `>=2.9,<3` or `10.2` ask for; all parts must hold.
 
     A bare version stands for itself and what follows after a dot.
     """
@@ -151,24 +152,26 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    if count >= 2**20:
+        return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**10:.0f} KiB"
 
 
 # ---- where files come from -----------------------------------------------------------------
 
 
 class Source(Protocol):
-    """Whoever asked for the deploy: is told of each step, and has the files."""
+    """Origin of a deploy: it is told of each step, and has the files."""
 
     def step(self, name: str) -> None:
-        """Announce the next step; raises Refused where there is nobody any more."""
+        """Announce the next step; raises Refused where the connection is gone."""
 
     def fetch(self, store: Store, missing: Sequence[Mapping[str, Any]]) -> None:
         """Put files into the store."""
 
 
 class Link:
-    """The other end of an ssh connection: JSON lines, and the bytes of files after their line.
+    """Far end of an ssh connection: JSON lines, and the bytes of files after their line.
 
     Each step waits to be told to go on, so that nothing goes on alone once the connection is cut.
     """
@@ -228,7 +231,7 @@ class Store:
         return self.root / sha256
 
     def missing(self, files: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Those that are not here, each once; what was damaged since it came is not here."""
+        """Return those that are not here, each once; what was damaged since it came is not here."""
         found = {}
         for file in files:
             path = self.path(file["sha256"])
@@ -239,7 +242,7 @@ class Store:
         return list(found.values())
 
     def progress(self, sha256: str) -> dict[str, Any]:
-        """How much of a file came before a connection was cut, and the hash of that."""
+        """Return how much of a file came before a connection was cut, and the hash of that."""
         part = self._part(sha256)
         if not part.is_file():
             return {"sha256": sha256, "offset": 0, "so_far": ""}
@@ -288,8 +291,8 @@ class Store:
 # ---- slots ---------------------------------------------------------------------------------
 
 
-class Site:
-    """The folder of a deploy on this board."""
+class DeploymentRoot:
+    """Folder of all deploys on this board, with the slots and what they share."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -317,22 +320,22 @@ class Site:
             self._lock = None
 
     def current(self) -> Path | None:
-        """The active slot."""
+        """Return the active slot."""
         try:
             slot = self.root / (self.root / "current").readlink()
         except OSError:
             return None
-        return slot if _sealed(slot) else None
+        return slot if _is_complete(slot) else None
 
     def previous(self, slot: Path | None) -> Path | None:
-        """The slot that was active before this one, and that is still here."""
+        """Return the slot that was active before this one, if it is still here."""
         if slot is None:
             return None
         try:
             before = self.slots / (slot / "previous").read_text().strip()
         except OSError:
             return None
-        return before if _sealed(before) else None
+        return before if _is_complete(before) else None
 
     def install(self, plan: Mapping[str, Any], source: Source) -> dict[str, Any]:
         """Make a plan's slot and, once it has passed its self-test, the active one."""
@@ -346,10 +349,10 @@ class Site:
             missing = self.store.missing(files)
             self._refuse_small_disk(plan, missing, packages)
             source.fetch(self.store, missing)
-            if not _sealed(packages):
+            if not _is_complete(packages):
                 source.step("packages")
                 self._install(packages, plan)
-            if not _sealed(slot):
+            if not _is_complete(slot):
                 source.step("slot")
                 self._make_slot(slot, packages, plan)
             source.step("self-test")
@@ -360,10 +363,10 @@ class Site:
                 if slot != active:
                     _remove(slot)  # the next deploy makes it anew
                 raise
-            if not _sealed(slot):
-                source.step("seal")
+            if not _is_complete(slot):
+                source.step("mark complete")
                 stored = [file["sha256"] for file in files]
-                _seal(slot, {**plan["about"], "packages": packages.name, "files": stored})
+                _mark_complete(slot, {**plan["about"], "packages": packages.name, "files": stored})
             if active != slot:
                 source.step("switch")
                 self._activate(slot, active)
@@ -393,14 +396,14 @@ class Site:
         return {"slot": before.name, "previous": active.name, "self_test": outcome}
 
     def status(self) -> dict[str, Any]:
-        """What is active, what was before, and what was left half-made."""
+        """Return what is active, what was before, and what was left half-made."""
         active = self.current()
         before = self.previous(active)
         half = [
             entry.relative_to(self.root).as_posix()
             for folder in (self.slots, self.packages)
             for entry in _entries(folder)
-            if not _sealed(entry)
+            if not _is_complete(entry)
         ]
         parts = [
             {"file": part.name, "bytes": part.stat().st_size}
@@ -432,7 +435,7 @@ class Site:
         needed = sum(
             file["size"] - self.store.progress(file["sha256"])["offset"] for file in missing
         )
-        if not _sealed(packages):
+        if not _is_complete(packages):
             needed += plan["installed_bytes"]
         free = shutil.disk_usage(self.root).free
         if needed > free and "disk" not in plan["ignore"]:
@@ -465,7 +468,7 @@ class Site:
         )  # fmt: skip
         _remove(wheels)
         _remove(unpacking)
-        _seal(folder, {})
+        _mark_complete(folder, {})
 
     def _make_slot(self, slot: Path, packages: Path, plan: Mapping[str, Any]) -> None:
         _remove(slot)
@@ -495,9 +498,9 @@ class Site:
         return outcome
 
     def _call(self, what: str, words: list[str], variables: Mapping[str, str] = {}) -> str:
-        """Run a program to its end and return what it printed; `what` it is, for whoever reads.
+        """Run a program to its end and return what it printed; `what` names it in messages.
 
-        It inherits the lock: if this process is killed, nobody else changes what it still changes.
+        It inherits the lock: if this process is killed, no other deploy starts before it ends.
         """
         assert self._lock is not None
         own = {n: v for n, v in os.environ.items() if not n.startswith(("PIP_", "PYTHON"))}
@@ -568,18 +571,18 @@ def _is_in_use(slot: Path) -> bool:
     return False
 
 
-def _sealed(folder: Path) -> bool:
-    return (folder / _SEAL).is_file()
+def _is_complete(folder: Path) -> bool:
+    return (folder / _COMPLETE_MARKER).is_file()
 
 
-def _seal(folder: Path, about: Mapping[str, Any]) -> None:
+def _mark_complete(folder: Path, about: Mapping[str, Any]) -> None:
     os.sync()
-    _write(folder / _SEAL, json.dumps(about))
+    _write(folder / _COMPLETE_MARKER, json.dumps(about))
 
 
 def _described(slot: Path) -> dict[str, Any]:
     try:
-        about = json.loads((slot / _SEAL).read_text())
+        about = json.loads((slot / _COMPLETE_MARKER).read_text())
     except (OSError, ValueError):
         about = {"files": [], "packages": ""}
     return {"slot": slot.name, **about}
@@ -590,9 +593,9 @@ def _summary(slot: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a slot or packages: without its seal first, it is none from then on."""
+    """Remove a slot or packages: without its complete marker first, it is none from then on."""
     if folder.exists():
-        (folder / _SEAL).unlink(missing_ok=True)
+        (folder / _COMPLETE_MARKER).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
@@ -627,7 +630,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex."""
+    """Return the sha256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -654,15 +657,15 @@ def serve(read: BinaryIO, write: BinaryIO) -> int:
     link = Link(read, write)
     request = link.line()
     root = Path(request["root"]).expanduser().absolute()
-    site = Site(root)
+    deployment = DeploymentRoot(root)
     link.tell(process=os.getpid())
     try:
         if request["command"] == "install":
-            result = site.install(request["plan"], link)
+            result = deployment.install(request["plan"], link)
         elif request["command"] == "rollback":
-            result = site.rollback(link)
+            result = deployment.rollback(link)
         else:
-            result = site.status()
+            result = deployment.status()
         link.tell(result=result)
     except BrokenPipeError:
         return 1
@@ -681,7 +684,7 @@ def activate(archive: Path, root: Path) -> int:
     if found:
         return 1
     try:
-        result = Site(root.absolute()).install(plan, Folder(archive / "files"))
+        result = DeploymentRoot(root.absolute()).install(plan, Folder(archive / "files"))
     except (Refused, OSError, subprocess.TimeoutExpired) as error:
         sys.stderr.write(f"error: {_one_line(error, root)}\n")
         return 1

@@ -1,4 +1,4 @@
-"""The system's own ssh, with the user's own configuration; it never asks anything."""
+"""Connection by the system's own ssh and the user's configuration; it never asks anything."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CLOSE_SECONDS = 15
 
 @dataclass(frozen=True)
 class Destination:
-    """Where to deploy: a host as ssh knows it, and a folder there."""
+    """Destination of a deploy: a host as ssh knows it, and a folder there."""
 
     host: str
     folder: str = FOLDER
@@ -90,7 +90,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Session:
-    """A running command on the board: its stdin, its stdout, and why it ended."""
+    """Running command on the board: its stdin, its stdout, and why it ended."""
 
     process: subprocess.Popen[bytes]
     host: str
@@ -114,7 +114,7 @@ class Session:
         return output
 
     def failure(self) -> PbcError:
-        """Why the command ended, in its own last words or ssh's."""
+        """Return the error that says why the command ended, in its last words or ssh's."""
         self.close()
         self.said.seek(0)
         lines = self.said.read().decode(errors="replace").splitlines()

@@ -18,6 +18,7 @@ from pbc.deploy.payload import PROBE, SCRIPT, Payload, needs, payload
 from pbc.deploy.requirements import device_requirements
 from pbc.deploy.wheels import BoardPython, board_python, collect
 from pbc.errors import PbcError, UsageError, suggest
+from pbc.util.sizes import size_text
 
 _CHUNK_BYTES = 1 << 18
 
@@ -25,11 +26,11 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to reach a board, and what to bring.
+class DeployOptions:
+    """Settings of a deploy: the way to a board, and what to bring.
 
     ssh_options: words for ssh. python: the interpreter there. wheels, offline: see
-    pbc.deploy.wheels.collected. ignore: checks of the board that are not to stop anything.
+    pbc.deploy.wheels.collect. ignore: checks of the board that are not to stop anything.
     """
 
     ssh_options: tuple[str, ...] = ()
@@ -46,7 +47,7 @@ class Options:
 
 
 def deploy(
-    bundle: Path | str, destination: str, options: Options, report: Report
+    bundle: Path | str, destination: str, options: DeployOptions, report: Report
 ) -> dict[str, Any]:
     """Make a bundle the active one on a board; return what the board says about it.
 
@@ -65,22 +66,22 @@ def deploy(
     return _Conversation(connection, facts["python"], report).install(ready)
 
 
-def rollback(destination: str, options: Options, report: Report) -> dict[str, Any]:
+def rollback(destination: str, options: DeployOptions, report: Report) -> dict[str, Any]:
     """Make the version before the active one active again."""
     connection = _connection(destination, options)
     facts = probe(connection, options)
     return _Conversation(connection, _interpreter(connection, facts), report).ask("rollback")
 
 
-def status(destination: str, options: Options) -> dict[str, Any]:
-    """What is active on a board, what was before, and what was left half-made."""
+def status(destination: str, options: DeployOptions) -> dict[str, Any]:
+    """Return what is active on a board, what was before, and what was left half-made."""
     connection = _connection(destination, options)
     facts = probe(connection, options)
     return _Conversation(connection, _interpreter(connection, facts), _quiet).ask("status")
 
 
 def _quiet(line: str) -> None:
-    """Report nothing: a question takes no steps that anybody waits for."""
+    """Report nothing: a question takes no steps worth showing."""
 
 
 def prepared(
@@ -98,7 +99,7 @@ def prepared(
     return payload(bundle, collected, found, requirements, python.version, ignore)
 
 
-def probe(connection: Connection, options: Options) -> dict[str, str]:
+def probe(connection: Connection, options: DeployOptions) -> dict[str, str]:
     """Ask a board for its facts."""
     words = ["sh", "-s", "--", connection.destination.folder, options.python, ""]
     return board.parse_facts(connection.run(words, PROBE))
@@ -117,7 +118,7 @@ def refuse(
         raise PbcError("\n".join(f"{destination.host}: {line}" for line in lines))
 
 
-def _connection(destination: str, options: Options) -> Connection:
+def _connection(destination: str, options: DeployOptions) -> Connection:
     return Connection(Destination.parse(destination), options.ssh_options)
 
 
@@ -164,7 +165,7 @@ class _Conversation:
             session.write.write(data)
             session.write.flush()
         except BrokenPipeError:
-            # Whoever closed it has said why: that is read next.
+            # The board closed it and has said why: that is read next.
             return
 
     def _result(self, session: Session, ready: Payload | None) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class _Conversation:
             offset = wanted["offset"]
             if hashlib.sha256(data[:offset]).hexdigest() != wanted["so_far"]:
                 offset = 0
-            self._report(f"copy {names[wanted['sha256']]} ({(len(data) - offset) / 2**20:.1f} MiB)")
+            self._report(f"copy {names[wanted['sha256']]} ({size_text(len(data) - offset)})")
             self._send(session, _line({"sha256": wanted["sha256"], "offset": offset}))
             for start in range(offset, len(data), _CHUNK_BYTES):
                 self._send(session, data[start : start + _CHUNK_BYTES])

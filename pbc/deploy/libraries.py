@@ -20,7 +20,7 @@ GROUP = "pbc.device_libraries"
 
 @dataclass(frozen=True)
 class DeviceLibraries:
-    """Entry point group `pbc.device_libraries`, under the engine's name.
+    """Libraries for the boards of an engine; entry point group `pbc.device_libraries`, by its name.
 
     requirement: the wheel, as pip is asked for it. members: their places there. variable: by which
     the engine finds the first, with the others beside it. unless: where the manifest requires this
@@ -35,7 +35,7 @@ class DeviceLibraries:
 
 @dataclass(frozen=True)
 class Library:
-    """A library's place in a slot and its bytes; the variable that is to name it, or none."""
+    """Library with its place in a slot, its bytes, and the variable that is to name it, or none."""
 
     path: str
     data: bytes
@@ -50,7 +50,11 @@ def libraries(
     if entry is None:
         return []
     wanted = entry.load()
-    assert isinstance(wanted, DeviceLibraries)
+    if not isinstance(wanted, DeviceLibraries):
+        raise PbcError(
+            f"{plugins.kind(GROUP)} {entry.name!r} is a {type(wanted).__name__}, "
+            "not a pbc.deploy.libraries.DeviceLibraries"
+        )
     if wanted.unless in manifest["requires"]:
         return []
     found: dict[str, Library] = {}

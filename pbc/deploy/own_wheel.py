@@ -42,7 +42,7 @@ def own_wheel() -> tuple[str, bytes]:
 
 
 def _modules(package: Path) -> Iterator[tuple[str, bytes]]:
-    """Every file of the package; in a checkout pbc.passes and pbc.targets are links beside."""
+    """Yield every file of the package; in a checkout pbc.passes and pbc.targets are links."""
     for folder, folders, names in os.walk(package, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(names):

@@ -24,13 +24,14 @@ from pbc.util.atomic import replacing
 ACTIVATE = "activate.sh"
 _OLDEST = (3, 10)
 _FLOOR = "2.28"
-_PYTHON = re.compile(r"3\.(\d+)")
+# A full version counts too: wheels are for 3.11, whatever comes after it.
+_PYTHON = re.compile(r"(3\.\d+)(?:\.\w+)?\+?")
 _LIBC = re.compile(r"2\.(\d+)")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What of the board is not known: nobody can ask it.
+class PackOptions:
+    """Facts of the board that cannot be asked for, and where wheels come from.
 
     python, libc: versions, like 3.11 and 2.36; None is what the bundle's target says, else this
     machine's Python and the oldest C library that its wheels run on. wheels, offline: see
@@ -43,7 +44,7 @@ class Options:
     offline: bool = False
 
 
-def pack(path: Path | str, output: Path, options: Options = Options()) -> dict[str, Any]:
+def pack(path: Path | str, output: Path, options: PackOptions = PackOptions()) -> dict[str, Any]:
     """Write an archive whose activate.sh does on a board what a deploy does; say what for.
 
     The bytes depend on the bundle, pbc and the wheels alone.
@@ -80,13 +81,15 @@ def pack(path: Path | str, output: Path, options: Options = Options()) -> dict[s
     }
 
 
-def _board_python(manifest: Mapping[str, Any], options: Options) -> BoardPython:
+def _board_python(manifest: Mapping[str, Any], options: PackOptions) -> BoardPython:
     target = manifest.get("target", {})
     tags: Mapping[str, str] = target.get("tags", {})
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
-    version = options.python or _at_least_oldest(tags.get("python")) or own
-    if not _PYTHON.fullmatch(version) or _numbers(version) < _OLDEST:
-        raise UsageError(f"--python-version is {version!r}; expected 3.10 or newer, like 3.11")
+    told_python = options.python or _at_least_oldest(tags.get("python")) or own
+    matched = _PYTHON.fullmatch(told_python)
+    if matched is None or _numbers(matched[1]) < _OLDEST:
+        raise UsageError(f"--python-version is {told_python!r}; expected 3.10 or newer, like 3.11")
+    version = matched[1]
     floor = re.search(r"glibc\s*>=\s*(2\.\d+)", manifest["requires"].get("libc", ""))
     told = tags.get("libc", "").removeprefix("glibc ")
     libc = options.libc or (told if _LIBC.fullmatch(told) else None) or (floor and floor[1])
@@ -101,7 +104,7 @@ def _board_python(manifest: Mapping[str, Any], options: Options) -> BoardPython:
 
 
 def _at_least_oldest(version: str | None) -> str | None:
-    """A target's Python, unless it is older than any that runs pbc: then another is installed."""
+    """Return a target's Python; None for one older than pbc runs on: then another is there."""
     return version if version and _numbers(version) >= _OLDEST else None
 
 

@@ -1,4 +1,4 @@
-"""Everything that a deploy brings: the plan for the board, and the files it may ask for."""
+"""Payload of a deploy: the plan for the board, and the files it may ask for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pbc
-from pbc.bundle.bundle import MANIFEST, Bundle
+from pbc.bundle.reader import MANIFEST, Bundle
 from pbc.deploy import board
 from pbc.deploy.libraries import Library
 from pbc.deploy.own_wheel import own_wheel
@@ -26,14 +26,14 @@ SCRIPT = resources.files("pbc.deploy").joinpath("board.py").read_bytes()
 
 @dataclass(frozen=True)
 class Payload:
-    """The plan as board.py reads it, and where the bytes of each sha256 are."""
+    """Plan as board.py reads it, with the source of the bytes of each sha256."""
 
     plan: Mapping[str, Any]
     sources: Mapping[str, Callable[[], bytes]]
 
 
 def needs(bundle: Bundle, python: str | None = None) -> dict[str, Any]:
-    """What board.refusals compares a board with; python: the one version that will do."""
+    """Return what board.refusals compares a board with; python: the one version that will do."""
     manifest = bundle.manifest
     if not isinstance(manifest.get("self_test"), dict):
         raise PbcError(
@@ -106,6 +106,6 @@ def payload(
 
 
 def _manifest_bytes(bundle: Bundle) -> bytes:
-    """The manifest as a file; its digest is over its content, not over these bytes."""
+    """Return the manifest as a file; its digest is over its content, not over these bytes."""
     text = json.dumps(bundle.manifest, indent=1, sort_keys=True, ensure_ascii=False)
     return f"{text}\n".encode()

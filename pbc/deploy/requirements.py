@@ -1,4 +1,4 @@
-"""What a bundle needs installed on its board, read from the distributions that bring it."""
+"""Requirements of a bundle on its board, read from the distributions that bring them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
     distribution brings needs that one, which says itself what it needs.
     """
     entry = plugins.find("pbc.engines", manifest["engine"])
-    core, extras = _own_requirements()
+    core, extras = own_requirements()
     if entry.distribution != "pbc":
         return [*core, f"{entry.distribution}=={entry.version}"]
     wanted = {_normal(name): spec for name, spec in manifest["requires"].items()}
     for extra, requirements in sorted(extras.items()):
-        names = {_normal(_parsed(requirement)["name"]) for requirement in requirements}
+        names = {_normal(requirement_name(requirement)) for requirement in requirements}
         if extra.startswith(_DEVICE) and names & wanted.keys():
             exact = [f"{name}{wanted[name]}" for name in sorted(names & wanted.keys())]
             return [*core, *requirements, *exact]
@@ -38,8 +38,8 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _own_requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """The requirements of pbc itself, and those of each extra."""
+def own_requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """Return the requirements of pbc itself, and those of each extra."""
     core: list[str] = []
     extras: dict[str, list[str]] = {}
     for line in metadata.requires("pbc") or []:
@@ -51,6 +51,11 @@ def _own_requirements() -> tuple[list[str], dict[str, list[str]]]:
         else:
             extras.setdefault(extra[1], []).append(bare)
     return core, extras
+
+
+def requirement_name(requirement: str) -> str:
+    """Return the name of the distribution that a requirement asks for."""
+    return _parsed(requirement)["name"]
 
 
 def _parsed(requirement: str) -> re.Match[str]:

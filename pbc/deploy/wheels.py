@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbc.errors import PbcError
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
+from pbc.util.artifacts import Artifacts, default_folder
 
 # pip evaluates markers for the machine that it runs on, whatever --platform says; a dependency for
 # another Python or architecture would be missing on the board, or too much.
@@ -33,7 +33,7 @@ _INSTALLED_SHARE, _ENVIRONMENT_BYTES = 1.3, 16 * 2**20
 
 @dataclass(frozen=True)
 class BoardPython:
-    """What decides which wheels run: Python as `3.11` and its abi, architecture, glibc."""
+    """Python of a board, by which wheels are chosen: its version and abi, architecture, glibc."""
 
     version: str
     abi: str
@@ -42,7 +42,7 @@ class BoardPython:
 
     @property
     def platforms(self) -> list[str]:
-        """Tags of wheels, the newest first."""
+        """Return the tags of wheels that run there, the newest first."""
         tags = []
         for minor in range(self.glibc[1], _OLDEST.get(self.arch, _OLDEST_GLIBC) - 1, -1):
             tags.append(f"manylinux_2_{minor}_{self.arch}")
@@ -112,7 +112,7 @@ def _listing(folder: Path | None) -> list[list[str | int]] | None:
 
 
 def installed_bytes(wheels: Sequence[Path]) -> int:
-    """About what an environment with these wheels takes on a disk."""
+    """Estimate the bytes that an environment with these wheels takes on a disk."""
     total = 0
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -149,7 +149,7 @@ def _reason(stderr: str) -> str:
 
 
 def board_python(facts: Mapping[str, str]) -> BoardPython:
-    """Read a board's facts."""
+    """Read the Python of a board from its facts."""
     machine = facts["machine"]
     major, minor = facts["libc"].partition(" ")[2].split(".")[:2]
     return BoardPython(

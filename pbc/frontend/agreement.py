@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from pbc.errors import PbcError, reason_of
 from pbc.frontend.gradient_stops import without_checkpoints
 from pbc.frontend.user_code import where_called
-from pbc.ir.program import made_of, origin, output_node
+from pbc.ir.graph import origin, output_node
+from pbc.ir.rewrite import ancestors
 from pbc.training_graph.step_check import in_float64
 
 TOLERANCE = 1e-4
@@ -285,7 +286,7 @@ def _without_gradient(name: str, graph: GraphModule, eager: _Run) -> tuple[str, 
     still = [title for title in still if title in used]
     if not still:
         return ()
-    stops = [node for node in made_of([output_node(graph)]) if node.target is aten.detach.default]
+    stops = [node for node in ancestors([output_node(graph)]) if node.target is aten.detach.default]
     places = sorted({origin(node).strip() for node in stops} - {""})
     where = f" {places[0]}" if places else ""
     if len(still) == len(gradients):

@@ -19,7 +19,8 @@ from pbc.errors import PbcError, reason_of
 from pbc.frontend import decompositions
 from pbc.frontend.gradient_stops import as_nodes, spelt_out
 from pbc.frontend.user_code import where_raised
-from pbc.ir.program import made_of, op_name, origin, output_node, put_tensor
+from pbc.ir.graph import op_name, origin, output_node, put_tensor
+from pbc.ir.rewrite import ancestors
 from pbc.runtime.engines.pytorch.ops import OPS
 
 aten = torch.ops.aten
@@ -211,7 +212,7 @@ def _unlift(
     if len(images) != 1:
         raise PbcError(f"the model takes {len(images)} inputs; pbc trains models that take one")
     logits = _logits(name, exported)
-    needed = made_of([logits])
+    needed = ancestors([logits])
     for node in exported.graph.nodes:
         if node.op == "call_function" and node not in needed:
             continue  # what is written to, and checks for which the program takes a token
@@ -246,7 +247,7 @@ def _logits(name: str, exported: torch.export.ExportedProgram) -> Node:
     returned = [n for n, spec in zip(outputs, specs, strict=True) if spec.kind in _RETURNED]
     if len(returned) != 1 or not isinstance(returned[0].meta["val"], Tensor):
         raise PbcError(f"the model returns {len(returned)} values; pbc trains one logits tensor")
-    needed = made_of(returned)
+    needed = ancestors(returned)
     signature = exported.graph_signature
     titles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     read = {titles[node.name] for node in needed if node.name in titles}

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pbc.data import InputSpec
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.frontend.torchvision_shim import import_torchvision
+from pbc.frontend import head
+from pbc.frontend.torchvision_shim import import_torchvision, shim_imports
+from pbc.frontend.trace import trace
+from pbc.frontend.unwrap import is_lazy, unwrapped, with_tensor_output
+from pbc.frontend.weights import State, apply, named_as, read
+from pbc.ir.program import Head
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,15 +32,16 @@ class Source:
     """A model before strategies touch it.
 
     weights: what was asked for ("random", "default" or the file's name); weights_sha256 is of
-    the file, None without one. classifier: the dotted name of its last linear layer.
+    the file, None without one. head: its classifier. notes: what was done to it on the way.
     """
 
     name: str
     module: nn.Module
     input: InputSpec
-    classifier: str
+    head: Head
     weights: str
     weights_sha256: str | None
+    notes: tuple[str, ...] = ()
 
 
 def load(
@@ -56,97 +58,106 @@ def load(
         float32), "default" (the zoo's pretrained weights) or "random".
     shape: channels, height, width; None takes the model's own default.
 
-    Raises UsageError for an unknown name, PbcError for weights that do not fit.
+    Raises UsageError for an unknown name, PbcError for weights that do not fit and for a model that
+    does not run on inputs of the shape.
     """
     kind, _, rest = name.partition(":")
     state, digest = (None, None)
     if weights not in (RANDOM, DEFAULT):
-        state, digest = _read_weights(Path(weights))
+        state, digest = read(Path(weights))
     torch.manual_seed(seed)
     try:
         if kind == "timm" and rest:
-            module, spec = _timm(rest, weights == DEFAULT, shape, state)
+            module, spec = _timm(rest, weights == DEFAULT, shape)
         elif ".py" in name and ":" in name:
             path, _, factory = name.rpartition(":")
-            module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape, state)
+            module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape)
         else:
             module, spec = _torchvision(
-                rest if kind == "torchvision" else name, weights == DEFAULT, shape, state
+                rest if kind == "torchvision" else name, weights == DEFAULT, shape
             )
-    except AssertionError as error:  # how the zoos refuse a size
-        raise PbcError(f"{name} cannot be built for inputs of shape {shape}: {error}") from error
-    classifier = last_linear(module, name)
-    if state is not None:
-        _apply_weights(module, state, classifier, weights)
-    return Source(
-        name=name,
-        module=module.float().eval(),
-        input=spec,
-        classifier=classifier,
-        weights=weights if state is None else Path(weights).name,
-        weights_sha256=digest,
-    )
-
-
-def last_linear(module: nn.Module, name: str) -> str:
-    """The dotted name of the model's last linear layer, its classifier."""
-    linears: list[str] = [n for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if not linears:
+    except (AssertionError, ValueError) as error:  # how the zoos refuse a size
         raise PbcError(
-            f"{name} has no linear layer to use as a classifier; pbc needs one as its head"
-        )
-    return linears[-1]
+            f"{name} cannot be built for inputs of shape {shape}: {_reason(error)}"
+        ) from error
+    source = given(module, name, spec, None if state is None else (Path(weights), state))
+    if state is None:
+        return replace(source, weights=weights)
+    return replace(source, weights=Path(weights).name, weights_sha256=digest)
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    if not path.is_file():
-        raise PbcError(
-            f"no weights file {path}; expected a .safetensors file, 'default' or 'random'"
-        )
+def given(
+    module: nn.Module,
+    name: str,
+    spec: InputSpec,
+    weights: tuple[Path, State] | None = None,
+) -> Source:
+    """Take what is wrapped around a network off, load its weights, and find or add its head.
+
+    weights: a file and its tensors; None keeps the module's own. Changes the module in place.
+    """
+    module, notes = unwrapped(module, name)
+    module = module.float().eval()
+    example = torch.zeros(2, *spec.shape)
+    if is_lazy(module):
+        with torch.no_grad():
+            run(lambda: module(example), name, spec.shape)
+    run_of = run(lambda: trace(module, example), name, spec.shape)
+    if not isinstance(run_of.output, Tensor) and with_tensor_output(module, run_of.output):
+        run_of = trace(module, example)
+    found = head.Missing(_NO_HEAD) if _has_no_classifier(module) else head.find(run_of)
+    if weights is not None:
+        notes += _weighted(module, found, *weights)
+    if isinstance(found, head.Missing):
+        classifier, note = head.add(module, example, run_of, found.reason)
+        notes += (note,)
+    else:
+        classifier = found.head
+        notes += found.notes
+    return Source(name, module, spec, classifier, "given", None, notes)
+
+
+_NO_HEAD = "its get_classifier() has none"
+
+
+def _has_no_classifier(module: nn.Module) -> bool:
+    """Whether a timm model was made without its classifier: whatever ends it is no head."""
+    getter = getattr(module, "get_classifier", None)
+    return callable(getter) and isinstance(getter(), nn.Identity)
+
+
+def _weighted(
+    module: nn.Module, found: head.Found | head.Missing, path: Path, state: State
+) -> tuple[str, ...]:
+    """Load a file's tensors, which decide the class count of the head; notes."""
+    state, notes = named_as(module.state_dict(), state, path)
+    if isinstance(found, head.Missing):
+        apply(module, state, (), str(path))
+        return notes
+    counts = (len(state[name]) for name in found.head.parameters if name in state)
+    count = next(counts, found.classes)
+    if count != found.classes:
+        head.resize(module, found.head, count)
+    apply(module, state, found.head.parameters, str(path))
+    return notes
+
+
+T = TypeVar("T")
+
+
+def run(call: Callable[[], T], name: str, shape: tuple[int, int, int]) -> T:
+    """Run a model; whatever it raises becomes a PbcError, for it is the model that failed."""
     try:
-        state = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise PbcError(f"{path} is not a readable safetensors file: {error}") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, digest
-
-
-def _apply_weights(module: nn.Module, state: dict[str, Tensor], classifier: str, path: str) -> None:
-    """Load `state`; only the classifier may be missing or of another size."""
-    expected = module.state_dict()
-    head = {f"{classifier}.weight", f"{classifier}.bias"}
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    wrong = []
-    for name, tensor in expected.items():
-        if name in head or name.endswith("num_batches_tracked"):
-            continue
-        if name not in state:
-            wrong.append(f"{name} is missing (expected {list(tensor.shape)})")
-        elif state[name].shape != tensor.shape:
-            wrong.append(f"{name} is {list(state[name].shape)} (expected {list(tensor.shape)})")
-    wrong += [f"{name} is not in the model" for name in state if name not in expected]
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise PbcError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}{more}")
-    fitting = {k: v for k, v in state.items() if v.shape == expected[k].shape}
-    module.load_state_dict(fitting, strict=False)
-
-
-def _rebuild(
-    build: Callable[..., nn.Module], state: dict[str, Tensor] | None, name: str
-) -> nn.Module:
-    """Build once to find the classifier, again when the weights file has another class count."""
-    module = build()
-    classifier = last_linear(module, name)
-    weight = (state or {}).get(f"{classifier}.weight")
-    if weight is None or len(weight) == module.get_submodule(classifier).out_features:
-        return module
-    count = len(weight)
-    return build(num_classes=count)
+        return call()
+    except PbcError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PbcError(f"{name} does not run on inputs of shape {list(shape)}: {reason}") from error
 
 
 def _torchvision(
-    name: str, pretrained: bool, shape: tuple[int, int, int] | None, state: dict[str, Tensor] | None
+    name: str, pretrained: bool, shape: tuple[int, int, int] | None
 ) -> tuple[nn.Module, InputSpec]:
     models = import_torchvision().models
     known = models.list_models(module=models)
@@ -160,10 +171,8 @@ def _torchvision(
     size = preset.crop_size[0]
     chosen = shape or (3, size, size)
     options: dict[str, Any] = {}
-    if chosen[1:] != (size, size) and "image_size" in inspect.signature(
-        inspect.unwrap(models.get_model_builder(name))
-    ).parameters | _vit_parameters(name):
-        options["image_size"] = chosen[1]
+    if chosen[1:] != (size, size):
+        options = _size_options(name, chosen)
     if pretrained:
         try:
             module = models.get_model(name, weights=default, **options)
@@ -175,48 +184,64 @@ def _torchvision(
         except (OSError, RuntimeError) as error:
             raise _no_download(name, error) from error
     else:
-        module = _rebuild(
-            lambda **more: models.get_model(name, weights=None, **options, **more), state, name
-        )
-    return module, InputSpec(chosen, tuple(preset.mean), tuple(preset.std))
+        module = models.get_model(name, weights=None, **options)
+    return module, _spec(chosen, preset.mean, preset.std)
 
 
-def _vit_parameters(name: str) -> dict[str, Any]:
-    # torchvision's vit builders pass image_size on through **kwargs, where a signature hides it.
-    return {"image_size": None} if name.startswith("vit_") else {}
+def _size_options(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What torchvision's builders need to know of a size.
+
+    They pass it on through **kwargs, where a signature hides it; others take any size.
+    """
+    if name.startswith("vit_"):
+        return {"image_size": shape[1]}
+    return {"input_size": shape[1:]} if name.startswith("maxvit_") else {}
 
 
 def _timm(
-    name: str, pretrained: bool, shape: tuple[int, int, int] | None, state: dict[str, Tensor] | None
+    name: str, pretrained: bool, shape: tuple[int, int, int] | None
 ) -> tuple[nn.Module, InputSpec]:
     import_torchvision()
     import timm
 
     if not timm.is_model(name):
         raise UsageError(suggest("timm model", name, timm.list_models()))
-    options: dict[str, Any] = {}
-
-    def build(**more: Any) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained, **options, **more)
-
     config = timm.get_pretrained_cfg(name)
     own = config.to_dict() if config is not None else {}
-    chosen = shape or tuple(own.get("input_size", (3, 224, 224)))
-    if shape is not None and tuple(own.get("input_size", ())) != shape:
-        options["img_size"] = shape[1:] if shape[1] != shape[2] else shape[1]
+    default = tuple(own.get("input_size", (3, 224, 224)))
+    chosen = shape or default
+    channels = {} if chosen[0] == default[0] else {"in_chans": chosen[0]}
+
+    def build(**options: Any) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained, **channels, **options)
+
     try:
-        module = _rebuild(build, state, name)
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        options.clear()  # a convolutional model takes any size and has no such option
-        module = _rebuild(build, state, name)
+        module = build() if chosen[1:] == default[1:] else _sized(build, chosen)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise _no_download(name, error) from error
     mean, std = own.get("mean", IMAGENET_MEAN), own.get("std", IMAGENET_STD)
-    return module, InputSpec(chosen, tuple(mean), tuple(std))
+    return module, _spec(chosen, mean, std)
+
+
+def _sized(build: Callable[..., nn.Module], shape: tuple[int, int, int]) -> nn.Module:
+    """Build a timm model for a size, which those that take any size have no option for."""
+    size = shape[1] if shape[1] == shape[2] else shape[1:]
+    try:
+        return build(img_size=size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return build()
+
+
+def _spec(shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[float]) -> InputSpec:
+    """The input of a model; one of other than three channels takes the mean of the channels'."""
+    if shape[0] != len(mean):
+        mean = (sum(mean) / len(mean),) * shape[0]
+        std = (sum(std) / len(std),) * shape[0]
+    return InputSpec(shape, tuple(mean), tuple(std))
 
 
 def _user_file(
@@ -224,7 +249,6 @@ def _user_file(
     factory: str,
     pretrained: bool,
     shape: tuple[int, int, int] | None,
-    state: dict[str, Tensor] | None,
 ) -> tuple[nn.Module, InputSpec]:
     if not path.is_file():
         raise PbcError(f"no model file {path}; expected path/to/file.py:factory")
@@ -241,6 +265,7 @@ def _user_file(
     sys.modules.setdefault(path.stem, code)
     if str(path.parent.resolve()) not in sys.path:
         sys.path.insert(0, str(path.parent.resolve()))
+    shim_imports()  # the file may build on torchvision or timm
     try:
         spec.loader.exec_module(code)
     except Exception as error:
@@ -250,20 +275,15 @@ def _user_file(
         functions = [n for n, v in vars(code).items() if callable(v) and not n.startswith("_")]
         raise UsageError(suggest(f"function in {path}", factory, functions))
 
-    def made(**options: Any) -> nn.Module:
-        try:
-            module = build(**options)
-        except Exception as error:
-            raise PbcError(f"{path}:{factory} failed: {_reason(error)}") from error
-        if not isinstance(module, nn.Module):
-            raise PbcError(
-                f"{path}:{factory} returned {type(module).__name__}; expected a torch.nn.Module"
-            )
-        return module
-
-    takes_classes = "num_classes" in inspect.signature(build).parameters
-    module = _rebuild(made, state, factory) if takes_classes else made()
-    return module, InputSpec(shape or (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        module = build()
+    except Exception as error:
+        raise PbcError(f"{path}:{factory} failed: {_reason(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise PbcError(
+            f"{path}:{factory} returned {type(module).__name__}; expected a torch.nn.Module"
+        )
+    return module, _spec(shape or (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _reason(error: BaseException) -> str:

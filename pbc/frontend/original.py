@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
-from pbc.frontend import models, strategy
-from pbc.frontend.start import begin
-from pbc.ir.program import PARAMETER, Request, body, placeholders, prefix
-from pbc.passes.mark_trainable import MarkTrainable
-from pbc.passes.split_prefix import SplitPrefix
+from pbc.frontend import head, models, start, strategy
+from pbc.ir.graph import PARAMETER, placeholders
+from pbc.ir.program import Request
+from pbc.ir.rewrite import tensors_to_inputs
+from pbc.ir.split import split_at_parameters
 from pbc.runtime.objective import Objective
 from pbc.target import load_target
 
@@ -59,25 +59,27 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
         target=host,
         engine=host.engine,
         strategy=bundle.manifest["strategy"],
+        blocks=bundle.manifest.get("blocks_pattern"),
         seed=bundle.manifest["provenance"]["seed"],
         class_count=classes,
     )
-    program = SplitPrefix()(MarkTrainable()(begin(source, request)))
-    if sorted(program.parameters) != sorted(bundle.manifest["parameters"]):
+    program = start.begin(source, request)
+    assert program.model is not None  # it was just captured
+    theta = tensors_to_inputs(program.model, program.trainable)
+    frozen, body = split_at_parameters(program.model)
+    if sorted(theta) != sorted(bundle.manifest["parameters"]):
         raise PbcError(
             f"the rebuilt {source.name} trains other parameters than {bundle_path}; "
             "compile the bundle again with this pbc"
         )
-    frozen = program.graphs.get(prefix(0))
     inputs = tuple(
-        (node.meta.get(PARAMETER, node.name), PARAMETER in node.meta)
-        for node in placeholders(program.graphs[body(0)])
+        (node.meta.get(PARAMETER, node.name), PARAMETER in node.meta) for node in placeholders(body)
     )
     return Parts(
         None if frozen is None else _channels_last(frozen),
-        _channels_last(program.graphs[body(0)]),
+        _channels_last(body),
         inputs,
-        program.parameters,
+        theta,
         _shape(bundle),
     )
 
@@ -87,13 +89,11 @@ def module(bundle: Bundle, weights: Path | None, theta: dict[str, np.ndarray]) -
     source = _source(bundle, weights)
     network = source.module
     torch.manual_seed(bundle.manifest["provenance"]["seed"])
-    strategy.parse(bundle.manifest["strategy"]).insert(network, torch.zeros(2, *source.input.shape))
+    chosen = strategy.parse(bundle.manifest["strategy"])
+    example = torch.zeros(2, *source.input.shape)
+    start.prepared(source, chosen, example, bundle.manifest.get("blocks_pattern"))
     for name, value in theta.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(owner), leaf, nn.Parameter(torch.from_numpy(value.copy())))
-    classifier = network.get_submodule(source.classifier)
-    assert isinstance(classifier, nn.Linear)
-    classifier.out_features = len(classifier.weight)
+        head.replace_parameter(network, name, torch.from_numpy(value.copy()))
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

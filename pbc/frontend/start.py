@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pbc import plugins
-from pbc.errors import PbcError, reason_of
-from pbc.frontend import models, strategy
+from pbc.errors import PbcError
+from pbc.frontend import head, models, strategy
 from pbc.frontend.agreement import confirm
 from pbc.frontend.capture import capture
+from pbc.frontend.open_classes import open_classes
+from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.fold_constants import fold_constants
-from pbc.ir.program import MODEL, Head, Program, Provenance, Request
-from pbc.lower.lowering import Knows
+from pbc.ir.program import Network, Program, Request
 from pbc.runtime.engines.pytorch.ops import OPS
 
 
@@ -24,44 +24,67 @@ def begin(
     *,
     weights: str = models.DEFAULT,
     shape: tuple[int, int, int] | None = None,
-    command: str = "",
+    operators: Collection[str] = OPS,
 ) -> Program:
     """Load a model, apply the strategy and capture it: the program that passes start from.
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    weights, shape: for a name, see pbc.frontend.models.load. command: for the provenance. Raises
-    PbcError for a model that does not run, is damaged, or is no classifier.
+    weights, shape: for a name, see pbc.frontend.models.load. operators: those that the engine has;
+    others are taken apart where torch can. Raises PbcError for a model that does not run, is
+    damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed)
-    module = source.module
     torch.manual_seed(request.seed)
     if request.class_count is not None:
-        _resize_classifier(module, source.classifier, request.class_count)
+        head.resize(source.module, source.head, request.class_count)
     example = torch.randn(2, *source.input.shape)
-    reference = _run_with(chosen, source, example)
-    head = _head(source, reference)
-    trainable = chosen.trainable(module, source.classifier)
-    graph = capture(module, source.input.shape, trainable, _operators(request.engine))
+    traced = prepared(source, chosen, example, request.blocks)
+    reference = _scores(traced, source)
+    trainable = _trained(chosen, traced)
+    graph = capture(source.module, source.input.shape, trainable, operators)
     graph = fold_constants(graph, trainable)
-    unreached = confirm(source.name, module, graph, source.input.shape, trainable)
-    return Program(
-        graphs={MODEL: graph},
-        strategy=request.strategy,
-        trainable=trainable,
-        target=request.target,
-        engine=request.engine,
+    unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
+    if request.class_count is None:
+        open_classes(graph, source.head)
+    network = Network(
+        name=source.name,
+        weights=source.weights,
+        weights_sha256=source.weights_sha256,
         input=source.input,
-        head=head,
+        head=source.head,
         example=example,
         reference=reference,
-        provenance=Provenance(source.name, source.weights, source.weights_sha256, command),
-        batch=request.batch,
-        seed=request.seed,
-        class_names=request.class_names,
-        class_count=request.class_count,
+        blocks=traced.described(trainable),
+    )
+    return Program(
+        request=request,
+        network=network,
+        trainable=trainable,
+        model=graph,
         notes=(*_notes(source), *unreached),
     )
+
+
+def prepared(
+    source: models.Source,
+    chosen: strategy.Strategy,
+    example: Tensor,
+    blocks: str | None,
+) -> TracedNetwork:
+    """Read a network and insert what the strategy trains, in place.
+
+    Raises PbcError for a model that does not run.
+    """
+
+    def read() -> TracedNetwork:
+        network = TracedNetwork.of(source.module, source.head, example, blocks)
+        before = len(list(source.module.parameters()))
+        chosen.insert(network, example)
+        inserted = len(list(source.module.parameters())) > before
+        return network.again(example) if inserted else network
+
+    return models.run(read, source.name, source.input.shape)
 
 
 def _loaded(
@@ -72,64 +95,32 @@ def _loaded(
     return models.load(model, weights, shape, seed)
 
 
-def _operators(engine: str) -> Collection[str]:
-    """Those that an engine has, by name."""
-    lowering = plugins.load("pbc.lowerings", engine)()
-    return lowering.operators() if isinstance(lowering, Knows) else OPS
-
-
 def _notes(source: models.Source) -> tuple[str, ...]:
     if source.weights != models.RANDOM:
-        return ()
-    return ("random weights: costs are real, fidelity and accuracy mean nothing",)
+        return source.notes
+    random = "random weights: costs are real, fidelity and accuracy mean nothing"
+    return (*source.notes, random)
 
 
-def _run_with(chosen: strategy.Strategy, source: models.Source, example: Tensor) -> Tensor:
-    """Insert what the strategy trains; the logits for the example, or why there are none."""
-    with torch.no_grad():
-        try:
-            chosen.insert(source.module, example)
-            reference = source.module.eval()(example)
-        except PbcError:
-            raise
-        except Exception as error:  # whatever a model raises, it is the model that failed
-            raise PbcError(
-                f"{source.name} does not run on inputs of shape {list(source.input.shape)}: "
-                f"{reason_of(error)}"
-            ) from error
-    if not isinstance(reference, Tensor):
+def _scores(network: TracedNetwork, source: models.Source) -> Tensor:
+    """The class scores of the example, or why there are none."""
+    scores, name = network.trace.output, source.name
+    classes = len(source.module.get_parameter(next(iter(source.head.parameters))))
+    if not isinstance(scores, Tensor) or scores.shape != (2, classes):
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PbcError(
-            f"{source.name} returns a {type(reference).__name__}; pbc trains models that return "
-            "one tensor of logits"
+            f"{name} puts out {found} for two images with a head of {classes} classes "
+            f"({', '.join(source.head.parameters)}): its code counts on another number of classes"
         )
-    if not torch.isfinite(reference).all():
+    if not torch.isfinite(scores).all():
         raise PbcError(
-            f"{source.name} puts out values that are not finite: its weights ({source.weights}) "
+            f"{name} puts out values that are not finite: its weights ({source.weights}) "
             "are damaged"
         )
-    return reference
+    return scores
 
 
-def _head(source: models.Source, logits: Tensor) -> Head:
-    """The facts of the classifier; PbcError where the last linear layer is none."""
-    classifier = source.module.get_submodule(source.classifier)
-    assert isinstance(classifier, nn.Linear)
-    if logits.shape != (2, classifier.out_features):
-        raise PbcError(
-            f"{source.name} puts out {list(logits.shape)} for two images, but its last linear "
-            f"layer {source.classifier} has {classifier.out_features} outputs; "
-            "pbc trains classifiers"
-        )
-    return Head(
-        f"{source.classifier}.weight",
-        None if classifier.bias is None else f"{source.classifier}.bias",
-        classifier.in_features,
-    )
-
-
-def _resize_classifier(module: nn.Module, name: str, count: int) -> None:
-    old = module.get_submodule(name)
-    assert isinstance(old, nn.Linear)
-    owner, _, leaf = name.rpartition(".")
-    new = nn.Linear(old.in_features, count, bias=old.bias is not None)
-    setattr(module.get_submodule(owner), leaf, new)
+def _trained(chosen: strategy.Strategy, network: TracedNetwork) -> frozenset[str]:
+    """What trains: of the strategy's choice and the head, whatever the network reads."""
+    names = chosen.trainable(network) | frozenset(network.head.parameters)
+    return names & frozenset(network.trace.read)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
+from pbc.frontend.traced_network import TracedNetwork
 
 
 class Strategy(Protocol):
@@ -19,14 +20,14 @@ class Strategy(Protocol):
     argument: ClassVar[str | None]
     """What follows the colon in the strategy's text (`K` in last-k:K), None if nothing does."""
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         """Add to the eager module, in place, what this strategy trains besides its own weights.
 
         example: float32 [batch, channels, height, width], an input of the module.
         """
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        """The names of the module's parameters that train (the classifier's always do)."""
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        """The names of the module's parameters that train, besides the head's, which always do."""
 
 
 def parse(text: str) -> Strategy:
@@ -53,28 +54,26 @@ class LinearProbe:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        return head_names(module, classifier)
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        return frozenset()
 
 
 @dataclass(frozen=True)
 class LastK:
-    """Train the last K residual blocks or encoder layers and everything after them."""
+    """Train the last K blocks, in the order of execution, and what runs after their start."""
 
     count: int
     argument: ClassVar[str | None] = "K"
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        first = last_blocks(module, self.count)[0] + "."
-        names = [name for name, _ in module.named_parameters()]
-        start = next(i for i, name in enumerate(names) if name.startswith(first))
-        return frozenset(names[start:]) | head_names(module, classifier)
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        start = network.start(network.last_blocks(self.count)[0])
+        return frozenset(name for name, first in network.trace.read.items() if first >= start)
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,21 @@ class Norm:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
         affine = {
             f"{name}.{parameter}"
-            for name, layer in module.named_modules()
+            for name, layer in network.module.named_modules()
             if is_norm(layer)
             for parameter, _ in layer.named_parameters(recurse=False)
         }
         if not affine:
             raise PbcError(
-                f"{type(module).__name__} has no normalisation layer with a scale to train"
+                f"{type(network.module).__name__} has no normalisation layer with a scale to train"
             )
-        return frozenset(affine) | head_names(module, classifier)
+        return frozenset(affine)
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,12 @@ class Bias:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        biases = {n for n, _ in module.named_parameters() if n.rpartition(".")[2].endswith("bias")}
-        return frozenset(biases) | head_names(module, classifier)
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        names = (name for name, _ in network.module.named_parameters())
+        return frozenset(name for name in names if name.rpartition(".")[2].endswith("bias"))
 
 
 @dataclass(frozen=True)
@@ -128,21 +127,20 @@ class Adapters:
     count: int
     argument: ClassVar[str | None] = "N"
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
-        names = last_blocks(module, self.count)
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
+        module, names = network.module, network.last_blocks(self.count)
         for name, output in block_outputs(module, names, example).items():
             block = module.get_submodule(name)
             block.add_module("adapter", Adapter(output))
             block.register_forward_hook(lambda owner, inputs, x: owner.adapter(x))
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        inserted = {
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        return frozenset(
             f"{name}.{parameter}"
-            for name, layer in module.named_modules()
+            for name, layer in network.module.named_modules()
             if isinstance(layer, Adapter)
             for parameter, _ in layer.named_parameters()
-        }
-        return frozenset(inserted) | head_names(module, classifier)
+        )
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,11 @@ class Full:
 
     argument: ClassVar[str | None] = None
 
-    def insert(self, module: nn.Module, example: Tensor) -> None:
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
 
-    def trainable(self, module: nn.Module, classifier: str) -> frozenset[str]:
-        return frozenset(name for name, _ in module.named_parameters())
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        return frozenset(name for name, _ in network.module.named_parameters())
 
 
 class Adapter(nn.Module):
@@ -179,12 +177,6 @@ class Adapter(nn.Module):
         return x + up
 
 
-def head_names(module: nn.Module, classifier: str) -> frozenset[str]:
-    """The parameter names of the classifier."""
-    layer = module.get_submodule(classifier)
-    return frozenset(f"{classifier}.{name}" for name, _ in layer.named_parameters())
-
-
 def is_norm(layer: nn.Module) -> bool:
     """Whether the layer is a normalisation, also one of a library's own, with an activation in it.
 
@@ -192,41 +184,6 @@ def is_norm(layer: nn.Module) -> bool:
     """
     inside = [weight for child in layer.children() for weight in child.parameters()]
     return "Norm" in type(layer).__name__ and not inside
-
-
-def blocks(module: nn.Module) -> list[str]:
-    """The residual blocks or encoder layers of a network, by name, in order.
-
-    A block is a module with layers of its own, and something to train in them, that stands in a
-    sequence (nn.Sequential, nn.ModuleList), outermost first: Bottleneck, InvertedResidual,
-    EncoderBlock, and whatever a user's model has in their place.
-    """
-    found: list[str] = []
-
-    def visit(parent: nn.Module, path: str) -> None:
-        sequence = isinstance(parent, (nn.Sequential, nn.ModuleList))
-        for name, child in parent.named_children():
-            inner = f"{path}.{name}" if path else name
-            container = isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-            layers, weights = list(child.children()), list(child.parameters())
-            if sequence and not container and layers and weights:
-                found.append(inner)
-            else:
-                visit(child, inner)
-
-    visit(module, "")
-    return found
-
-
-def last_blocks(module: nn.Module, count: int) -> list[str]:
-    """The names of the last `count` blocks; raises PbcError when there are fewer."""
-    names = blocks(module)
-    if count > len(names):
-        raise PbcError(
-            f"{type(module).__name__} has {len(names)} residual blocks or encoder layers; "
-            f"the strategy asks for the last {count}"
-        )
-    return names[-count:]
 
 
 def block_outputs(module: nn.Module, names: Iterable[str], example: Tensor) -> dict[str, Tensor]:

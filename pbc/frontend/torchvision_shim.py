@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 SCHEMAS = (
@@ -61,6 +64,35 @@ def import_torchvision() -> ModuleType:
         del sys.modules[name]  # what the failed import left half done
     _define_schemas()
     return importlib.import_module("torchvision")
+
+
+def shim_imports() -> None:
+    """From now on, let any import of torchvision, also by others, go through this module."""
+    if "torchvision" not in sys.modules and _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Import torchvision as `import_torchvision` does, once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "torchvision":
+            return None
+        sys.meta_path.remove(self)
+        return ModuleSpec(fullname, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_torchvision()
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own  # it has run already, under its own
+
+
+_FINDER = _Finder()
 
 
 def _define_schemas() -> None:

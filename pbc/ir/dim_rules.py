@@ -29,7 +29,9 @@ from pbc.ir.dims import (
     size,
     split,
 )
-from pbc.ir.program import PARAMETER, Program, body, op_name, output_nodes, prefix, shape_of
+from pbc.ir.graph import PARAMETER, op_name, output_nodes, placeholders, shape_of
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
 
 Rule = Callable[["Analysis", Node, list[Any]], Any]
 _RULES: dict[str, Rule] = {}
@@ -46,17 +48,15 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Analysis:
-    """Walks a program's level-0 graphs and fills a `Dims`."""
+    """Walks the graphs of level 0 and fills a `Dims`."""
 
-    def __init__(self, program: Program) -> None:
-        example = program.graphs.get(prefix(0), program.graphs[body(0)])
-        first = next(node for node in example.graph.nodes if node.op == "placeholder")
+    def __init__(self, original: LevelGraphs) -> None:
+        first = placeholders(original.frozen[0])[0]
         self.dims = Dims(Variable(shape_of(first)[0], "the batch", WINDOW))
         sent: list[list[Axis]] | None = None
-        for graph in (program.graphs.get(prefix(0)), program.graphs[body(0)]):
-            if graph is not None:
-                self.walk(graph, sent)
-                sent = [self.dims.axes[node.name] for node in output_nodes(graph)]
+        for graph in original.frozen:
+            self.walk(graph, sent)
+            sent = [self.dims.axes[node.name] for node in output_nodes(graph)]
         for axes in sent or []:
             for axis in axes:
                 fix(axis, "it shapes the logits")
@@ -83,9 +83,9 @@ class Analysis:
                     self.dims.tensors[name] = self.fresh(shape_of(node), None, CHANNELS)
                 self.dims.axes[node.name] = self.dims.tensors[name]
             elif node.op == "call_function":
-                self.visit(node)
+                self.add(node)
 
-    def visit(self, node: Node) -> None:
+    def add(self, node: Node) -> None:
         name = op_name(node)
         found = _RULES.get(name)
         inputs = [self.axes_of(argument) for argument in node.args]
@@ -129,7 +129,7 @@ class Analysis:
         return [[] if extent == 1 else [Variable(extent, why, kind)] for extent in shape]
 
     def window(self, axis: Axis) -> None:
-        """Fix an axis over positions: pixels, kernel taps, tokens."""
+        """Fix an axis over positions: pixels, kernel positions, tokens."""
         fix(axis, "it counts positions, not channels")
         for variable in atoms(axis):
             variable.kind = WINDOW
@@ -143,9 +143,14 @@ class _CannotFollow(Exception):
     """A rule met a case that it does not cover."""
 
 
-def analyse(program: Program) -> Dims:
-    """Find the dimension variables of a program that was split into prefix/0 and body/0."""
-    return Analysis(program).dims
+def analyse(original: LevelGraphs) -> Dims:
+    """Find the dimension variables of level 0's prefix and body."""
+    return Analysis(original).dims
+
+
+def dims_of(program: Program) -> Dims:
+    """Return the dimensions of level 0: those that a pass attached, else analysed now."""
+    return analyse(program.levels[0]) if program.dims is None else program.dims
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -197,8 +202,8 @@ def _conv2d(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
         join(weight[0], bias[0])
     analysis.window(weight[2])
     analysis.window(weight[3])
-    taps = size(weight[2]) * size(weight[3])
-    analysis.cost(node, float(height * width * taps), weight[0], weight[1])
+    window = size(weight[2]) * size(weight[3])
+    analysis.cost(node, float(height * width * window), weight[0], weight[1])
     pixels = analysis.fresh((height, width), "it counts positions, not channels", WINDOW)
     return [source[0], weight[0], *pixels]
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pbc.ir.levels import Keep
+
 CHANNELS = "channels"
 HEADS = "heads"
 HEAD_SIZE = "head size"
@@ -97,7 +99,7 @@ def join(left: Iterable[Variable], right: Iterable[Variable]) -> None:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a dimension shows in a frozen tensor: part `part` of axis `axis`."""
+    """A place where a dimension shows in a frozen tensor: part `part` of axis `axis`."""
 
     tensor: str
     axis: int
@@ -132,17 +134,14 @@ class Cost:
     axis: Axis
 
 
-Keep = Mapping[str, list[int]]
-"""A plan for one level: the indices that stay, by dimension name; what is not named stays whole."""
-
-
 @dataclass
 class Dims:
     """The dimension variables of a program's level-0 graphs.
 
-    axes: of every value, by node name (prefix and body share one name space); `tensors`: of every
-    frozen tensor, by its name. dimensions: the variables that frozen tensors have, numbered;
-    `variables` finds a dimension's by its name. unknown: operators without a rule, with a node.
+    axes: of every value, by node name (prefix and body share one name space, in which a feature has
+    a name of its own); `tensors`: of every frozen tensor, by its name. dimensions: the variables
+    that frozen tensors have, numbered; `variables` finds a dimension's by its name. unknown:
+    operators without a rule, with a node.
     """
 
     batch: Variable

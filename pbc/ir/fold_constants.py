@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from pbc.ir.program import get_tensor, put_tensor, tensor_names
+from pbc.ir.graph import get_tensor, put_tensor, tensor_names
 
 FOLDED = "folded"
 """The module that folded tensors are put into, each under the name of its operator."""

@@ -8,29 +8,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.ir.program import Program, prefix
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.stages import order
 from pbc.util.atomic import replace_bytes
 from pbc.util.progress import report
-
-STAGES = (
-    "mark",
-    "analyse",
-    "plan",
-    "prune",
-    "align",
-    "fold",
-    "quantize",
-    "route",
-    "derive",
-    "lower",
-)
-"""In this order: alignment recalibrates the statistics that folding makes constant; quantisation
-rounds what is folded, since an engine runs no batch norm between a layer and its rounding; routing
-judges the proxies as they will run, after both.
-"""
 
 EQUIVALENCE = 1e-4
 
@@ -64,7 +50,6 @@ class PassPipeline:
             try:
                 program = step(program)
                 program.check()
-                program = replace(program, history=(*program.history, name))
                 error = equivalence_error(program)
             except PbcError:
                 raise
@@ -75,7 +60,11 @@ class PassPipeline:
                     f"pass {name} changed level 0: its logits differ from the original's by "
                     f"{error:.1e} (relative; at most {EQUIVALENCE:.0e})"
                 )
-            program.checks["level_0_error"] = error
+            program = replace(
+                program,
+                history=(*program.history, name),
+                checks={**program.checks, "level_0_error": error},
+            )
             if dump is not None:
                 text = program.text() + "\n"
                 replace_bytes(dump / f"{number:02}-{name}.txt", text.encode(), mode=0o644)
@@ -84,19 +73,23 @@ class PassPipeline:
 
 
 def equivalence_error(program: Program) -> float:
-    """Largest difference of level 0's logits from the original's, relative to the largest logit.
+    """Return how far level 0's logits are from the original's, relative to the largest logit.
 
     Also holds every proxy to the shapes that the body reads; raises ValueError where one differs.
     """
+    network = program.network
     with torch.no_grad():
-        logits = program.logits(0, program.example)
-        expected = [f.shape for f in program.features(0, program.example)]
-        for level in program.levels:
-            got = [f.shape for f in program.features(level, program.example)]
-            if prefix(level) in program.graphs and got != expected:
-                raise ValueError(f"level {level} sends {got}; the trainable part reads {expected}")
-    scale = max(1.0, float(program.reference.abs().max()))
-    return float((logits - program.reference).abs().max()) / scale
+        logits = program.logits(0, network.example)
+        shapes = [_feature_shapes(level, network.example) for level in program.levels]
+    for number, got in enumerate(shapes):
+        if got != shapes[0]:
+            raise ValueError(f"level {number} sends {got}; the trainable part reads {shapes[0]}")
+    scale = max(1.0, float(network.reference.abs().max()))
+    return float((logits - network.reference).abs().max()) / scale
+
+
+def _feature_shapes(level: LevelGraphs, images: Tensor) -> list[torch.Size]:
+    return [value.shape for value in level.features(images).values()]
 
 
 def build(
@@ -122,28 +115,3 @@ def _make(kind: Callable[..., Pass], options: Mapping[str, Any]) -> Pass:
     declared = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []  # type: ignore[arg-type]
     given = {n: options[n] for n in declared if options.get(n, MISSING) not in (MISSING, None)}
     return kind(**given)
-
-
-def order(kinds: Mapping[str, Any]) -> list[str]:
-    """Sort passes by stage, then so that `after` and `before` hold, then by name."""
-    for name, kind in kinds.items():
-        if kind.stage not in STAGES:
-            raise PbcError(
-                f"pass {name} is of stage {kind.stage!r}; stages are {', '.join(STAGES)}"
-            )
-    ordered: list[str] = []
-    for stage in STAGES:
-        waiting = {n: set(getattr(k, "after", ())) for n, k in kinds.items() if k.stage == stage}
-        for name in list(waiting):
-            for later in getattr(kinds[name], "before", ()):
-                if later in waiting:
-                    waiting[later].add(name)
-        while waiting:
-            ready = sorted(n for n, needs in waiting.items() if not needs & waiting.keys())
-            if not ready:
-                raise PbcError(
-                    f"passes {', '.join(sorted(waiting))} each want to run after another"
-                )
-            ordered.append(ready[0])
-            del waiting[ready[0]]
-    return ordered

@@ -1,4 +1,4 @@
-"""Emission: the proxy of a graph under a plan, by slicing its tensors and rewriting its sizes."""
+"""Slicing a graph: its proxy under a plan, with sliced tensors and rewritten sizes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.ir.dims import Axis, Dims, Keep, Variable, atoms, size
-from pbc.ir.program import get_tensor, op_name, put_tensor, tensor_names
+from pbc.ir.dims import Axis, Dims, Variable, atoms, size
+from pbc.ir.graph import get_tensor, op_name, put_tensor, tensor_names
+from pbc.ir.levels import Keep
 
 
-def emit(graph: GraphModule, dims: Dims, keep: Keep, *, shapes: bool = True) -> GraphModule:
-    """The proxy of a level-0 graph: sliced tensors, rewritten sizes, the same node names.
+def slice_graph(graph: GraphModule, dims: Dims, keep: Keep, *, shapes: bool = True) -> GraphModule:
+    """Return the proxy of a level-0 graph: sliced tensors, rewritten sizes, the same node names.
 
     Tensors that the plan does not touch are shared with the given graph. An empty plan gives the
     same outputs bit for bit. shapes: bring every node's meta["val"] up to date; a trial that is
-    only run does without, which is most of the time that emission takes.
+    only run does without, which is most of the time that slicing takes.
     """
     sizes = {dims.variables[name]: len(index) for name, index in keep.items()}
     root = torch.nn.Module()
@@ -42,12 +43,12 @@ def emit(graph: GraphModule, dims: Dims, keep: Keep, *, shapes: bool = True) -> 
         values[node] = copied
         if node.op == "call_function" and sizes:
             resizer.resize(node, copied)
-    emitted = GraphModule(root, new)
-    emitted.graph.eliminate_dead_code()
-    emitted.recompile()
+    proxy = GraphModule(root, new)
+    proxy.graph.eliminate_dead_code()
+    proxy.recompile()
     if sizes and shapes:
-        refresh_shapes(emitted)
-    return emitted
+        refresh_shapes(proxy)
+    return proxy
 
 
 def refresh_shapes(graph: GraphModule) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from pbc.ir.program import Program, get_tensor, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program
 
 TRIALS = "trials.jsonl"
-"""What tuning measured: it stays when the bundle is written, for the next compilation."""
+"""Measurements of tuning: the file stays when the bundle is written, for the next compilation."""
 
 
 def clear(folder: Path) -> None:
@@ -29,22 +30,21 @@ def clear(folder: Path) -> None:
 
 
 def work_file(
-    program: Program, name: str, decided_by: Any, graphs: Iterable[str], suffix: str
+    program: Program, name: str, decided_by: Any, graphs: Iterable[GraphModule], suffix: str
 ) -> Path | None:
-    """Where the work called `name` is kept; None when the program has no folder for it.
+    """Return where the work called `name` is kept; None when the program has no folder for it.
 
     The file's name holds a hash of all that decides the work: the input, the code and tensors of
-    the graphs named, and `decided_by`, which must be JSON. Work of another compilation is never
+    the graphs, and `decided_by`, which must be JSON. Work of another compilation is never
     found.
     """
-    if program.work is None:
+    if program.request.work is None:
         return None
-    everything = [decided_by, program.input.to_json()]
+    everything = [decided_by, program.network.input.to_json()]
     identity = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
     for graph in graphs:
-        if graph in program.graphs:
-            _add(identity, program.graphs[graph])
-    return program.work / f"{name}-{identity.hexdigest()[:16]}{suffix}"
+        _add(identity, graph)
+    return program.request.work / f"{name}-{identity.hexdigest()[:16]}{suffix}"
 
 
 def _add(identity: Any, graph: GraphModule) -> None:

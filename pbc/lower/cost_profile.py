@@ -28,7 +28,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class CostProfile:
-    """What `pbc profile` measured of a bundle's levels, all relative to level 0.
+    """A measurement of a bundle's levels by `pbc profile`, all relative to level 0.
 
     facts: of the bundle, by the words that a refusal uses. curves: by precision, points of rising
     work.
@@ -57,19 +57,19 @@ class CostProfile:
         bundle = content["bundle"]
         # Training takes all processors unless it is told otherwise.
         measured = max(content["level_costs"], key=lambda run: int(run["threads"]))
-        visits = {
+        iterations = {
             int(row["level"]): float(row["prefix_ms"] + row["forward_ms"] + row["update_ms"])
             for row in measured["levels"]
         }
-        if 0 not in visits:
+        if 0 not in iterations:
             raise PbcError(f"the profile {path} has no level 0, to which others are compared")
         rows = {int(row["level"]): row for row in bundle["levels"]}
-        if not all(ms > 0 for ms in visits.values()):
+        if not all(ms > 0 for ms in iterations.values()):
             raise ValueError("a level without a time")
         whole = float(rows[0]["macs"])
         points: dict[str, list[tuple[float, float]]] = {}
-        for level, ms in visits.items():
-            point = (float(rows[level]["macs"]) / whole, ms / visits[0])
+        for level, ms in iterations.items():
+            point = (float(rows[level]["macs"]) / whole, ms / iterations[0])
             points.setdefault(str(rows[level]["precision"]), []).append(point)
         return cls(
             path,
@@ -86,13 +86,14 @@ class CostProfile:
 
     def check(self, program: Program) -> None:
         """Refuse a profile of something else than is being compiled."""
+        request = program.request
         compiled = {
-            "model": program.provenance.model,
-            "strategy": program.strategy,
-            "target": program.target.name,
-            "engine": program.engine,
-            "input": "x".join(str(size) for size in program.input.shape),
-            "batch": program.batch,
+            "model": program.network.name,
+            "strategy": request.strategy,
+            "target": request.target.name,
+            "engine": request.engine,
+            "input": "x".join(str(size) for size in program.network.input.shape),
+            "batch": request.batch,
         }
         for fact, value in compiled.items():
             if self.facts[fact] != value:

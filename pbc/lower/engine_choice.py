@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.lower.lowering import Tunes, missing_packages
+from pbc.lower.backend import GROUP, backend
+from pbc.lower.lowering import Tunes
 from pbc.target import Target
 from pbc.util.extras import EXTRAS
 
@@ -12,12 +13,12 @@ DEFAULT_ENGINE = "pytorch"
 
 
 def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """The engine to lower to, and a note when it is not the one that the target prefers.
+    """Return the engine to lower to, and a note when it is not the one that the target prefers.
 
     Raises UsageError for an engine that was asked for and that the target or pbc does not have, and
     PbcError for one whose packages are not installed here.
     """
-    available = plugins.entries("pbc.lowerings")
+    available = plugins.entries(GROUP)
     if asked is not None:
         if asked in target.refused:
             raise UsageError(
@@ -54,10 +55,9 @@ def choose_engine(target: Target, asked: str | None) -> tuple[str, tuple[str, ..
 
 def require_tuning(target: Target, engine: str) -> None:
     """Raise UsageError where an engine's code for a target cannot be tuned here."""
-    lowering = plugins.load("pbc.lowerings", engine)()
+    lowering = backend(engine).lowering() if backend(engine).tunes else None
     if not isinstance(lowering, Tunes):
-        entries = plugins.entries("pbc.lowerings")
-        able = ", ".join(name for name in entries if issubclass(entries[name].load(), Tunes))
+        able = ", ".join(name for name in plugins.entries(GROUP) if backend(name).tunes)
         raise UsageError(
             f"--tune does nothing for engine {engine!r}, whose code is not made here; engines with "
             f"code to tune: {able or 'none is installed'}"
@@ -67,9 +67,9 @@ def require_tuning(target: Target, engine: str) -> None:
         raise UsageError(reason)
 
 
-def _needs(entry: plugins.Entry) -> str | None:
-    """What is missing here to lower to this engine, in words; None where nothing is."""
-    missing = missing_packages(entry.load())
+def _needs(entry: plugins.Plugin) -> str | None:
+    """Return what is missing here to lower to this engine, in words; None where nothing is."""
+    missing = entry.load().missing()
     if not missing:
         return None
     extras = sorted({EXTRAS[package] for package in missing if package in EXTRAS})

@@ -1,82 +1,86 @@
-"""What a lowering is: how a program becomes an engine's artifacts."""
+"""Lowering: what makes an engine's artifacts of a program."""
 
 from __future__ import annotations
 
-import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import GraphModule, Node
 
+from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError
-from pbc.ir.program import GRADIENT, Program, op_name, origin
+from pbc.ir.graph import GRADIENT, op_name, origin
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import Runner
+from pbc.lower.iteration import IterationTimer, latencies_ms
 from pbc.target import Target
-from pbc.training_graph.step_check import Step
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One trial level: its `prefix/0` (where there is one) and `body/0`, and their precisions.
+class Lowering(ABC):
+    """Makes the files that an engine executes of a program.
 
-    Once steps are derived, `forward/0` and `update/0/sgd` too.
+    One object lowers one program: what it builds to measure or to check it need not build again.
     """
 
-    graphs: Mapping[str, GraphModule]
-    precisions: Mapping[str, str]
-
-
-class Lowering(Protocol):
-    """Entry point group `pbc.lowerings`, under the engine's name.
-
-    precisions: the cheaper ones that its engine computes in, the first is tried first.
-    derives_steps: whether its engine trains by derived graphs (`forward/k`, `update/k/…`).
-    packages: what must be installed here to lower; naming them imports none of them.
-    """
-
-    precisions: ClassVar[tuple[str, ...]]
-    derives_steps: ClassVar[bool]
-    packages: ClassVar[tuple[str, ...]]
-
-    def check(self, target: Target) -> None:
-        """Raise PbcError for a target that it cannot lower to here; before anything takes long."""
-
+    @abstractmethod
     def lower(self, program: Program) -> dict[str, bytes]:
-        """The bundle's graph and weight files; raises PbcError for an operator it cannot run."""
+        """Return the graph and weight files; raises PbcError for an operator it cannot run."""
 
-    def notes(self) -> tuple[str, ...]:
-        """What whoever compiles must know of the files that this made, beside what they hold."""
-
+    @abstractmethod
     def contents(self, program: Program) -> dict[str, Any]:
-        """What the manifest says about the artifacts of a lowered program.
+        """Return what the manifest says about the artifacts of a lowered program.
 
         `weights`: for each graph, the files of weights that it reads. `export`, if the engine has a
         form that others read: for each level, the file and where its tensors come from.
         """
 
-    def graph_file(self, graph: str) -> str:
-        """The name of the bundle's file that holds the graph of this name."""
+    @abstractmethod
+    def graph_file(self, graph: GraphName) -> str:
+        """Return the name of the bundle's file that holds the graph."""
 
-    def requires(self) -> dict[str, str]:
-        """What the device must have installed to run the artifacts, by name."""
+    @abstractmethod
+    def runner(self, program: Program, level: LevelGraphs) -> Runner:
+        """Return what runs the graphs of a level, of the program or a trial, as a device will.
 
-    def step(self, program: Program, level: int) -> Step | None:
-        """What runs a level's derived step as the device will, None where none is derived."""
+        Of an engine that derives no steps, running the body differentiates it too.
+        """
 
-    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        """Milliseconds of one training visit of a batch, all candidates measured interleaved.
+    def check(self, target: Target) -> None:  # noqa: B027 - most can lower to any target
+        """Raise PbcError for a target that it cannot lower to here; before anything takes long."""
+
+    def operators(self) -> Collection[str] | None:
+        """Return the operators that the engine has; None where it has those of PyTorch's.
+
+        Capture takes apart what is not among them, where torch can.
+        """
+        return None
+
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:  # noqa: B027 - what takes long to convert is not tried
+        """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what whoever compiles must know of the files, beside what they hold."""
+        return ()
+
+    def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+        """Return milliseconds of one training iteration, all levels measured interleaved.
 
         That is the prefix forward, at the batch size that suits it best (features do not depend on
         what shares a batch), and the body forward and backward.
         """
+        return latencies_ms(
+            [IterationTimer(self.runner(program, level), program, level) for level in levels]
+        )
 
 
 @runtime_checkable
 class Tunes(Protocol):
-    """What a lowering offers besides, where measuring finds faster code than rules do."""
+    """A lowering that can tune, too, where measuring finds faster code than rules do."""
 
     def untunable(self, target: Target) -> str | None:
-        """Why its code for a target cannot be measured here, with what to do; None if it can."""
+        """Return why its code for a target cannot be measured here, and what to do; else None."""
 
     def tune(self, program: Program, seconds: float) -> dict[str, Any]:
         """Search for so long; what is lowered from now on has what is faster.
@@ -84,27 +88,6 @@ class Tunes(Protocol):
         Measurements are kept in the program's folder for work: with no seconds it uses those.
         Returns what the manifest says about it, and `notes` for whoever compiles.
         """
-
-
-@runtime_checkable
-class Knows(Protocol):
-    """What a lowering offers besides, where its engine has fewer operators than PyTorch's has."""
-
-    def operators(self) -> Collection[str]:
-        """By name; capture takes apart what is not among them, where torch can."""
-
-
-@runtime_checkable
-class Tries(Protocol):
-    """What a lowering offers besides, where it can tell in seconds what its engine lacks."""
-
-    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
-        """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
-
-
-def missing_packages(lowering: type[Lowering]) -> list[str]:
-    """Those of the lowering's packages that are not installed here."""
-    return [name for name in lowering.packages if importlib.util.find_spec(name) is None]
 
 
 def unsupported(node: Node, engine: str, remedy: str) -> PbcError:

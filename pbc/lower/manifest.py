@@ -1,4 +1,4 @@
-"""The manifest: what a bundle says about itself, from the program that it was made of."""
+"""The manifest: a bundle's words about itself, from the program that it was made of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 import pbc
 from pbc.ir.dims import Dims
-from pbc.ir.program import POLICY, Program, body, feature_names, placeholders, shape_of
+from pbc.ir.graph import PARAMETER, placeholders, shape_of
+from pbc.ir.levels import ladder
+from pbc.ir.program import Policy, Program
 
 TRAINABLE = "trainable.safetensors"
 DIMS = "dims.json"
@@ -22,40 +24,40 @@ def manifest(
     graph_files: dict[str, str],
     contents: dict[str, Any],
 ) -> dict[str, Any]:
-    """The manifest's own fields (docs/architecture.md, «Bundle»); the writer adds the files.
+    """Return the manifest's own fields (docs/architecture.md, «Bundle»); the writer adds the files.
 
     contents: what the lowering says about the artifacts.
     """
-    head = {program.head.weight, program.head.bias}
-    by_name = {node.name: node for node in placeholders(program.graphs[body(0)])}
+    request, network = program.request, program.network
+    levels = ladder(program.levels, program.cost_model)
     return {
-        "model": program.provenance.model,
-        "strategy": program.strategy,
-        "engine": program.engine,
-        "target": program.target.to_json(),
+        "model": network.name,
+        "strategy": request.strategy,
+        "engine": request.engine,
+        "target": request.target.to_json(),
         "requires": requires,
-        "input": program.input.to_json(),
-        "batch": program.batch,
-        "classes": None if program.class_names is None else list(program.class_names),
-        "class_count": program.class_count,
-        "head": {
-            "weight": program.head.weight,
-            "bias": program.head.bias,
-            "in_features": program.head.in_features,
-        },
+        "input": network.input.to_json(),
+        "batch": request.batch,
+        "classes": None if request.class_names is None else list(request.class_names),
+        "class_count": request.class_count,
+        "head": dict(network.head.parameters),
+        "blocks": [vars(block) for block in network.blocks],
+        "blocks_pattern": request.blocks,
         "parameters": {
             name: [
-                None if name in head and axis == 0 else size for axis, size in enumerate(p.shape)
+                None if name in network.head.parameters and axis == 0 else size
+                for axis, size in enumerate(p.shape)
             ]
             for name, p in program.parameters.items()
         },
         "features": {
-            name: list(shape_of(by_name[name])[1:])
-            for name in feature_names(program.graphs[body(0)])
+            node.name: list(shape_of(node)[1:])
+            for node in placeholders(program.levels[0].body)
+            if PARAMETER not in node.meta
         },
-        "cost_model": program.ladder.cost_model,
-        "levels": program.ladder.to_json(),
-        "policy": None if POLICY not in program.graphs else policy(program),
+        "cost_model": levels.cost_model,
+        "levels": levels.to_json(),
+        "policy": None if program.policy is None else policy(program.policy),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "graphs": graph_files,
         **contents,
@@ -66,35 +68,36 @@ def manifest(
             "pbc": pbc.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
-            "model": program.provenance.model,
-            "weights": program.provenance.weights,
-            "weights_sha256": program.provenance.weights_sha256,
-            "command": program.provenance.command,
-            "seed": program.seed,
+            "model": network.name,
+            "weights": network.weights,
+            "weights_sha256": network.weights_sha256,
+            "command": request.command,
+            "seed": request.seed,
             "passes": list(program.history),
         },
     }
 
 
-def policy(program: Program) -> dict[str, Any]:
-    (view,) = placeholders(program.graphs[POLICY])
+def policy(made: Policy) -> dict[str, Any]:
+    """Return what the manifest says about a policy."""
+    (view,) = placeholders(made.graph)
     return {
         "view": list(shape_of(view)[1:]),
-        "report": program.policy_report,
-        "margins": list(program.policy_margins),
+        "report": made.report,
+        "margins": list(made.margins),
     }
 
 
 def trainable_file(program: Program) -> bytes:
-    """Initial values of what trains, without the head, which the device sizes and seeds."""
-    head = {program.head.weight, program.head.bias}
+    """Return the initial values of what trains, without the head, which the device seeds."""
+    head = program.network.head.parameters
     return safetensors.torch.save(
         {n: p.detach().contiguous() for n, p in program.parameters.items() if n not in head}
     )
 
 
 def dims_table(dims: Dims) -> dict[str, Any]:
-    """What `pbc inspect --dims` shows."""
+    """Return what `pbc inspect --dims` shows."""
     return {
         "macs": dims.macs(),
         "prunable_share": dims.prunable_share(),

@@ -1,4 +1,4 @@
-"""What the self-test must find on the device: torch's numbers, from the graphs of the program.
+"""Numbers that the self-test must find on the device: torch's, from the graphs of the program.
 
 The engine's own results would do on a machine of the target's architecture only, and would agree
 with themselves where the lowering is wrong.
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pbc.bundle.ladder import ALIGNED, FLOAT32
 from pbc.data import InputSpec
-from pbc.ir.program import POLICY, Program, body, feature_names, graph_inputs
+from pbc.ir.graph import graph_inputs
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Policy, Program
 from pbc.runtime import self_test
 from pbc.runtime.parameters import with_head
 
@@ -39,24 +41,24 @@ def numbers(program: Program, manifest: Mapping[str, Any]) -> dict[str, Any]:
     theta = with_head(manifest, stored, classes, self_test.SEED)
     images = torch.from_numpy(np.ascontiguousarray(self_test.images(spec)))
     labels = torch.from_numpy(self_test.labels(classes))
-    used = [level for level in program.ladder.levels if level.status == ALIGNED]
-    cheapest = min(used, key=lambda level: level.cost).level if used else 0
+    costs = {n: level.cost for n, level in enumerate(program.levels) if level.status == ALIGNED}
+    cheapest = min(costs, key=lambda number: costs[number]) if costs else 0
     levels = {
-        str(level): _level(program, level, images, theta, labels) for level in sorted({0, cheapest})
+        str(number): _level(program.levels[number], images, theta, labels)
+        for number in sorted({0, cheapest})
     }
-    return {"levels": levels, "policy": _policy(program, manifest)}
+    return {"levels": levels, "policy": _policy(program.policy, manifest)}
 
 
 def _level(
-    program: Program,
-    level: int,
+    level: LevelGraphs,
     images: Tensor,
     parameters: Mapping[str, np.ndarray],
     labels: Tensor,
 ) -> dict[str, Any]:
-    graph = program.graphs[body(level)]
+    graph = level.body
     with torch.no_grad():
-        features = dict(zip(feature_names(graph), program.features(level, images), strict=True))
+        features = level.features(images)
     names = [name for name in graph_inputs(graph) if name not in features]
     theta = {name: torch.tensor(parameters[name], requires_grad=True) for name in names}
 
@@ -74,7 +76,7 @@ def _level(
             if gradient is not None:
                 value -= rate * gradient
         after = losses()
-    rounded = program.ladder.precision(level) != FLOAT32
+    rounded = level.precision != FLOAT32
     return {
         "learning_rate": rate,
         "before": [_rounded(loss) for loss in before.tolist()],
@@ -83,12 +85,12 @@ def _level(
     }
 
 
-def _policy(program: Program, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    if POLICY not in program.graphs:
+def _policy(policy: Policy | None, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    if policy is None:
         return None
     views = torch.from_numpy(self_test.views(manifest["policy"]["view"]))
     with torch.no_grad():
-        (fidelity,) = program.graphs[POLICY](views)
+        (fidelity,) = policy.graph(views)
     rows = [[_rounded(value) for value in row] for row in fidelity.tolist()]
     return {"fidelity": rows, "tolerance": _POLICY_TOLERANCE}
 

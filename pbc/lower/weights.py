@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pbc.ir.program import POLICY
+from pbc.bundle.graph_name import POLICY, GraphName
 
 # A vector register of any CPU in sight, and a cache line.
 ALIGNMENT = 64
@@ -30,7 +30,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies; as text, `weights/level-0.safetensors#conv1.weight`."""
+    """The place of a tensor; as text, `weights/level-0.safetensors#conv1.weight`."""
 
     file: str
     key: str
@@ -103,7 +103,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def byte_ranges(file: bytes) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies: its offset in the file, and its length."""
+    """Return of each tensor of a safetensors file its offset in the file, and its length."""
     begin = 8 + int.from_bytes(file[:8], "little")
     header = json.loads(file[8:begin])
     header.pop("__metadata__", None)
@@ -113,24 +113,14 @@ def byte_ranges(file: bytes) -> dict[str, tuple[int, int]]:
     }
 
 
-def level_of(graph: str) -> int:
-    """The level that a graph is of, by its name; -1 for the policy, which comes before all."""
-    return -1 if graph == POLICY else int(graph.split("/")[1])
-
-
-def by_level(graph: str) -> tuple[int, str]:
-    """Sorts the names of graphs: levels share what the ones before them store."""
-    return level_of(graph), graph
-
-
-def weight_file(folder: str, graph: str) -> str:
-    """A level's graphs share a file, so that a device loads only the levels that it uses."""
-    part = POLICY if graph == POLICY else f"level-{level_of(graph)}"
+def weight_file(folder: str, graph: GraphName) -> str:
+    """Return the file of a graph's tensors: a device loads only the levels that it uses."""
+    part = POLICY.kind if graph.level is None else f"level-{graph.level}"
     return f"{folder}/{part}.safetensors"
 
 
 def _keeps(length: int) -> int:
-    """The largest alignment that the end of so many bytes still has."""
+    """The largest alignment that the end of `length` bytes still has."""
     return min(length & -length or ALIGNMENT, ALIGNMENT)
 
 

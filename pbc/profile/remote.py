@@ -9,7 +9,8 @@ from pathlib import Path
 from pbc.bundle import Bundle
 from pbc.deploy.connection import Connection, Destination
 from pbc.errors import PbcError, UsageError
-from pbc.profile.profile import Options, Profile, Tell
+from pbc.profile.measure import Profile, Tell
+from pbc.profile.options import ProfileOptions
 
 # Arguments: the folder of the deploy, how to deploy there, and what to call pbc with.
 _SCRIPT = """\
@@ -23,7 +24,7 @@ exec "$folder/bin/pbc" profile "$folder/bundle.pbc" "$@"
 
 
 def profile_on(
-    destination: str, path: Path, options: Options, ssh_options: Sequence[str], tell: Tell
+    destination: str, path: Path, options: ProfileOptions, ssh_options: Sequence[str], tell: Tell
 ) -> Profile:
     """Have the board measure the bundle that is active there, which must be this one.
 
@@ -53,8 +54,8 @@ def profile_on(
     return Profile({**content, "on": str(connection.destination)})
 
 
-def _arguments(options: Options) -> list[str]:
-    """What `pbc profile` takes, as its command line has it; PyTorch only if it was asked for."""
+def _arguments(options: ProfileOptions) -> list[str]:
+    """Return the words of the command on the board; PyTorch only if it was asked for."""
     arguments = ["--json", "--against", options.against or "none"]
     arguments += ["--optimizer", options.optimizer, "--rounds", str(options.rounds)]
     if options.batch is not None:

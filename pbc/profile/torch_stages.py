@@ -1,4 +1,4 @@
-"""The same stages by PyTorch, eager and compiled: the network that the bundle was made from."""
+"""Stages in PyTorch, eager and compiled, of the network that the bundle was made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import Tensor
 from pbc.bundle import Bundle
 from pbc.frontend import original as network
 from pbc.frontend.original import Call, Features
-from pbc.profile.stages import COMPILED, EAGER, Side, Task, labels, memory, until_settled
+from pbc.profile.inputs import labels
+from pbc.profile.memory import memory, until_settled
+from pbc.profile.task import COMPILED, EAGER, Task
+from pbc.profile.turns import Side
 from pbc.runtime.parameters import initial_parameters
 
 
@@ -27,7 +30,7 @@ class _Training:
     ) -> None:
         self._objective = task.objective
         self._compute = compute
-        self._labels = labels(task)
+        self._labels = labels(task.batch, task.classes)
         self._optimizer = network.optimizer(task.objective, theta.values())
         step: Call = self._optimizer.step
         self._step = torch.compile(step) if compiled else step
@@ -47,7 +50,7 @@ class _Training:
 def sides(
     task: Task, bundle: Bundle, pixels: np.ndarray, sizes: Sequence[int]
 ) -> tuple[list[Side], list[str]]:
-    """Return PyTorch's ways to run, and what a reader should know.
+    """Return PyTorch's ways to run, with notes for the reader.
 
     Raises PbcError where the network cannot be rebuilt.
     """
@@ -107,7 +110,7 @@ def _side(
 def train(task: Task, bundle: Bundle, pixels: np.ndarray) -> dict[str, Any]:
     """Train as PyTorch's users do, in eval mode with all but θ frozen; return the memory.
 
-    The peak counts from the first step on: what rebuilding the network needed is nobody's.
+    The peak counts from the first step on: what rebuilding the network needed is left out.
     """
     torch.set_num_threads(task.threads)
     weights = None if task.weights is None else Path(task.weights)

@@ -15,14 +15,15 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn import functional
 
 from pbc.errors import PbcError
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import Program, body, get_tensor, prefix, put_tensor, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.rewrite import replace_tensor
 from pbc.proxies import parallel
-from pbc.proxies.fidelity import BATCH, Standard, Tapped
+from pbc.proxies.fidelity import BATCH, Standard, UpToInterface
 from pbc.util.atomic import replacing
 from pbc.util.interrupt import Interrupt, deferred_interrupt
 from pbc.util.progress import report
@@ -43,8 +44,8 @@ class Distillation:
     autocast: compute in bfloat16 on a GPU.
     """
 
-    original: Tapped
-    proxy: Tapped
+    original: UpToInterface
+    proxy: UpToInterface
     standard: list[Standard]
     calibration: Calibration
     seed: int
@@ -103,7 +104,7 @@ class Distillation:
                 raise KeyboardInterrupt
 
     def fraction(self) -> float:
-        """How much of the budget is used: of steps or time, whichever is nearer its end."""
+        """Share of the budget that is used: of steps or time, whichever is nearer its end."""
         by_steps = self.step / self.steps if self.steps else 0.0
         by_time = self.elapsed / self.seconds if self.seconds else 0.0
         return max(by_steps, by_time)
@@ -211,22 +212,10 @@ def unaugmented(calibration: Calibration, count: int) -> Iterator[Tensor]:
         yield calibration.batch(chosen[start : start + BATCH])
 
 
-def replace_tensor(graph: GraphModule, name: str, tensor: Tensor) -> None:
-    """Put a tensor in another's place, as a parameter or buffer like it.
-
-    Graphs share tensors, so none is changed in place.
-    """
-    if isinstance(get_tensor(graph, name), nn.Parameter):
-        tensor = nn.Parameter(tensor.detach(), requires_grad=False)
-    owner, _, leaf = name.rpartition(".")
-    delattr(graph.get_submodule(owner), leaf)
-    put_tensor(graph, name, tensor)
-
-
-def adopt(program: Program, level: int, proxy: Tapped) -> None:
-    """Take a trained proxy's tensors over into the program's graphs."""
-    for kind, trained in ((prefix, proxy.prefix), (body, proxy.body)):
-        if trained is not None:
+def adopt(level: LevelGraphs, proxy: UpToInterface) -> None:
+    """Take a trained proxy's tensors over into the level's graphs."""
+    for own, trained in ((level.prefix, proxy.prefix), (level.body, proxy.body)):
+        if own is not None and trained is not None:
             for name in tensor_names(trained):
                 value = get_tensor(trained, name).detach().contiguous().clone()
-                replace_tensor(program.graphs[kind(level)], name, value)
+                replace_tensor(own, name, value)

@@ -17,39 +17,38 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from pbc.bundle.graph_name import PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import (
-    PARAMETER,
-    Program,
-    body,
-    copy_graph,
-    output_node,
-    parameter_names,
-    placeholders,
-    prefix,
-)
+from pbc.ir.graph import PARAMETER, parameter_names
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.rewrite import copy_graph, cut_at
 
 BATCH = 64
 
 
-class Tapped(nn.Module):
+class UpToInterface(nn.Module):
     """One level cut off at the interface: images in, the interface's tensors out, in float32.
 
-    Its graph modules are copies that share their tensors with the program until they are trained.
+    Its graph modules are copies that share their tensors with the level until they are trained.
     """
 
-    def __init__(self, program: Program, level: int) -> None:
+    def __init__(self, program: Program, level: LevelGraphs) -> None:
         super().__init__()
-        before = program.graphs.get(prefix(level))
-        self.prefix = None if before is None else copy_graph(before)
+        self.prefix = None if level.prefix is None else copy_graph(level.prefix)
         self.body: GraphModule | None = None
         self.theta: list[Tensor] = []
-        taps = body_taps(program.graphs[body(0)])
-        if taps:
-            self.body = _cut_at(program.graphs[body(level)], taps)
+        boundary = boundary_nodes(program.levels[0].body)
+        if boundary:
+            self.body = cut_at(level.body, boundary)
             names = parameter_names(self.body)
             self.theta = [program.parameters[name].detach() for name in names]
+
+    @property
+    def graphs(self) -> list[GraphModule]:
+        """Those of the two that there are."""
+        return [graph for graph in (self.prefix, self.body) if graph is not None]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = [images] if self.prefix is None else list(self.prefix(images))
@@ -60,42 +59,41 @@ class Tapped(nn.Module):
         return tensors
 
 
-def precision_of(program: Program, graph: str, precision: str) -> str:
-    """In what a graph of a level of this precision computes.
+def precision_of(original: LevelGraphs, role: GraphName, precision: str) -> str:
+    """Return in what a graph of a level of this precision computes.
 
     A body of nothing but trainable layers is the same at every level: it stays in float32. So does
     every body of an int8 level: gradients pass through it.
     """
     if precision == INT8:
-        return precision if graph.startswith("prefix/") else FLOAT32
-    alone = prefix(0) not in program.graphs
-    frozen = graph.startswith("prefix/") or alone or bool(body_taps(program.graphs[body(0)]))
-    return precision if frozen else FLOAT32
+        return precision if role == PREFIX else FLOAT32
+    whole = role == PREFIX or original.prefix is None
+    return precision if whole or boundary_nodes(original.body) else FLOAT32
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What a graph's real numbers are; an int8 graph rounds by its own operators."""
+    """Return the type of a graph's real numbers; an int8 graph rounds by its own operators."""
     dtype: torch.dtype = torch.float32 if precision == INT8 else getattr(torch, precision)
     return dtype
 
 
-def rounded_to(tapped: Tapped, precision: str) -> Callable[[Tensor], list[Tensor]]:
+def rounded_to(level: UpToInterface, precision: str) -> Callable[[Tensor], list[Tensor]]:
     """A level as it runs on the device: in its precision, on a copy; float32 in and out.
 
     The graphs of an int8 level round by themselves, and only where they are quantised.
     """
     if precision in (FLOAT32, INT8):
-        return tapped
+        return level
     dtype = dtype_of(precision)
-    low = copy.deepcopy(tapped).to(dtype)
+    low = copy.deepcopy(level).to(dtype)
     low.theta = [value.to(dtype) for value in low.theta]
     return lambda images: [tensor.float() for tensor in low(images.to(dtype))]
 
 
-def body_taps(graph: GraphModule) -> list[str]:
+def boundary_nodes(graph: GraphModule) -> list[str]:
     """The nodes of the body that a trainable operator reads after frozen layers changed them."""
     changed: dict[Node, bool] = {}
-    taps: list[str] = []
+    found: list[str] = []
     for node in graph.graph.nodes:
         if node.op != "call_function":
             changed[node] = node.op == "get_attr" and _is_weight(graph, node)
@@ -103,30 +101,13 @@ def body_taps(graph: GraphModule) -> list[str]:
         sources = node.all_input_nodes
         trained = any(PARAMETER in source.meta for source in sources)
         if trained:
-            taps += [s.name for s in sources if s.op == "call_function" and changed[s]]
+            found += [s.name for s in sources if s.op == "call_function" and changed[s]]
         changed[node] = not trained and any(changed[source] for source in sources)
-    return list(dict.fromkeys(taps))
+    return list(dict.fromkeys(found))
 
 
 def _is_weight(graph: GraphModule, node: Node) -> bool:
     return str(node.target) in dict(graph.named_parameters())
-
-
-def _cut_at(graph: GraphModule, names: Sequence[str]) -> GraphModule:
-    """A copy that returns the named nodes; what only later nodes need is gone, inputs stay."""
-    cut = copy_graph(graph)
-    by_name = {node.name: node for node in cut.graph.nodes}
-    output_node(cut).args = (tuple(by_name[name] for name in names),)
-    cut.graph.eliminate_dead_code()
-    for node in placeholders(cut):
-        if PARAMETER in node.meta and not node.users:
-            cut.graph.erase_node(node)
-    for name in [n for n, _ in (*cut.named_parameters(), *cut.named_buffers())]:
-        if not any(n.op == "get_attr" and n.target == name for n in cut.graph.nodes):
-            owner, _, leaf = name.rpartition(".")
-            delattr(cut.get_submodule(owner), leaf)
-    cut.recompile()
-    return cut
 
 
 @dataclass(frozen=True)
@@ -145,7 +126,7 @@ def channel_axis(tensor: Tensor) -> int:
     return 1 if tensor.dim() in (2, 4) else tensor.dim() - 1
 
 
-def standards(level0: Tapped, batches: Iterator[Tensor]) -> list[Standard]:
+def standards(level0: UpToInterface, batches: Iterator[Tensor]) -> list[Standard]:
     """Measure level 0's statistics at the interface."""
     sums: list[_Sums] = []
     with torch.no_grad():
@@ -193,17 +174,19 @@ def held_out_batches(calibration: Calibration) -> Iterator[Tensor]:
 
 
 def sample_fidelity(
-    program: Program, levels: Sequence[int], calibration: Calibration, indices: np.ndarray
+    program: Program,
+    levels: Sequence[LevelGraphs],
+    calibration: Calibration,
+    indices: np.ndarray,
 ) -> np.ndarray:
     """float32 [samples, levels]: the fidelity of single samples.
 
     Each is the cosine at the interface tensor where the level is weakest on average, so that the
     mean over held-out samples is the level's fidelity.
     """
-    original = Tapped(program, 0).eval()
+    original = UpToInterface(program, program.levels[0]).eval()
     proxies = [
-        rounded_to(Tapped(program, level).eval(), program.ladder.precision(level))
-        for level in levels
+        rounded_to(UpToInterface(program, level).eval(), level.precision) for level in levels
     ]
     standard = standards(original, held_out_batches(calibration))
     rows = []

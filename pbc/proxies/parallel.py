@@ -34,7 +34,7 @@ def group() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes work together."""
+    """Return the number of processes that work together."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 

@@ -32,17 +32,9 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc.ir.program import (
-    copy_graph,
-    get_tensor,
-    op_name,
-    output_node,
-    put_tensor,
-    shape_of,
-)
+from pbc.ir.graph import get_tensor, op_name, put_tensor, shape_of
+from pbc.ir.rewrite import copy_graph, drop_unused, fused, replace_tensor
 from pbc.ir.slice_graph import refresh_shapes
-from pbc.passes.fold_batch_norm import fold
-from pbc.proxies.distillation import replace_tensor
 
 LOWEST, HIGHEST = 0, 255  # uint8
 WEIGHT_HIGHEST = 64  # of int8: see above
@@ -58,7 +50,7 @@ _DEQUANTIZE_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.defau
 
 
 class _Layer(NamedTuple):
-    """Where an operator takes its input, weight and bias; the axis of the weight's outputs."""
+    """Positions of an operator's input, weight and bias; the axis of the weight's outputs."""
 
     input: int
     weight: int
@@ -98,7 +90,7 @@ _MOVES = {
 
 @dataclass(frozen=True)
 class Range:
-    """How the real numbers of a tensor map to 0…255: value = scale * (integer - zero_point)."""
+    """A map of a tensor's real numbers to 0…255: value = scale * (integer - zero_point)."""
 
     scale: float
     zero_point: int
@@ -122,7 +114,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What becomes integer in a graph, by the names of its nodes.
+    """The parts of a graph that become integer, by the names of its nodes.
 
     layers: those whose weights are stored in eight bits.
     points: those whose values are rounded to eight bits; each by the node whose range it has, which
@@ -134,7 +126,7 @@ class Scheme:
 
 
 def scheme(graph: GraphModule) -> Scheme:
-    """What to quantise in a folded graph.
+    """Choose what to quantise in a folded graph.
 
     Layers that run at a single position (squeeze-excite) are left alone.
     """
@@ -277,7 +269,7 @@ class _Observer(torch.fx.Interpreter):
 
 
 class _Histogram:
-    """How often values occur between two extremes, each sample weighted by one over its energy.
+    """Counts of values between two extremes, each sample weighted by one over its energy.
 
     So weighted, the squared error is that relative to each sample: a few images with values a
     hundred times as large as usual do not decide alone. Zeros are left out: they are always exact.
@@ -310,7 +302,7 @@ class _Histogram:
 
 
 def simulated(graph: GraphModule, chosen: Scheme, ranges: Mapping[str, Range]) -> GraphModule:
-    """The graph with its rounding simulated in float32: it differentiates, and can be trained.
+    """Return the graph with its rounding simulated in float32, which differentiates.
 
     Its weights stay float32 parameters; what rounds them has the scales that they have now. Nodes
     keep their names: what read a tensor reads the rounded one.
@@ -337,8 +329,6 @@ def simulated(graph: GraphModule, chosen: Scheme, ranges: Mapping[str, Range]) -
         for user in list(node.users):
             if user is not rounded and (from_integers or user in integer):
                 user.replace_input_with(node, rounded)
-        if rounded in output_node(graph).all_input_nodes:
-            node.name, rounded.name = f"{name}_float", name
     graph.recompile()
     return graph
 
@@ -430,7 +420,7 @@ def _channel_means(value: Tensor, channels: int) -> Tensor:
 
 
 def _rounded_weight(node: Node) -> Node | None:
-    """What simulates the rounding of a layer's weight; None for any other node."""
+    """The node that simulates the rounding of a layer's weight; None for any other node."""
     kind = _LAYERS.get(op_name(node)) if node.op == "call_function" else None
     weight = None if kind is None or len(node.args) <= kind.weight else node.args[kind.weight]
     if isinstance(weight, Node) and weight.target is _FAKE_WEIGHT:
@@ -446,23 +436,18 @@ def integers(simulation: GraphModule) -> GraphModule:
             _to_pair(graph, node)
         elif node.target is _FAKE_WEIGHT:
             _to_stored(graph, node)
-    graph.graph.eliminate_dead_code()
-    _drop_unread(graph)
-    graph.recompile()
+    drop_unused(graph)
     refresh_shapes(graph)
     return graph
 
 
 def _to_pair(graph: GraphModule, node: Node) -> None:
     source, *mapping = node.args
-    name = node.name
     with graph.graph.inserting_before(node):
         low = graph.graph.call_function(_QUANTIZE, (source, *mapping, torch.uint8))
         back = graph.graph.call_function(_DEQUANTIZE, (low, *mapping, torch.uint8))
     node.replace_all_uses_with(back)
     graph.graph.erase_node(node)
-    if back in output_node(graph).all_input_nodes:
-        back.name = name  # others know an output by its name
 
 
 def _to_stored(graph: GraphModule, node: Node) -> None:
@@ -486,7 +471,7 @@ def _to_stored(graph: GraphModule, node: Node) -> None:
 
 
 def quantized(graph: GraphModule, images: Tensor) -> GraphModule:
-    """The graph folded and quantised with the ranges of these images; the given one stays."""
+    """Return a copy of the graph, folded and quantised with the ranges of these images."""
     graph = folded(graph)
     chosen = scheme(graph)
     simulation = simulated(graph, chosen, calibrated(graph, chosen, lambda: [images]))
@@ -501,14 +486,11 @@ def folded(graph: GraphModule) -> GraphModule:
     over several positions becomes a product with the transposed weight and a sum: onnxruntime finds
     no integer product behind a transposition, and would dequantize the weight in every run.
     """
-    graph = copy_graph(graph)
-    fold(graph)
+    graph = fused(graph)
     for node in list(graph.graph.nodes):
         if op_name(node) == "aten.linear.default" and _is_layer(node):
             _to_product(graph, node)
-    graph.graph.eliminate_dead_code()
-    _drop_unread(graph)
-    graph.recompile()
+    drop_unused(graph)
     return graph
 
 
@@ -519,7 +501,6 @@ def _to_product(graph: GraphModule, linear: Node) -> None:
     kept = get_tensor(graph, str(weight.target))
     transposed = kept.detach().t().contiguous()
     put_tensor(graph, name, nn.Parameter(transposed, requires_grad=False))
-    outside = linear.name
     with graph.graph.inserting_before(linear):
         read = graph.graph.get_attr(name)
         read.meta = {"val": weight.meta["val"].t()}
@@ -531,12 +512,3 @@ def _to_product(graph: GraphModule, linear: Node) -> None:
             result.meta = dict(linear.meta)
     linear.replace_all_uses_with(result)
     graph.graph.erase_node(linear)
-    result.name = outside
-
-
-def _drop_unread(graph: GraphModule) -> None:
-    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    for name in [n for n, _ in (*graph.named_parameters(), *graph.named_buffers())]:
-        if name not in read:
-            owner, _, leaf = name.rpartition(".")
-            delattr(graph.get_submodule(owner), leaf)

@@ -11,24 +11,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from pbc.ir.program import copy_graph, output_node, output_nodes, placeholders, shape_of
+from pbc.ir.graph import graph_outputs, output_node, output_nodes, placeholders, shape_of
+from pbc.ir.levels import Size
+from pbc.ir.rewrite import copy_graph
 from pbc.ir.slice_graph import refresh_shapes
-
-Size = tuple[int, int]
 
 _RESIZE = torch.ops.aten.upsample_bilinear2d.vec
 
 
 def reduced(graph: GraphModule, size: Size) -> GraphModule:
-    """The graph behind a bilinear reduction of its images to `size` (height, width).
+    """Return the graph behind a bilinear reduction of its images to `size` (height, width).
 
-    An output that keeps spatial axes is brought back to its height and width, under its own name:
-    what reads it need not know. Raises RuntimeError (torch's own) where a layer is built for one
+    An output that keeps spatial axes is brought back to its height and width: what reads it need
+    not know. Raises RuntimeError (torch's own) where a layer is built for one
     resolution, and ValueError where an output changes in another way.
     """
     graph = copy_graph(graph)
     (image,) = placeholders(graph)
-    before = {node.name: shape_of(node) for node in output_nodes(graph)}
+    before = [shape_of(node) for node in output_nodes(graph)]
     first = next(node for node in graph.graph.nodes if node.op != "placeholder")
     with graph.graph.inserting_before(first):
         small = _resize(graph, image, size)
@@ -36,15 +36,14 @@ def reduced(graph: GraphModule, size: Size) -> GraphModule:
     image.replace_all_uses_with(small, delete_user_cb=lambda user: user is not small)
     refresh_shapes(graph)
     outputs = []
-    for node in output_nodes(graph):
-        name, shape, goal = node.name, shape_of(node), before[node.name]
+    titles = graph_outputs(graph)
+    for title, node, goal in zip(titles, output_nodes(graph), before, strict=True):
+        shape = shape_of(node)
         if shape != goal and len(shape) == 4:
-            node.name = f"{name}_reduced"
             with graph.graph.inserting_before(output_node(graph)):
                 node = _resize(graph, node, (goal[2], goal[3]))
-            node.name = name
         elif shape != goal:
-            raise ValueError(f"{name} is {list(shape)} at {size[0]}x{size[1]}, not {list(goal)}")
+            raise ValueError(f"{title} is {list(shape)} at {size[0]}x{size[1]}, not {list(goal)}")
         outputs.append(node)
     output_node(graph).args = (tuple(outputs),)
     graph.recompile()
@@ -65,9 +64,9 @@ def macs(graph: GraphModule) -> float:
     """Multiply-accumulates of one sample, by the shapes on the nodes."""
     (image,) = placeholders(graph)
     shape = shape_of(image)
-    # On stand-ins of its own: counting would make the program's symbolic batch a constant.
-    stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
-    with stand_ins, FlopCounterMode(display=False) as counter, torch.no_grad():
+    # On fake tensors of its own: counting would make the program's symbolic batch a constant.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
         graph(torch.empty(shape))
     return float(counter.get_total_flops()) / 2 / shape[0]
 

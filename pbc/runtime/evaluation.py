@@ -1,4 +1,4 @@
-"""How good a model is on labelled samples."""
+"""Accuracy and loss of a model on labelled samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pbc.runtime.engines import Executable
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Share of right answers in 0…1, mean cross-entropy, number of samples."""
+    """A share of right answers in 0…1, mean cross-entropy, number of samples."""
 
     accuracy: float
     loss: float
@@ -37,7 +37,7 @@ def evaluate(executable: Executable, samples: Samples, level: int, batch: int) -
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """f32[B, classes] to the logarithms of the probabilities, in float64."""
+    """Return the logarithms of the probabilities of f32[B, classes], in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result

@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it; the runtime itself prints nothing."""
+"""Events that a run reports to whoever watches it; the runtime itself prints nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepReport:
-    """After each mini-batch; epoch and step count from 1.
+    """A training iteration that is over; epoch and step count from 1.
 
     samples: those of this epoch so far, of the `total` that it visits. loss: the mini-batch's mean.
     levels: visits per level in this epoch so far.
@@ -42,10 +42,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class EpochReport:
-    """After each epoch; also a line of metrics.jsonl.
+    """An epoch that is over; also a line of metrics.jsonl.
 
     loss: mean over the samples visited, before each one's update. levels: visits per level.
-    skipped: mini-batches without a backward. rested: samples that were not visited.
+    steps: training iterations. skipped_updates: those without a backward. skipped_samples: those
+    that the epoch did not visit.
     seconds: all that training needed, by stage in `stage_seconds`; the first epoch's include
     measuring, routing and the filling of the cache.
     """
@@ -54,12 +55,12 @@ class EpochReport:
     loss: float
     levels: tuple[int, ...]
     steps: int
-    skipped: int
+    skipped_updates: int
     samples_per_second: float
     seconds: float
     stage_seconds: dict[str, float]
     peak_memory_bytes: int
-    rested: int = 0
+    skipped_samples: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Where the time goes, and how much memory the process has needed."""
+"""Seconds by stage of a run, and the memory that the process has needed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,21 @@ STAGES = (
     "backward",
     "bookkeeping",
 )
+"""Stages that a run's time is charged to.
+
+measure: timing levels before the first epoch. decode: from files, or from a stream and whatever it
+waits for, to pixels. policy: predicting fidelities. audit: comparing levels with level 0 on the
+user's photos. prefix: features. cache: filling it and gathering from it. forward: of the body.
+backward: of the body, with the optimizer's update. bookkeeping: all else that the run does, such as
+planning, reporting and checkpoints.
+"""
 
 
 class Meter:
-    """Seconds per stage, by laps: each lap charges the time since the previous one."""
+    """Seconds per stage, by laps: each lap charges the time since the previous one.
+
+    Between a restart and a lap every second belongs to exactly one stage.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
@@ -31,6 +42,10 @@ class Meter:
     def restart(self) -> None:
         """Begin to count now: the time since the last lap belongs to no stage."""
         self._last = perf_counter()
+
+    def reset(self) -> None:
+        """Set every stage to zero; the time since the last lap is still to be charged."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
 
     def lap(self, stage: str) -> None:
         """Charge the time since the last lap to `stage`."""
@@ -41,8 +56,8 @@ class Meter:
     @contextmanager
     def only(self, stage: str) -> Iterator[None]:
         """Charge everything inside the block to one stage, whatever laps are taken there."""
+        self.lap("bookkeeping")
         before = dict(self.seconds)
-        self.restart()
         try:
             yield
         finally:
@@ -51,7 +66,7 @@ class Meter:
             self.seconds = {**before, stage: before[stage] + spent}
 
     def total_seconds(self) -> float:
-        """Sum over the stages."""
+        """Return the sum over the stages."""
         return sum(self.seconds.values())
 
 

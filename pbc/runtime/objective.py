@@ -1,23 +1,19 @@
-"""What a step minimises and how it moves: the loss and the optimizer, the same for every engine."""
+"""The loss that a step minimises and the optimizer that moves θ, the same for every engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pbc.errors import UsageError, suggest
+from pbc.bundle.optimizers import OPTIMIZERS, optimizer_facts
+from pbc.errors import UsageError
 
 # Far beyond use; what an optimizer makes of a larger one is no float32.
 _LARGEST = 1e30
 
-LEARNING_RATES = {"sgd": 0.01, "adam": 0.001, "adamw": 0.001}
-"""The optimizers, and the learning rate of each where none is given."""
-
 
 def default_rate(optimizer: str) -> float:
     """Return the learning rate of an optimizer; raises UsageError for one that there is not."""
-    if optimizer not in LEARNING_RATES:
-        raise UsageError(suggest("optimizer", optimizer, LEARNING_RATES))
-    return LEARNING_RATES[optimizer]
+    return optimizer_facts(optimizer).learning_rate
 
 
 @dataclass(frozen=True)
@@ -30,14 +26,14 @@ class Objective:
     """
 
     optimizer: str = "sgd"
-    learning_rate: float = LEARNING_RATES["sgd"]
+    learning_rate: float = OPTIMIZERS["sgd"].learning_rate
     momentum: float = 0.9
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""
-        default_rate(self.optimizer)
+        optimizer_facts(self.optimizer)
         if not 0 < self.learning_rate <= _LARGEST:
             raise UsageError(
                 f"the learning rate is {self.learning_rate}; "

@@ -1,4 +1,4 @@
-"""What a training run can be told."""
+"""Options of a training run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pbc.bundle.optimizers import optimizer_facts
 from pbc.errors import UsageError, suggest
-from pbc.runtime.features.cache import DTYPES
 from pbc.runtime.objective import Objective, default_rate
 
 CACHES = ("off", "ram", "disk")
+CACHE_DTYPES = ("float32", "float16")
 _MOMENTUM = Objective().momentum
-# More would be a cache of mostly the same picture.
+# More would be a cache of mostly the same image.
 _MOST_VIEWS = 64
 # These may differ when a run is resumed: they decide when it ends and what is written beside it.
 # (Costs are read once, at the start; from then on those of the checkpoint count.)
@@ -31,11 +32,11 @@ class TrainOptions:
     fidelity_floor: no sample runs at a level whose fidelity, predicted for the sample or measured
         on held-out images, is below; None: what max_accuracy_loss implies.
     max_level: no sample runs at a cheaper level than this; None: any.
-    routing, skip: False sends every sample to level 0, visits and learns from every sample in
-        every epoch.
+    routing, skip: False sends every sample to level 0; visits every sample in every epoch, and
+        learns from it.
     time_budget: seconds that the whole run may take; None: as long as it needs.
     prefix_batch: samples per call of a prefix that looks ahead; None: what measured fastest.
-    augment: views per sample, the whole image and so many less one crops; 0 and 1: the image.
+    augment: views per sample, the whole image and crops; 0 and 1: the image alone.
     costs: a file of measured costs to decide by, instead of measuring.
     cache_mb: upper bound of the feature cache, in MiB.
     threads: of the engine; the last bits of a result depend on it.
@@ -71,7 +72,7 @@ class TrainOptions:
         """Refuse values that cannot be meant."""
         for kind, value, known in (
             ("cache", self.cache, CACHES),
-            ("cache dtype", self.cache_dtype, DTYPES),
+            ("cache dtype", self.cache_dtype, CACHE_DTYPES),
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))
@@ -79,10 +80,10 @@ class TrainOptions:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be at least 1")
-        optimizer = self.objective.optimizer  # which refuses what no optimizer can do
-        if self.momentum != _MOMENTUM and optimizer != "sgd":
+        optimizer = optimizer_facts(self.objective.optimizer)  # which refuses what none can do
+        if self.momentum != _MOMENTUM and not optimizer.takes_momentum:
             raise UsageError(
-                f"the momentum is {self.momentum}, but {optimizer} takes none; "
+                f"the momentum is {self.momentum}, but {self.optimizer} takes none; "
                 "only sgd does (--optimizer sgd)"
             )
         if not self.alpha >= 0:
@@ -119,6 +120,10 @@ class TrainOptions:
     def views(self) -> int:
         """Return the number of views per sample."""
         return max(self.augment, 1)
+
+    def resolved(self, batch: int) -> dict[str, Any]:
+        """Return what is used where None was given, with mini-batches of `batch`."""
+        return {"batch": batch, "learning_rate": self.objective.learning_rate}
 
     def to_json(self) -> dict[str, Any]:
         """Return all options but the place of a file, which says nothing elsewhere."""

@@ -18,7 +18,7 @@ def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.
     """Return every trainable parameter in f32, in the manifest's order."""
     manifest = bundle.manifest
     stored = bundle.tensors(manifest["trainable"])
-    head = {manifest["head"]["weight"], manifest["head"]["bias"]}
+    head = manifest["head"]
     missing = [name for name in manifest["parameters"] if name not in stored and name not in head]
     if missing:
         raise PbcError(f"{bundle.path} has no initial value for {missing[0]!r}; compile it again")
@@ -30,33 +30,72 @@ def with_head(
 ) -> dict[str, np.ndarray]:
     """Add a head to the stored parameters; all in f32, in the manifest's order.
 
-    The head is always drawn here, uniformly from ±1/sqrt(in_features), so that a seed means the
-    same for a bundle whose classes were known at compile time and for one left open.
+    The head is always drawn here, each parameter uniformly from ±1/sqrt(width of its layer), so
+    that a seed means the same for a bundle whose classes were known at compile time and for one
+    left open.
     """
-    head = manifest["head"]
     random = np.random.Generator(np.random.PCG64(seed))
-    bound = 1 / math.sqrt(head["in_features"])
     theta = dict(stored)
-    for name in (head["weight"], head["bias"]):
-        if name is not None:
-            shape = [classes if size is None else size for size in manifest["parameters"][name]]
-            theta[name] = random.uniform(-bound, bound, shape)
+    for name, width in manifest["head"].items():
+        bound = 1 / math.sqrt(width)
+        shape = [classes if size is None else size for size in manifest["parameters"][name]]
+        theta[name] = random.uniform(-bound, bound, shape)
     return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
 
 
-def labelled_for(bundle: Bundle, samples: Samples) -> Samples:
-    """Number the labels as the bundle does; an open head takes the classes of the data."""
-    if len(samples.classes) < 2:
-        raise PbcError(f"the data has one class, {samples.classes[0]!r}; two are the least")
+def checked_theta(
+    bundle: Bundle, theta: Mapping[str, np.ndarray], classes: int
+) -> dict[str, np.ndarray]:
+    """Return trainable parameters in f32 and in the manifest's order, for a head of `classes`.
+
+    Raises PbcError where names or shapes are not the bundle's, or a value is not finite.
+    """
+    parameters = bundle.manifest["parameters"]
+    differences = _differences(set(theta), set(parameters), "parameters given", "bundle")
+    if differences:
+        raise PbcError(f"the parameters are not the bundle's: {differences}")
+    checked = {}
+    for name, sizes in parameters.items():
+        shape = tuple(classes if size is None else size for size in sizes)
+        value = np.asarray(theta[name])
+        if value.shape != shape:
+            raise PbcError(
+                f"the parameter {name!r} has shape {list(value.shape)}; expected {list(shape)}"
+            )
+        if not np.isfinite(value).all():
+            raise PbcError(f"the parameter {name!r} is not finite; nothing can be learnt from it")
+        checked[name] = value.astype(np.float32)
+    return checked
+
+
+def labelled_for(bundle: Bundle, samples: Samples, classes: Sequence[str] | None = None) -> Samples:
+    """Number the labels as the bundle does; an open head takes the classes of the data.
+
+    classes: all classes of the task, where these samples are a part of its data that need not have
+    every class. Raises PbcError for classes that the bundle, or `classes`, does not know.
+    """
+    names = numbered_classes(bundle, samples.classes if classes is None else classes)
+    return labelled_as(names, samples)
+
+
+def numbered_classes(bundle: Bundle, classes: Sequence[str]) -> tuple[str, ...]:
+    """Return class names by label: in the bundle's order, as given where its head is open.
+
+    Raises PbcError where they are not those of the bundle, or fewer than two.
+    """
+    if len(set(classes)) != len(classes):
+        raise PbcError(f"a class is named twice among {_first(classes)}")
+    if len(classes) < 2:
+        raise PbcError(f"the data has one class, {_first(classes)}; two are the least")
     names, count = bundle.manifest.get("classes"), bundle.manifest.get("class_count")
     if names is not None:
-        differences = _differences(set(samples.classes), _composed(names), "data", "bundle")
+        differences = _differences(_composed(classes), _composed(names), "data", "bundle")
         if differences:
             raise PbcError(f"the classes of data and bundle differ: {differences}")
-        return samples.with_classes(names)
-    if count is not None and count != len(samples.classes):
-        raise PbcError(f"the data has {len(samples.classes)} classes, the bundle {count}")
-    return samples
+        return tuple(names)
+    if count is not None and count != len(classes):
+        raise PbcError(f"the data has {len(classes)} classes, the bundle {count}")
+    return tuple(classes)
 
 
 def labelled_as(classes: Sequence[str], samples: Samples) -> Samples:

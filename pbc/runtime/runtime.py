@@ -1,4 +1,4 @@
-"""What a script uses: open a bundle, fit it to samples.
+"""The library's front door for scripts: open a bundle, fit it to samples.
 
 runtime = Runtime.open("model.pbc")
 samples = ImageFolder.open("photos", runtime.spec)
@@ -8,19 +8,25 @@ Personal.open("mine").predict(read_image("photo.jpg", runtime.spec))
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
-from pbc.runtime.engines import Engine
+from pbc.errors import PbcError
+from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Report, silent
+from pbc.runtime.frames import Stream
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.output import Output
-from pbc.runtime.stream import Stream, StreamTraining
+from pbc.runtime.output.folder import Output
+from pbc.runtime.output.personal import write_model
+from pbc.runtime.parameters import checked_theta, numbered_classes
+from pbc.runtime.stream import StreamTraining
 from pbc.runtime.trainer import Trainer
 from pbc.util.interrupt import deferred_interrupt
 
@@ -47,10 +53,27 @@ class Runtime:
         out: Path | str,
         *,
         val: Samples | None = None,
+        classes: Sequence[str] | None = None,
+        executable: Executable | None = None,
         report: Report = silent,
     ) -> Trainer:
-        """Return a run to be driven epoch by epoch."""
-        return Trainer(self.bundle, self.engine, samples, options, Output(Path(out)), report, val)
+        """Return a run to be driven epoch by epoch, or round by round.
+
+        classes: all classes of the task, where `samples` need not have every one, as a client of
+        federated learning; by default those of `samples`. executable: what several trainers share,
+        see pbc.runtime.engines.sharing; by default one is loaded.
+        """
+        return Trainer(
+            self.bundle,
+            self.engine,
+            samples,
+            options,
+            Output(Path(out)),
+            report,
+            val=val,
+            classes=classes,
+            executable=executable,
+        )
 
     def fit(
         self,
@@ -106,3 +129,28 @@ class Runtime:
             if interrupt.requested:
                 raise KeyboardInterrupt
             return result
+
+    def personalize(
+        self,
+        theta: Mapping[str, np.ndarray],
+        classes: Sequence[str],
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write trainable parameters that were trained elsewhere as the personal model in `out`.
+
+        theta: as `Trainer.parameters` returns it. classes: names by label. Raises PbcError for
+        classes or parameters that are not the bundle's, and for a folder that holds a run already.
+        """
+        names = numbered_classes(self.bundle, classes)
+        if names != tuple(classes):
+            raise PbcError(
+                "the classes are not in the bundle's order, so the head may not be either"
+            )
+        checked = checked_theta(self.bundle, theta, len(names))
+        output = Output(Path(out))
+        with output.locked():
+            output.clear(overwrite=overwrite)
+            batch = self.bundle.manifest["batch"]
+            write_model(output, self.bundle, checked, classes=names, batch=batch)

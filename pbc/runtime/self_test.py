@@ -36,8 +36,8 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How far each part is from what was expected, as a share of what one step changes.
+class SelfTest:
+    """The distance of each part from what was expected, as a share of what one step changes.
 
     errors and tolerances: by "level 0", "level 2", "policy".
     """
@@ -48,7 +48,7 @@ class Outcome:
 
     @property
     def failed(self) -> list[str]:
-        """The parts beyond their tolerance; what is not a number is."""
+        """Return the parts beyond their tolerance, NaN among them."""
         return [n for n, error in self.errors.items() if not error <= self.tolerances[n]]
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def images(spec: InputSpec, count: int = IMAGES) -> np.ndarray:
-    """f32[count, C, H, W]: ramps and stripes of every sample's own, normalised like photos."""
+    """Return f32[count, C, H, W]: ramps and stripes that differ by sample, normalised."""
     _, height, width = spec.shape
     sample, row, column, channel = np.ogrid[:count, :height, :width, :3]
     ramp = row * (3 + 2 * sample) + column * (5 - sample) + 61 * channel * (sample + 1)
@@ -70,19 +70,19 @@ def images(spec: InputSpec, count: int = IMAGES) -> np.ndarray:
 
 
 def labels(classes: int, count: int = IMAGES) -> np.ndarray:
-    """i64[count]."""
+    """Return i64[count], every class in turn."""
     return np.arange(count, dtype=np.int64) % classes
 
 
 def views(shape: list[int], count: int = IMAGES) -> np.ndarray:
-    """f32[count, *shape] between -1 and 1, as the policy reads them."""
+    """Return f32[count, *shape] between -1 and 1, as the policy reads them."""
     numbers = np.arange(count * int(np.prod(shape)), dtype=np.int64)
     rows: np.ndarray = (numbers * 37 % 101 / 50 - 1).astype(np.float32)
     return rows.reshape(count, *shape)
 
 
 def classes_of(manifest: Mapping[str, Any]) -> int:
-    """How many classes the test has: the bundle's, or a few where the head is open."""
+    """Return the number of classes: the bundle's, or a few where the head is open."""
     return int(manifest.get("class_count") or OPEN_CLASSES)
 
 
@@ -101,7 +101,7 @@ def losses(
     return before, after
 
 
-def run(bundle: Bundle, engine: Engine | None = None) -> Outcome:
+def run(bundle: Bundle, engine: Engine | None = None) -> SelfTest:
     """Verify every file, and compare what the bundle's engine finds here with the manifest."""
     expected = bundle.manifest.get("self_test")
     if not isinstance(expected, dict):
@@ -123,7 +123,7 @@ def run(bundle: Bundle, engine: Engine | None = None) -> Outcome:
         fidelity = executable.policy(views(bundle.manifest["policy"]["view"]))
         errors["policy"] = float(np.max(np.abs(fidelity - np.array(policy["fidelity"]))))
         tolerances["policy"] = policy["tolerance"]
-    return Outcome(errors, tolerances, time.perf_counter() - start)
+    return SelfTest(errors, tolerances, time.perf_counter() - start)
 
 
 def main(path: str) -> int:

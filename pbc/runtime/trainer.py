@@ -1,31 +1,34 @@
-"""The training run: prepare, then epoch by epoch, with a checkpoint to go on from at any time."""
+"""A training run, driven by epochs or by rounds; it can go on from a checkpoint at any time."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
 import numpy as np
 
 from pbc.bundle import Bundle
-from pbc.bundle.ladder import Ladder
 from pbc.data import Samples
-from pbc.errors import PbcError
+from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.engines import Engine
+from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
-from pbc.runtime.meter import Meter, peak_memory_bytes
+from pbc.runtime.loop import DivergedError, finite_parameters, train
+from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint, difference, join
+from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.output import Output
 from pbc.runtime.output.personal import write_model
-from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
-from pbc.runtime.routing.preparation import Decisions, Preparation, Prepared
+from pbc.runtime.parameters import checked_theta, initial_parameters, labelled_as, labelled_for
+from pbc.runtime.routing.context import RunContext
+from pbc.runtime.routing.decisions import Decisions
+from pbc.runtime.routing.preparation import Preparation
+from pbc.runtime.routing.prepared import Prepared
+from pbc.runtime.run_state import RunState
 from pbc.util.interrupt import Interrupt
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
@@ -33,21 +36,10 @@ from pbc.util.interrupt import Interrupt
 _SHORT_EPOCH_SECONDS = 1.0
 
 
-@dataclass
-class Totals:
-    """Sums over the epoch under way; they survive in the checkpoint."""
-
-    loss: float = 0.0
-    samples: int = 0
-    skipped: int = 0
-    visits: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 class Trainer:
-    """One run, driven from outside: `prepare`, `run_epoch` while `not finished`, `finish`.
+    """One run: `prepare`, then `run_epoch` while `not finished`, then `finish`.
 
-    epoch and step count what is done: whole epochs, and mini-batches of the epoch under way.
+    Federated learning drives it by rounds: `set_parameters`, `run_round`, `parameters`, and so on.
     """
 
     def __init__(
@@ -58,39 +50,51 @@ class Trainer:
         options: TrainOptions,
         output: Output,
         report: Report,
+        *,
         val: Samples | None = None,
+        classes: Sequence[str] | None = None,
+        executable: Executable | None = None,
     ) -> None:
+        """Take a run's parts; see `Runtime.trainer` for the optional ones."""
         self.options = options
         self.batch: int = options.batch or bundle.manifest["batch"]
         self.objective = options.objective
-        self.epoch = 0
-        self.step = 0
         self._bundle = bundle
         self._engine = engine
-        self._samples = labelled_for(bundle, samples)
+        self._samples = labelled_for(bundle, samples, classes)
         self._val = labelled_as(self._samples.classes, val) if val is not None else None
         self._output = output
         self._report = report
-        self._ladder = Ladder.from_json(
-            bundle.manifest["levels"], bundle.manifest.get("cost_model", "macs")
-        )
         keep_freed_memory()
-        self._executable = engine.load(bundle, threads=options.threads)
+        self._executable = executable or engine.load(bundle, threads=options.threads)
         self._meter = Meter()
-        self._totals = Totals()
+        self._state = RunState.at_start(len(bundle.ladder))
         self._interrupt = Interrupt()
         self._saved_at = monotonic()
         self._epochs = options.epochs
-        self._spent_seconds = 0.0
-        self._late = False
         # Set by prepare().
         self._metrics: Metrics
         self._run: Prepared
 
     @property
+    def epoch(self) -> int:
+        """Return the number of whole epochs that are done."""
+        return self._state.epoch
+
+    @property
+    def step(self) -> int:
+        """Return the number of iterations that are done of the epoch under way."""
+        return self._state.step
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Return the class names by label."""
+        return tuple(self._samples.classes)
+
+    @property
     def finished(self) -> bool:
         """Return whether all epochs are done, or the time budget is."""
-        return self._late or self.epoch >= self._epochs
+        return self._state.late or self.epoch >= self._epochs
 
     @property
     def cache_bytes(self) -> int:
@@ -107,6 +111,19 @@ class Trainer:
         """Return a copy of the trainable parameters as they are now, in f32."""
         return self._executable.parameters()
 
+    def set_parameters(self, theta: Mapping[str, np.ndarray], *, keep_optimizer: bool) -> None:
+        """Go on from other trainable parameters, once prepared; an epoch under way begins again.
+
+        theta: every parameter by name; raises PbcError for other names or shapes, and for values
+        that are not finite. keep_optimizer: whether momentum and the like stay, or are zero again.
+        """
+        checked = checked_theta(self._bundle, theta, len(self._samples.classes))
+        state = self._executable.optimizer_state()
+        self._executable.start(checked, self.objective)
+        if keep_optimizer:
+            self._executable.load_optimizer_state(state)
+        self._state.begin_epoch_again()
+
     def prepare(self, *, resume: bool = False, interrupt: Interrupt | None = None) -> None:
         """Set up parameters, routing and cache; take up the checkpoint's state on `resume`.
 
@@ -117,21 +134,22 @@ class Trainer:
         self._metrics = Metrics(
             self._output.metrics, self._output.tensorboard if options.tensorboard else None
         )
+        self._meter.restart()
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None
         if checkpoint is not None:
             parameters = checkpoint.part("theta")
         self._executable.start(parameters, self.objective)
-        self._meter.restart()
-        preparation = self._preparation()
-        known = Decisions.load(checkpoint, len(self._ladder)) if checkpoint else None
+        preparation = Preparation(self._context())
+        known = Decisions.load(checkpoint, len(self._bundle.ladder)) if checkpoint else None
         self._run = preparation(known)
         # Measuring trained on the first samples: begin again.
         self._executable.start(parameters, self.objective)
         self._epochs = self._run.scheduler.epochs
-        self._totals = self._no_totals()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            self._state = RunState.from_facts(checkpoint.facts)
+            self._meter.seconds = dict(self._state.totals.seconds)
+            self._executable.load_optimizer_state(checkpoint.part("optimizer"))
         self._metrics.rewind(self.epoch)
         if not self.finished:
             self._run = preparation.fill(self._run)
@@ -140,45 +158,28 @@ class Trainer:
             self._run.scheduler.load_state(checkpoint.part("scheduler"))
         else:
             self.save_checkpoint()
+        self._meter.lap("bookkeeping")
 
     def run_epoch(self) -> EpochReport:
         """Run to the end of the epoch under way, from its beginning or where it was left."""
-        meter, executable, run = self._meter, self._executable, self._run
-        labels, totals, scheduler = self._samples.labels, self._totals, self._run.scheduler
-        meter.restart()
-        begun = meter.total_seconds()
-        batches = scheduler.plan(self.epoch)
-        planned = sum(len(batch.samples) for batch in batches)
-        meter.lap("bookkeeping")
-        fetched = run.fetch(batches, self.step, self.epoch)
-        for batch, features in zip(batches[self.step :], fetched, strict=True):
-            meter.lap("bookkeeping")
-            losses, _ = executable.forward(batch.level, features, labels[batch.samples])
-            loss = float(losses.mean())
-            meter.lap("forward")
-            if not math.isfinite(loss):
-                raise PbcError(self._diverged(f"the loss is {loss}", self.step + 1))
-            if scheduler.observe(batch, losses):
-                executable.update()
-                meter.lap("backward")
-            else:
-                totals.skipped += 1
-            totals.loss += loss * len(batch.samples)
-            totals.samples += len(batch.samples)
-            for level in run.levels(batch).tolist():
-                totals.visits[level] += 1
-            self.step += 1
-            self._tell_step(loss, len(batches), planned)
-            if self._interrupt.requested:
-                self.save_checkpoint()
-                raise KeyboardInterrupt
-            if monotonic() - self._saved_at > self.options.checkpoint_seconds:
-                self.save_checkpoint()
-            # Before the next features are fetched, whose laps are not to be charged with this.
-            meter.lap("bookkeeping")
-        scheduler.finish_epoch()
-        meter.lap("bookkeeping")
-        return self._end_epoch(len(batches), meter.total_seconds() - begun)
+        report, iterating_seconds = self._iterate()
+        self._state.late = self._is_late(iterating_seconds)
+        return self._end_epoch(report, last=self.finished)
+
+    def run_round(self, epochs: int) -> tuple[EpochReport, ...]:
+        """Run N epochs, which no total or time budget bounds, and save a checkpoint.
+
+        Views that the options' epochs do not show are not cached: with `augment`, `options.epochs`
+        should be as many as the views.
+        """
+        if epochs < 1:
+            raise UsageError(f"a round of {epochs} epochs; it must have at least 1")
+        self._state.rounds += 1
+        reports = []
+        for left in reversed(range(epochs)):
+            report, _ = self._iterate()
+            reports.append(self._end_epoch(report, last=left == 0))
+        return tuple(reports)
 
     def finish(self) -> Evaluation | None:
         """Write the personal model, evaluated at level 0 on the validation samples if any."""
@@ -188,15 +189,17 @@ class Trainer:
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
         if self._run.decisions.findings:
             final["audit"] = [found.to_json() for found in self._run.decisions.findings]
-        facts = {
-            "classes": list(self._samples.classes),
-            "samples": len(self._samples),
-            "batch": self.batch,
-            "options": {**self.options.to_json(), **self._resolved()},
-            "fidelity_floor": self._run.floor,
-            "metrics": final,
-        }
-        write_model(self._output, self._bundle, self.parameters(), facts)
+        write_model(
+            self._output,
+            self._bundle,
+            self.parameters(),
+            classes=self.classes,
+            batch=self.batch,
+            samples=len(self._samples),
+            options={**self.options.to_json(), **self.options.resolved(self.batch)},
+            fidelity_floor=self._run.floor,
+            metrics=final,
+        )
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
         return result
@@ -209,136 +212,82 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write all that `prepare(resume=True)` needs; refuses parameters that are not finite."""
         parts = {
-            "theta": self._check_parameters(),
+            "theta": self._finite_parameters(),
             "optimizer": self._executable.optimizer_state(),
             "scheduler": self._run.scheduler.state(),
-            "policy": self._run.decisions.arrays(),
+            "decisions": self._run.decisions.arrays(),
         }
-        self._totals.seconds = dict(self._meter.seconds)
+        self._state.totals.seconds = dict(self._meter.seconds)
         facts = {
             **self._identity(),
             **self._run.decisions.facts(),
-            "spent_seconds": self._spent_seconds,
-            "late": self._late,
-            "epoch": self.epoch,
-            "step": self.step,
-            "totals": dataclasses.asdict(self._totals),
+            **self._state.facts(),
         }
         Checkpoint(facts, join(parts)).save(self._output.checkpoint)
         self._saved_at = monotonic()
         self._meter.lap("bookkeeping")
 
-    def _check_parameters(self) -> dict[str, np.ndarray]:
-        """Return the trainable parameters; PbcError if one is not finite."""
-        theta = self._executable.parameters()
-        if not all(np.isfinite(value).all() for value in theta.values()):
-            raise PbcError(self._diverged("a parameter is not finite", self.step))
-        return theta
+    # ---- an epoch --------------------------------------------------------------------------
 
-    def _prepared(self, stage: str, done: int, total: int) -> None:
-        if self._interrupt.requested:
-            raise KeyboardInterrupt
-        self._report(Progress(stage, done, total))
-
-    # ---- going on --------------------------------------------------------------------------
-
-    def _preparation(self) -> Preparation:
-        return Preparation(
-            bundle=self._bundle,
-            engine=self._engine,
-            executable=self._executable,
-            ladder=self._ladder,
-            samples=self._samples,
-            options=self.options,
-            batch=self.batch,
-            meter=self._meter,
-            output=self._output,
-            report=self._report,
-            progress=self._prepared,
+    def _iterate(self) -> tuple[EpochReport, float]:
+        """Run the rest of the epoch; return its report, and its seconds without preparation."""
+        meter, state, totals = self._meter, self._state, self._state.totals
+        meter.restart()
+        begun_seconds = meter.total_seconds() - totals.iterating_seconds
+        batches = self._run.scheduler.plan(state.epoch)
+        planned = sum(len(batch.samples) for batch in batches)
+        losses = train(
+            self._executable,
+            self._run,
+            self._samples.labels,
+            batches,
+            meter,
+            totals,
+            epoch=state.epoch,
+            first=state.step,
         )
+        try:
+            for loss in losses:
+                state.step += 1
+                totals.iterating_seconds = meter.total_seconds() - begun_seconds
+                self._after_step(loss, len(batches), planned)
+        except DivergedError as error:
+            raise self._diverged(error, self.step + 1) from error
+        self._finite_parameters()
+        report = totals.report(
+            self.epoch + 1, meter.seconds, skipped_samples=len(self._samples) - totals.samples
+        )
+        state.end_epoch(report.seconds)
+        iterating_seconds = meter.total_seconds() - begun_seconds
+        meter.reset()
+        return report, iterating_seconds
 
-    def _identity(self) -> dict[str, Any]:
-        """Return all that decides the result of a run."""
-        return {
-            "bundle": self._bundle.digest,
-            "data": self._samples.digest(),
-            "options": {**self.options.deciding(), **self._resolved()},
-        }
-
-    def _resolved(self) -> dict[str, Any]:
-        return {"batch": self.batch, "learning_rate": self.objective.learning_rate}
-
-    def _resumable(self) -> Checkpoint | None:
-        """Load the checkpoint if it is of this very run; None if there is none yet."""
-        path = self._output.checkpoint
-        if not path.exists():
-            self._report(Note(f"no checkpoint in {self._output.root}: starting at the beginning"))
-            return None
-        checkpoint = Checkpoint.load(path)
-        different = difference(checkpoint.facts, self._identity())
-        done, wanted = checkpoint.facts["epoch"], self.options.epochs
-        if different is None and done > wanted:
-            different = f"{done} epochs are done already, not {wanted}"
-        if different is not None:
-            raise PbcError(
-                f"cannot resume {self._output.root}: {different}; --overwrite starts again"
-            )
-        return checkpoint
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.epoch, self.step = checkpoint.facts["epoch"], checkpoint.facts["step"]
-        self._totals = Totals(**checkpoint.facts["totals"])
-        self._meter.seconds = dict(self._totals.seconds)
-        self._spent_seconds = checkpoint.facts["spent_seconds"]
-        self._late = checkpoint.facts["late"]
-        self._executable.load_optimizer_state(checkpoint.part("optimizer"))
-
-    # ---- telling ---------------------------------------------------------------------------
-
-    def _no_totals(self) -> Totals:
-        return Totals(visits=[0] * len(self._ladder))
-
-    def _tell_step(self, loss: float, steps: int, planned: int) -> None:
-        totals = self._totals
+    def _after_step(self, loss: float, steps: int, planned: int) -> None:
         self._report(
             StepReport(
                 epoch=self.epoch + 1,
                 step=self.step,
                 steps=steps,
-                samples=totals.samples,
+                samples=self._state.totals.samples,
                 total=planned,
                 loss=loss,
-                levels=tuple(totals.visits),
+                levels=tuple(self._state.totals.visits),
             )
         )
+        if self._interrupt.requested:
+            self.save_checkpoint()
+            raise KeyboardInterrupt
+        if monotonic() - self._saved_at > self.options.checkpoint_seconds:
+            self.save_checkpoint()
 
-    def _end_epoch(self, steps: int, stepping_seconds: float) -> EpochReport:
-        """Report and save; `stepping_seconds` is what an epoch takes beside the preparation."""
-        totals, seconds = self._totals, self._meter.total_seconds()
-        report = EpochReport(
-            epoch=self.epoch + 1,
-            loss=totals.loss / totals.samples,
-            levels=tuple(totals.visits),
-            steps=steps,
-            skipped=totals.skipped,
-            samples_per_second=totals.samples / seconds,
-            seconds=seconds,
-            stage_seconds=dict(self._meter.seconds),
-            peak_memory_bytes=peak_memory_bytes(),
-            rested=len(self._samples) - totals.samples,
-        )
-        self._check_parameters()
-        self._spent_seconds += seconds
-        self.epoch, self.step = self.epoch + 1, 0
-        self._totals = self._no_totals()
-        self._meter.seconds = dict.fromkeys(self._meter.seconds, 0.0)
-        self._late = self._is_late(stepping_seconds)
+    def _end_epoch(self, report: EpochReport, *, last: bool) -> EpochReport:
+        """Write the metrics and, after the last epoch or once it is time, a checkpoint."""
         # The line first: on resume, lines beyond the checkpoint's epoch are dropped.
         self._metrics.append(report.to_json())
         wait = min(_SHORT_EPOCH_SECONDS, self.options.checkpoint_seconds)
-        if self.finished or monotonic() - self._saved_at >= wait:
+        if last or monotonic() - self._saved_at >= wait:
             self.save_checkpoint()
-        if self.finished:
+        if last:
             report = self._with_last_checkpoint(report)
         self._report(report)
         return report
@@ -362,19 +311,68 @@ class Trainer:
     def _is_late(self, epoch_seconds: float) -> bool:
         """Say whether another epoch would overrun the time budget, and tell the user so."""
         budget = self.options.time_budget
-        if budget is None or self.finished or self._spent_seconds + epoch_seconds <= budget:
+        if budget is None or self.finished or self._state.spent_seconds + epoch_seconds <= budget:
             return False
         self._report(
             Note(
                 f"stopping after {self.epoch} of {self._epochs} epochs: another would overrun "
-                f"the time budget of {budget:g} s ({self._spent_seconds:.1f} s are spent)"
+                f"the time budget of {budget:g} s ({self._state.spent_seconds:.1f} s are spent)"
             )
         )
         return True
 
-    def _diverged(self, what: str, step: int) -> str:
-        return (
-            f"{what} in epoch {self.epoch + 1}, step {step}: lower the learning rate "
+    def _finite_parameters(self) -> dict[str, np.ndarray]:
+        try:
+            return finite_parameters(self._executable)
+        except DivergedError as error:
+            raise self._diverged(error, self.step) from error
+
+    def _diverged(self, error: DivergedError, step: int) -> PbcError:
+        return PbcError(
+            f"{error} in epoch {self.epoch + 1}, step {step}: lower the learning rate "
             f"(it is {self.objective.learning_rate:g}) and start again with --overwrite; "
             f"the last good checkpoint is in {self._output.root}"
         )
+
+    # ---- going on --------------------------------------------------------------------------
+
+    def _context(self) -> RunContext:
+        return RunContext(
+            bundle=self._bundle,
+            engine=self._engine,
+            executable=self._executable,
+            samples=self._samples,
+            options=self.options,
+            batch=self.batch,
+            meter=self._meter,
+            output=self._output,
+            report=self._report,
+            progress=self._prepared,
+        )
+
+    def _prepared(self, stage: str, done: int, total: int) -> None:
+        if self._interrupt.requested:
+            raise KeyboardInterrupt
+        self._report(Progress(stage, done, total))
+
+    def _identity(self) -> dict[str, Any]:
+        """Return all that decides the result of a run."""
+        return {
+            "bundle": self._bundle.digest,
+            "data": self._samples.digest(),
+            "options": {**self.options.deciding(), **self.options.resolved(self.batch)},
+        }
+
+    def _resumable(self) -> Checkpoint | None:
+        """Load the checkpoint if it is of this very run; None if there is none yet."""
+        path = self._output.checkpoint
+        if not path.exists():
+            self._report(Note(f"no checkpoint in {self._output.root}: starting at the beginning"))
+            return None
+        checkpoint = Checkpoint.load(path)
+        different = difference(checkpoint.facts, self._identity(), self.options.epochs)
+        if different is not None:
+            raise PbcError(
+                f"cannot resume {self._output.root}: {different}; --overwrite starts again"
+            )
+        return checkpoint

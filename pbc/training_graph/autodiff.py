@@ -26,13 +26,11 @@ from torch.fx.traceback import preserve_node_meta, set_current_meta
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import EXAMPLE_BATCH
-from pbc.ir.program import (
+from pbc.ir.graph import (
     GRADIENT,
     NAME,
     PARAMETER,
-    copy_graph,
     get_tensor,
-    made_of,
     op_name,
     origin,
     output_node,
@@ -41,6 +39,7 @@ from pbc.ir.program import (
     shape_of,
     tensor_names,
 )
+from pbc.ir.rewrite import ancestors, copy_graph
 from pbc.training_graph import decompositions
 from pbc.training_graph.traced import ONLY_FOR_AUTOGRAD, simplify
 
@@ -400,10 +399,10 @@ def _cut(joint: GraphModule, parameters: Sequence[str], titles: dict[Node, str])
     """Split where the loss is known: what it needs, and what only the gradients need."""
     results: list[Node] = list(output_node(joint).args[0])  # type: ignore[arg-type]
     answers, gradients = results[:3], results[3:]
-    first = made_of(answers)
+    first = ancestors(answers)
     # Whoever computes several results computes those, too, that the backward alone reads.
     first |= {n for n in joint.graph.nodes if n.target is operator.getitem and n.args[0] in first}
-    second = made_of(gradients) - first
+    second = ancestors(gradients) - first
     saved = _saved(second, first)
     titles = titles | {node: node.name for node in saved}
     forward = _part(joint, first, [], answers + saved, titles)
@@ -433,7 +432,7 @@ def _is_remade(node: Node) -> bool:
         return False
     if isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
-    return node.target in _REMADE or all(n.op != "placeholder" for n in made_of([node]))
+    return node.target in _REMADE or all(n.op != "placeholder" for n in ancestors([node]))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.ir.program import (
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
+from pbc.ir.graph import (
     NAME,
     PARAMETER,
     get_tensor,
@@ -30,24 +30,11 @@ from pbc.ir.program import (
 
 aten = torch.ops.aten
 
-NEW = "new/"
-BETA_MEAN, BETA_SQUARE = 0.9, 0.999
-
 Emit = Callable[..., Node]
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    """How one parameter moves.
-
-    state: what is kept per parameter, under which names, all zero at the start.
-    scalars: the inputs f32 [] that it reads.
-    rule: (emit, parameter, gradient, state, scalars) to the new parameter and the new state.
-    """
-
-    state: tuple[str, ...]
-    scalars: tuple[str, ...]
-    rule: Callable[[Emit, Node, Node, list[Node], Mapping[str, Node]], tuple[Node, list[Node]]]
+Rule = Callable[[Emit, Node, Node, list[Node], Mapping[str, Node]], tuple[Node, list[Node]]]
+"""Emit, parameter, gradient, state and scalars to the new parameter and the new state."""
 
 
 def _sgd(
@@ -96,23 +83,7 @@ def _towards(emit: Emit, average: Node, value: Node, share: float) -> Node:
     return emit(aten.add.Tensor, average, emit(aten.mul.Tensor, difference, share))
 
 
-_ADAPTIVE = ("learning_rate", "weight_decay", "epsilon", "mean_correction", "square_correction")
-
-OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
-    {
-        "sgd": Optimizer(("momentum",), ("learning_rate", "momentum", "weight_decay"), _sgd),
-        "adam": Optimizer(
-            ("exp_avg", "exp_avg_sq"),
-            _ADAPTIVE,
-            _adam,
-        ),
-        "adamw": Optimizer(
-            ("exp_avg", "exp_avg_sq"),
-            _ADAPTIVE,
-            _adamw,
-        ),
-    }
-)
+RULES: Mapping[str, Rule] = MappingProxyType({"sgd": _sgd, "adam": _adam, "adamw": _adamw})
 
 
 def with_update(gradients: GraphModule, name: str) -> GraphModule:
@@ -121,7 +92,7 @@ def with_update(gradients: GraphModule, name: str) -> GraphModule:
     The result takes what the graph took, the parameters, the optimizer's state (`momentum/fc.bias`)
     and its scalars; it returns `new/…` of every parameter and state.
     """
-    optimizer = OPTIMIZERS[name]
+    optimizer, rule = OPTIMIZERS[name], RULES[name]
     parameters: list[str] = list(output_node(gradients).meta[NAME])
     graph, root = Graph(), torch.nn.Module()
     for tensor in tensor_names(gradients):
@@ -176,7 +147,7 @@ def with_update(gradients: GraphModule, name: str) -> GraphModule:
 
     outputs, titles = [], []
     for parameter, result in zip(parameters, results, strict=True):
-        moved, kept = optimizer.rule(
+        moved, kept = rule(
             emit,
             theta[parameter],
             values[result],

@@ -5,22 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc.ir.program import (
-    Program,
-    body,
-    feature_names,
-    graph_inputs,
-    graph_outputs,
-    parameter_names,
-)
+from pbc.bundle.graph_name import FORWARD, GraphName, update
+from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
+from pbc.ir.graph import graph_inputs, parameter_names
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import Runner, tensor
 from pbc.training_graph.autodiff import LABELS, LOSSES
-from pbc.training_graph.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 
 STEPS = 5
 TOLERANCE = 1e-4
@@ -39,24 +35,14 @@ _NO_GRADIENT = 1e-2
 Tensors = Mapping[str, Tensor]
 
 
-class Step(Protocol):
-    """Something that runs a derived step: by name, tensors in and tensors out."""
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        """Run `forward/k`: losses, logits and what is saved."""
-
-    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
-        """Run `update/k/<optimizer>`: new parameters and state."""
-
-
 def step_errors(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    runner: Runner,
     optimizers: Sequence[str] = tuple(OPTIMIZERS),
 ) -> dict[str, float]:
-    """By optimizer the largest relative error of any parameter or state over one step per batch.
+    """Return by optimizer the largest relative error of any parameter or state, a step a batch.
 
     body: takes features and parameters in their order of placeholders. batches: features by name,
     and labels int64 [b]. Every step starts from where torch is, so that a network that amplifies
@@ -64,17 +50,17 @@ def step_errors(
     of its values, against its largest value; that of the losses counts likewise. State counts since
     it is made of gradients alone, which a small step hides in the rounding of a parameter.
     """
-    return {name: _error(body, parameters, batches, step, name) for name in optimizers}
+    return {name: _error(body, parameters, batches, runner, name) for name in optimizers}
 
 
 def _error(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    runner: Runner,
     optimizer: str,
 ) -> float:
-    found = (_error_at(change, body, parameters, batches, step, optimizer) for change in CHANGES)
+    found = (_error_at(change, body, parameters, batches, runner, optimizer) for change in CHANGES)
     return next((error for error in found if error is not None), math.nan)
 
 
@@ -83,7 +69,7 @@ def _error_at(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
-    step: Step,
+    runner: Runner,
     optimizer: str,
 ) -> float | None:
     """The error of steps that change parameters by so much; None where torch's own blow up."""
@@ -103,10 +89,11 @@ def _error_at(
             name: torch.tensor(value, dtype=dtype)
             for name, value in (settings | corrections).items()
         }
-        known |= step.forward(known)
+        known |= _run(runner, FORWARD, known)
         # What the step leaves out stays where it is.
         new = {name: known[name] for name in theta} | {
-            name.removeprefix(NEW): value for name, value in step.update(optimizer, known).items()
+            name.removeprefix(NEW): value
+            for name, value in _run(runner, update(optimizer), known).items()
         }
         losses = _losses(body, {**features, **theta}, labels)
         rule.zero_grad()
@@ -129,7 +116,7 @@ def _error_at(
 def _state(
     optimizer: str, rule: torch.optim.Optimizer, theta: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What torch's optimizer keeps, under our names; zeros before its first step."""
+    """State of torch's optimizer, under our names; zeros before its first step."""
     of_torch = {"momentum": "momentum_buffer"}
     return {
         f"{part}/{name}": rule.state[value]
@@ -198,23 +185,11 @@ def _relative(value: Tensor, expected: Tensor, least: float) -> float:
     return float(difference / expected.detach().abs().max().clamp_min(least))
 
 
-class GraphStep:
-    """Runs the derived graphs themselves."""
-
-    def __init__(self, forward: GraphModule, updates: Mapping[str, GraphModule]) -> None:
-        self._forward, self._updates = forward, updates
-
-    def forward(self, inputs: Tensors) -> Tensors:
-        return _run("forward/0", self._forward, inputs)
-
-    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
-        return _run(f"update/0/{optimizer}", self._updates[optimizer], inputs)
-
-
-def _run(name: str, graph: GraphModule, inputs: Tensors) -> dict[str, Tensor]:
-    with torch.no_grad():
-        results = graph(*[inputs[title] for title in graph_inputs(graph)])
-    return dict(zip(graph_outputs(name, graph), results, strict=True))
+def _run(runner: Runner, role: GraphName, values: Tensors) -> dict[str, Tensor]:
+    """Run one graph on torch's tensors, given as arrays: every engine takes those."""
+    arrays = {name: value.detach().numpy() for name, value in values.items()}
+    # A copy: an engine may use its memory again.
+    return {name: tensor(v).clone() for name, v in runner.run(role, arrays).items()}
 
 
 def in_float64(graph: GraphModule) -> GraphModule:
@@ -227,15 +202,15 @@ def in_float64(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
-    """What a body reads of θ, f32, at the values that a device would begin with."""
-    head = {program.head.weight, program.head.bias}
-    generator = torch.Generator().manual_seed(program.seed)
+def starting_parameters(program: Program, level: LevelGraphs) -> dict[str, Tensor]:
+    """Return what a body reads of θ, f32, at the values that a device would begin with."""
+    head = program.network.head.parameters
+    generator = torch.Generator().manual_seed(program.request.seed)
     theta = {}
-    for name in parameter_names(program.graphs[body(level)]):
+    for name in parameter_names(level.body):
         value = program.parameters[name].detach()
-        if name in head and program.class_count is None:
-            bound = program.head.in_features**-0.5
+        if name in head and program.request.class_count is None:
+            bound = head[name] ** -0.5
             shape = (_OPEN_CLASSES, *value.shape[1:])
             value = (2 * torch.rand(shape, generator=generator) - 1) * bound
         theta[name] = value
@@ -246,15 +221,16 @@ def starting_parameters(program: Program, level: int) -> dict[str, Tensor]:
 _OPEN_CLASSES = 5
 
 
-def random_batches(program: Program, level: int, classes: int) -> list[tuple[Tensors, Tensor]]:
-    """Features of random images by name, and random labels int64 [b]: a mini-batch per step."""
-    generator = torch.Generator().manual_seed(program.seed)
-    names = feature_names(program.graphs[body(level)])
+def random_batches(
+    program: Program, level: LevelGraphs, classes: int
+) -> list[tuple[Tensors, Tensor]]:
+    """Return features of random images by name, and random labels int64 [b], for each step."""
+    generator = torch.Generator().manual_seed(program.request.seed)
     batches: list[tuple[Tensors, Tensor]] = []
     for number in range(STEPS):
         count = 2 + number % 2  # no batch size is special
-        images = torch.randn(count, *program.input.shape, generator=generator)
+        images = torch.randn(count, *program.network.input.shape, generator=generator)
         with torch.no_grad():
-            values = dict(zip(names, program.features(level, images), strict=True))
-        batches.append((values, torch.randint(classes, (count,), generator=generator)))
+            features = level.features(images)
+        batches.append((features, torch.randint(classes, (count,), generator=generator)))
     return batches

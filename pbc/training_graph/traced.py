@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from pbc.ir.program import placeholders
+from pbc.ir.graph import placeholders
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Which extra of this distribution brings a package that is not part of the core."""
+"""Extras of this distribution, by the packages that they bring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRAS: Mapping[str, str] = {
     "ziglang": "tvm",
     "pillow_heif": "heic",
 }
-"""Where bundles are made and rivals rebuilt."""
+"""Extras of a machine that makes bundles and rebuilds rivals."""
 
 DEVICE_EXTRAS: Mapping[str, str] = {
     **EXTRAS,
@@ -26,7 +26,7 @@ DEVICE_EXTRAS: Mapping[str, str] = {
     "onnxruntime": "device",
     "tvm_ffi": "device-tvm",
 }
-"""Where bundles run: an engine is all that is needed there."""
+"""Extras of a device that runs bundles: an engine is all that it needs."""
 
 
 def missing(error: ModuleNotFoundError, extras: Mapping[str, str] = EXTRAS) -> str | None:

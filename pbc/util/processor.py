@@ -35,6 +35,12 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+def cpu_name() -> str:
+    """Return the CPU's name, for whoever reads figures that were measured on it."""
+    named = (value for key, value in _facts() if key == "model name")
+    return next(named, platform.processor() or platform.machine())
+
+
 @cache
 def cpu_identity() -> str:
     """Return the CPU's name, and a hash of all that lets results differ between CPUs."""
@@ -42,12 +48,9 @@ def cpu_identity() -> str:
         "model name", "vendor_id", "cpu family", "model", "stepping", "flags", "Features",
         "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision",
     }  # fmt: skip
-    pairs = _facts()
-    facts = sorted({f"{key}: {value}" for key, value in pairs if key in deciding})
-    names = [value for key, value in pairs if key == "model name"]
-    name = names[0] if names else platform.processor() or platform.machine()
+    facts = sorted({f"{key}: {value}" for key, value in _facts() if key in deciding})
     digest = hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()
-    return f"{name} ({digest[:8]})"
+    return f"{cpu_name()} ({digest[:8]})"
 
 
 def missing_flags(wanted: list[str]) -> list[str]:

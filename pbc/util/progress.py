@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-Report = Callable[[str, float, str], None]
+Receiver = Callable[[str, float, str], None]
 Tell = Callable[[str], None]
 
 
@@ -18,7 +18,7 @@ def _untold(line: str) -> None:
     pass
 
 
-_current: ContextVar[Report] = ContextVar("pbc_progress", default=_silent)
+_current: ContextVar[Receiver] = ContextVar("pbc_progress", default=_silent)
 
 _teller: ContextVar[Tell] = ContextVar("pbc_tell", default=_untold)
 
@@ -29,7 +29,7 @@ def report(stage: str, fraction: float, text: str = "") -> None:
 
 
 @contextmanager
-def reporting_to(receiver: Report) -> Iterator[None]:
+def reporting_to(receiver: Receiver) -> Iterator[None]:
     """Send what is reported inside the block to `receiver`."""
     token = _current.set(receiver)
     try:

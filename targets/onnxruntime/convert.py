@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from pbc.errors import PbcError
-from pbc.ir.program import (
+from pbc.ir.graph import (
     get_tensor,
     graph_inputs,
     graph_outputs,
@@ -62,14 +62,14 @@ class Converter:
 
     def __call__(
         self,
-        name: str,
+        kind: str,
         graph: GraphModule,
         tensors: Sequence[str] | None = None,
         head: Collection[str] = (),
         *,
         open_head: bool = False,
     ) -> ModelProto:
-        """The model of the program's graph `name`; its inputs and outputs keep their names.
+        """Return the model of a graph of this kind; its inputs and outputs keep their names.
 
         tensors: what to call the frozen tensors, in the order of `tensor_names(graph)`; None for
             their own names. They are the model's last inputs.
@@ -90,14 +90,14 @@ class Converter:
             try:
                 self._exported[structure] = _exported(graph, axes)
             except _REFUSALS as error:
-                raise _cannot(name, graph, error) from error
+                raise _cannot(kind, graph, error) from error
         model = ModelProto()
         model.CopyFrom(self._exported[structure])
         frozen = tensor_names(graph) if tensors is None else tensors
-        _rename(model, [*graph_inputs(graph), *frozen], graph_outputs(name, graph))
+        _rename(model, [*graph_inputs(graph), *frozen], graph_outputs(graph))
         _name_dimensions(model.graph, head)
         # Without the level: bodies that are the same have the same bytes, and are loaded once.
-        model.graph.name = name.partition("/")[0]
+        model.graph.name = kind
         return model
 
 
@@ -139,12 +139,12 @@ def _exported(graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
     if len(model.graph.input) != len(inputs):
         raise RuntimeError(f"{len(inputs)} inputs became {len(model.graph.input)}")
     _strip(model)
-    turn_in_products(model.graph)
-    returned: set[str] = set()
+    transpose_in_products(model.graph)
+    retransposed: set[str] = set()
     for value in model.graph.output:
-        if value.name in returned:
+        if value.name in retransposed:
             _return_copy(model.graph, value)
-        returned.add(value.name)
+        retransposed.add(value.name)
     check(model)
     return model
 
@@ -283,26 +283,26 @@ def _matrix(graph: Graph, node: Node) -> Node | None:
     matrix = _matrix(graph, source) if swaps else None
     if matrix is None:
         return None
-    turned = graph.call_function(aten.permute.default, (matrix, [1, 0]))
-    turned.meta = {"val": matrix.meta["val"].t()}
-    return turned
+    transposed = graph.call_function(aten.permute.default, (matrix, [1, 0]))
+    transposed.meta = {"val": matrix.meta["val"].t()}
+    return transposed
 
 
-def turn_in_products(graph: GraphProto) -> None:
-    """Have each Gemm turn its second matrix itself, in place.
+def transpose_in_products(graph: GraphProto) -> None:
+    """Have each Gemm transpose its second matrix itself, in place.
 
-    Else an engine turns frozen ones once and for good, into copies that no other graph shares.
+    Else an engine transposes frozen ones once and for good, into copies that no other graph shares.
     """
-    turned = {
+    transposed = {
         node.output[0]: node
         for node in graph.node
         if node.op_type == "Transpose"
         and any(list(entry.ints) == [1, 0] for entry in node.attribute if entry.name == "perm")
     }
     for node in graph.node:
-        if node.op_type != "Gemm" or node.input[1] not in turned:
+        if node.op_type != "Gemm" or node.input[1] not in transposed:
             continue
-        node.input[1] = turned[node.input[1]].input[0]
+        node.input[1] = transposed[node.input[1]].input[0]
         flags = [entry for entry in node.attribute if entry.name == "transB"]
         if flags:
             flags[0].i = 1 - flags[0].i
@@ -310,7 +310,7 @@ def turn_in_products(graph: GraphProto) -> None:
             node.attribute.append(helper.make_attribute("transB", 1))
     read = {name for inner in _graphs(graph) for node in inner.node for name in node.input}
     read |= {value.name for value in graph.output}
-    for name, node in turned.items():
+    for name, node in transposed.items():
         if name not in read:
             graph.node.remove(node)
 
@@ -370,7 +370,7 @@ def _rename(model: ModelProto, inputs: Sequence[str], outputs: Sequence[str]) ->
 
 def _return_copy(graph: GraphProto, output: ValueInfoProto) -> None:
     """Have an output be a value of its own, where it is an input, a constant or another output."""
-    copied = unused(f"{output.name}_returned", _value_names(graph))
+    copied = unused(f"{output.name}_retransposed", _value_names(graph))
     graph.node.append(helper.make_node("Identity", [output.name], [copied]))
     output.name = copied
 

@@ -5,180 +5,119 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from pbc.bundle.ladder import BFLOAT16, FLOAT32
+from pbc.bundle.graph_name import GraphName
+from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
-from pbc.ir.program import (
+from pbc.ir.graph import (
     PARAMETER,
-    POLICY,
-    Program,
-    body,
+    feature_names,
     get_tensor,
+    graph_inputs,
+    graph_outputs,
     op_name,
     output_nodes,
-    prefix,
+    parameter_names,
     tensor_names,
 )
-from pbc.lower.lowering import Candidate, unsupported
-from pbc.lower.weights import TensorStore, by_level, weight_file
-from pbc.passes.fold_batch_norm import fold
-from pbc.proxies.fidelity import precision_of
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import Values, tensor
+from pbc.lower.lowering import Lowering, unsupported
+from pbc.lower.weights import TensorStore, weight_file
+from pbc.proxies.fidelity import dtype_of, precision_of
 from pbc.runtime.engines.pytorch.graph import FORMAT
 from pbc.runtime.engines.pytorch.ops import OPS
-from pbc.target import Target
 
 WEIGHTS = "weights"
-ROUNDS = 6
-# How many of the device's mini-batches may share one call of the prefix.
-PREFIX_BATCHES = (1, 2, 4)
 
 
-class PyTorchLowering:
+class PyTorchLowering(Lowering):
     """Write each graph as data; tensors that levels share are stored once."""
 
-    precisions: ClassVar[tuple[str, ...]] = (BFLOAT16,)
-    derives_steps: ClassVar[bool] = False
-    packages: ClassVar[tuple[str, ...]] = ("torch",)
-
-    def graph_file(self, graph: str) -> str:
-        return f"graphs/{graph.replace('/', '-')}.json"
-
-    def requires(self) -> dict[str, str]:
-        return {"torch": ">=2.9,<2.14"}
-
-    def check(self, target: Target) -> None:
-        pass
-
-    def notes(self) -> tuple[str, ...]:
-        return ()
+    def graph_file(self, graph: GraphName) -> str:
+        return f"graphs/{str(graph).replace('/', '-')}.json"
 
     def lower(self, program: Program) -> dict[str, bytes]:
         store = TensorStore()
         files: dict[str, bytes] = {}
-        for name, graph in sorted(program.graphs.items(), key=lambda item: by_level(item[0])):
+        for name, graph in program.graphs.items():
             file = weight_file(WEIGHTS, name)
             sources = {
                 tensor_name: str(store.add(file, tensor_name, get_tensor(graph, tensor_name)))
                 for tensor_name in tensor_names(graph)
             }
-            data = graph_json(name, graph, sources, _precision(program, name))
+            data = graph_json(graph, sources, _precision(program, name))
             files[self.graph_file(name)] = json.dumps(
                 data, indent=None, separators=(",", ":")
             ).encode()
         return {**files, **store.files()}
 
-    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
-        for name, graph in graphs.items():
-            graph_json(name, graph, dict.fromkeys(tensor_names(graph), ""))
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+        for graph in graphs.values():
+            graph_json(graph, dict.fromkeys(tensor_names(graph), ""))
 
     def contents(self, program: Program) -> dict[str, Any]:
         weights = {}
         for name in program.graphs:
             sources = json.loads(program.artifacts[self.graph_file(name)])["tensors"].values()
-            weights[name] = sorted({source.partition("#")[0] for source in sources})
+            weights[str(name)] = sorted({source.partition("#")[0] for source in sources})
         return {"weights": weights}
 
-    def step(self, program: Program, level: int) -> None:
-        return None
-
-    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        # The fastest of several turns counts: this machine does other things too.
-        runs = [_Visit(program, candidate) for candidate in candidates]
-        for turn in range(ROUNDS):
-            for run in runs:
-                run.measure(warm_up=turn == 0)
-        return [run.latency_ms() for run in runs]
+    def runner(self, program: Program, level: LevelGraphs) -> Differentiating:
+        return Differentiating(program, level)
 
 
-class _Visit:
-    """Measures one training visit: the prefix forward, the body forward and backward."""
+class Differentiating:
+    """Runs a level in torch in its precision, batch norms fused; a body is differentiated too."""
 
-    def __init__(self, program: Program, candidate: Candidate) -> None:
-        self._batch = program.batch
+    def __init__(self, program: Program, level: LevelGraphs) -> None:
         self._graphs = {}
-        for name, graph in candidate.graphs.items():
-            # Folded as the device runs it; a copy, since layouts and precisions change.
-            graph = copy.deepcopy(graph)
-            fold(graph)
-            graph.to(_dtype(candidate.precisions[name]), memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self._graphs[name] = (graph, _dtype(candidate.precisions[name]))
-        image = program.example[:1]
-        sizes = [self._batch * times for times in PREFIX_BATCHES]
-        self._images = {size: _channels_last(image.expand(size, -1, -1, -1)) for size in sizes}
-        self._theta = [
-            value.detach().requires_grad_() for value in program.parameter_values(self._body[0])
-        ]
-        self._features = [
-            _channels_last(feature.clone()) for feature in self._prefix(self._images[self._batch])
-        ]
-        # Seconds per sample; the prefix by how many share a call.
-        self._prefix_seconds = dict.fromkeys(sizes, math.inf)
-        self._body_seconds = math.inf
+        for role, graph in level.fused().graphs.items():
+            precision = precision_of(program.levels[0], role, level.precision)
+            dtype: torch.dtype = dtype_of(precision)
+            # A copy of its own, since layouts and precisions change.
+            own = copy.deepcopy(graph).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._graphs[role] = own, dtype
 
-    @property
-    def _body(self) -> tuple[GraphModule, torch.dtype]:
-        return self._graphs[body(0)]
+    def inputs(self, role: GraphName) -> list[str]:
+        return graph_inputs(self._graphs[role][0])
 
-    def measure(self, warm_up: bool) -> None:
-        if prefix(0) in self._graphs:
-            for size, images in self._images.items():
-                start = time.perf_counter()
-                self._prefix(images)
-                seconds = (time.perf_counter() - start) / size
-                if not warm_up:
-                    self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
-        graph, dtype = self._body
-        start = time.perf_counter()
-        values = [value.to(dtype) for value in (*self._features, *self._theta)]
-        logits = graph(*values)[0].float()
-        torch.autograd.grad(logits.square().mean(), self._theta, allow_unused=True)
-        if not warm_up:
-            seconds = (time.perf_counter() - start) / self._batch
-            self._body_seconds = min(seconds, self._body_seconds)
-
-    def _prefix(self, images: Tensor) -> list[Tensor]:
-        if prefix(0) not in self._graphs:
-            return [images]
-        graph, dtype = self._graphs[prefix(0)]
-        with torch.no_grad():
-            return [feature.float() for feature in graph(images.to(dtype))]
-
-    def latency_ms(self) -> float:
-        prefix_seconds = 0.0
-        if prefix(0) in self._graphs:
-            prefix_seconds = min(self._prefix_seconds.values())
-        return (prefix_seconds + self._body_seconds) * self._batch * 1000
+    def run(self, role: GraphName, values: Values) -> dict[str, Any]:
+        graph, dtype = self._graphs[role]
+        theta = {name: tensor(values[name]).requires_grad_() for name in parameter_names(graph)}
+        others = [_laid_out(tensor(values[name])) for name in feature_names(graph)]
+        inputs = [theta[name] if name in theta else others.pop(0) for name in graph_inputs(graph)]
+        with torch.set_grad_enabled(bool(theta)):
+            results = [value.float() for value in graph(*[value.to(dtype) for value in inputs])]
+        if theta:
+            loss = results[0].square().mean()
+            torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+        return dict(zip(graph_outputs(graph), results, strict=True))
 
 
-def _dtype(precision: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, precision)
-    return dtype
+def _laid_out(value: Tensor) -> Tensor:
+    """Images and feature maps in the layout that the device runs them in."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    if images.dim() != 4:
-        return images.contiguous()
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _precision(program: Program, graph: str) -> str:
-    if graph == POLICY:
+def _precision(program: Program, graph: GraphName) -> str:
+    if graph.level is None:
         return FLOAT32
-    level = int(graph.rpartition("/")[2])
-    return precision_of(program, graph, program.ladder.precision(level))
+    precision = program.levels[graph.level].precision
+    return precision_of(program.levels[0], graph.role, precision)
 
 
 def graph_json(
-    name: str, graph: GraphModule, sources: dict[str, str], precision: str = FLOAT32
+    graph: GraphModule, sources: dict[str, str], precision: str = FLOAT32
 ) -> dict[str, Any]:
-    """The declarative form of a graph (pbc/runtime/engines/pytorch/graph.py reads it).
+    """Return the declarative form of a graph (pbc/runtime/engines/pytorch/graph.py reads it).
 
     sources: for each frozen tensor, the file and key that it is stored under.
     """
@@ -201,18 +140,12 @@ def graph_json(
                     "kwargs": {k: _encode(a, names, node) for k, a in node.kwargs.items()},
                 }
             )
-    outputs = {node.name: names[node] for node in output_nodes(graph)}
-    if name.startswith("body/"):
-        (logits,) = output_nodes(graph)
-        outputs = {"logits": names[logits]}
-    elif name == POLICY:
-        (fidelity,) = output_nodes(graph)
-        outputs = {"fidelity": names[fidelity]}
+    titles = zip(graph_outputs(graph), output_nodes(graph), strict=True)
     return {
         "format": FORMAT,
         "precision": precision,
         "inputs": inputs,
-        "outputs": outputs,
+        "outputs": {title: names[node] for title, node in titles},
         "tensors": tensors,
         "nodes": nodes,
     }

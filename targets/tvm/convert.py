@@ -17,14 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tvm import relax
 
-from pbc.ir.program import (
-    get_tensor,
-    graph_inputs,
-    made_of,
-    output_nodes,
-    placeholders,
-    tensor_names,
-)
+from pbc.ir.graph import get_tensor, graph_inputs, output_nodes, placeholders, tensor_names
+from pbc.ir.rewrite import ancestors
 from pbc.targets.tvm.operators import TABLE
 from pbc.targets.tvm.scope import Scope
 
@@ -81,7 +75,7 @@ def _convert(
     }
     tensors = [name for name, nodes in frozen.items() if any(n in read_late for n in nodes)]
     made = [node for node in read_late if node.op != "get_attr"]
-    needed = made_of(made)
+    needed = ancestors(made)
     setup = [name for name, nodes in frozen.items() if any(n in needed for n in nodes)]
     if made:
         scope = Scope(builder, "frozen", TABLE)

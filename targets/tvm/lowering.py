@@ -6,29 +6,18 @@ import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc.ir.program import (
-    POLICY,
-    Program,
-    body,
-    copy_graph,
-    get_tensor,
-    graph_inputs,
-    graph_outputs,
-    prefix,
-    step_forward,
-    step_update,
-)
-from pbc.lower.lowering import Candidate
-from pbc.lower.visit import Visit, at_level_0, latencies_ms, level_of_candidate
-from pbc.lower.weights import TensorStore, by_level, level_of, weight_file
-from pbc.passes.fold_batch_norm import fold
+from pbc.bundle.graph_name import POLICY, PREFIX, GraphName
+from pbc.ir.graph import get_tensor, graph_inputs, graph_outputs
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.ir.runner import Values
+from pbc.lower.lowering import Lowering
+from pbc.lower.weights import TensorStore, weight_file
 from pbc.target import Target
 from pbc.util.processor import cores
 
@@ -44,16 +33,12 @@ CALLS = f"{FOLDER}/calls.json"
 FORMAT = 1
 
 
-class TvmLowering:
+class TvmLowering(Lowering):
     """Build each prefix, and each body with all that trains it, as one shared library.
 
     The graphs of a body share most of what they compute, above all the updates of the optimizers:
     in one library that is built once. Levels of the same structure are built once too.
     """
-
-    precisions: ClassVar[tuple[str, ...]] = ()
-    derives_steps: ClassVar[bool] = True
-    packages: ClassVar[tuple[str, ...]] = ("tvm", "tvm_ffi", "ziglang")
 
     def __init__(self) -> None:
         self._built: list[tuple[str, tvm.IRModule, bytes]] = []
@@ -61,14 +46,11 @@ class TvmLowering:
         self._fallbacks: dict[str, list[str]] = {}
         self._notes: tuple[str, ...] = ()
 
-    def graph_file(self, graph: str) -> str:
+    def graph_file(self, graph: GraphName) -> str:
         if graph == POLICY:
             return f"{FOLDER}/{POLICY}.so"
-        kind = "prefix" if graph.startswith("prefix/") else "body"
-        return f"{FOLDER}/{kind}-{level_of(graph)}.so"
-
-    def requires(self) -> dict[str, str]:
-        return {"tvm": ">=0.27,<0.28", "apache-tvm-ffi": "==0.1.14.post1"}
+        kind = "prefix" if graph.role == PREFIX else "body"
+        return f"{FOLDER}/{kind}-{graph.level}.so"
 
     def check(self, target: Target) -> None:
         from pbc.targets.tvm.build import platform_of
@@ -78,7 +60,7 @@ class TvmLowering:
     def lower(self, program: Program) -> dict[str, bytes]:
         from pbc.targets.tvm.build import platform_of
 
-        where = platform_of(program.target)
+        where = platform_of(program.request.target)
         store = TensorStore()
         files: dict[str, bytes] = {}
         calls: dict[str, Any] = {}
@@ -86,7 +68,9 @@ class TvmLowering:
             graphs = {function_of(name): program.graphs[name] for name in names}
             files[file], reads = self._library(program, graphs, where)
             for name in names:
-                calls[name] = _call(name, program.graphs[name], reads[function_of(name)], store)
+                calls[str(name)] = _call(
+                    name, program.graphs[name], reads[function_of(name)], store
+                )
         machine = where.linked.partition("-")[0]
         facts = {"format": FORMAT, "machine": machine, "flags": where.flags(), "graphs": calls}
         if where.sm is not None:
@@ -106,21 +90,17 @@ class TvmLowering:
         }
         return {"weights": weights, "calls": CALLS}
 
-    def step(self, program: Program, level: int) -> _Step:
-        return _Step(self, program, level)
+    def runner(self, program: Program, level: LevelGraphs) -> _Libraries:
+        return _Libraries(self, program, level)
 
-    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
-        return latencies_ms([self.visit(program, candidate) for candidate in candidates])
-
-    def visit(self, program: Program, candidate: Candidate) -> Visit:
-        return Visit(_Runner(self, program, candidate), program, candidate)
-
-    def loaded(self, program: Program, graphs: Mapping[str, GraphModule]) -> dict[str, Graph]:
+    def loaded(
+        self, program: Program, graphs: Mapping[GraphName, GraphModule]
+    ) -> dict[GraphName, Graph]:
         """Graphs of one library, as the device runs them if this machine can, or built for it."""
         from pbc.runtime.engines.tvm.library import Library, use_threads
         from pbc.targets.tvm.build import platform_of, runs_here, this_machine
 
-        target = program.target
+        target = program.request.target
         where = platform_of(target) if runs_here(target) else this_machine()
         functions = {function_of(name): graph for name, graph in graphs.items()}
         content, reads = self._library(program, functions, where)
@@ -133,17 +113,12 @@ class TvmLowering:
             name: library.graph(
                 function_of(name),
                 graph_inputs(graph),
-                graph_outputs(name, graph),
+                graph_outputs(graph),
                 _arrays(graph, reads[function_of(name)].tensors),
                 _arrays(graph, reads[function_of(name)].setup),
             )
             for name, graph in graphs.items()
         }
-
-    def together(self, program: Program, name: str) -> dict[str, GraphModule]:
-        """The graphs that share a library with this one."""
-        names = self.groups(program)[self.graph_file(name)]
-        return {name: program.graphs[name] for name in names}
 
     def _about_fallbacks(self) -> list[str]:
         return [
@@ -152,10 +127,10 @@ class TvmLowering:
             for rules, names in self._fallbacks.items()
         ]
 
-    def groups(self, program: Program) -> dict[str, list[str]]:
+    def groups(self, program: Program) -> dict[str, list[GraphName]]:
         """The files, in the order of levels, with the graphs in each."""
-        groups: dict[str, list[str]] = {}
-        for name in sorted(program.graphs, key=by_level):
+        groups: dict[str, list[GraphName]] = {}
+        for name in program.graphs:
             groups.setdefault(self.graph_file(name), []).append(name)
         return groups
 
@@ -184,8 +159,9 @@ class TvmLowering:
         # The rest of the table are sizes: Python's own operators.
         return {str(operator) for operator in TABLE}
 
-    def try_graphs(self, program: Program, graphs: Mapping[str, GraphModule]) -> None:
-        self.converted(program, {name.replace("/", "_"): graph for name, graph in graphs.items()})
+    def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
+        names = {str(name).replace("/", "_"): graph for name, graph in graphs.items()}
+        self.converted(program, names)
 
     def converted(
         self, program: Program, graphs: Mapping[str, GraphModule]
@@ -193,8 +169,8 @@ class TvmLowering:
         """Graphs, by their functions' names, as one module."""
         from pbc.targets.tvm.convert import convert
 
-        head = [name for name in (program.head.weight, program.head.bias) if name is not None]
-        return convert(graphs, head, open_head=program.class_count is None)
+        head = list(program.network.head.parameters)
+        return convert(graphs, head, open_head=program.request.class_count is None)
 
     def keep(self, where: Platform, module: tvm.IRModule, content: bytes) -> None:
         """Take this library wherever this module is lowered."""
@@ -211,13 +187,12 @@ class TvmLowering:
         return tune(self, program, seconds)
 
 
-def function_of(graph: str) -> str:
+def function_of(graph: GraphName) -> str:
     """What a graph's function is called: `prefix`, `forward`, `update_sgd`; never its level."""
-    kind, _, rest = graph.partition("/")
-    return "_".join([kind, *rest.split("/")[1:]])
+    return graph.kind if graph.optimizer is None else f"{graph.kind}_{graph.optimizer}"
 
 
-def _call(name: str, graph: GraphModule, reads: Reads, store: TensorStore) -> dict[str, Any]:
+def _call(name: GraphName, graph: GraphModule, reads: Reads, store: TensorStore) -> dict[str, Any]:
     """What the device must know to call the graph's function."""
 
     def places(names: Sequence[str]) -> list[str]:
@@ -227,7 +202,7 @@ def _call(name: str, graph: GraphModule, reads: Reads, store: TensorStore) -> di
     return {
         "function": function_of(name),
         "inputs": graph_inputs(graph),
-        "outputs": graph_outputs(name, graph),
+        "outputs": graph_outputs(graph),
         "tensors": places(reads.tensors),
         "setup": places(reads.setup),
     }
@@ -250,55 +225,19 @@ def _arrays(graph: GraphModule, names: Sequence[str]) -> list[np.ndarray]:
     return [get_tensor(graph, name).detach().contiguous().numpy() for name in names]
 
 
-class _Step:
-    """A level's derived step in the TVM runtime, torch tensors in and out."""
+class _Libraries:
+    """Runs the graphs of a level, batch norms fused, in the libraries that the device gets."""
 
-    def __init__(self, lowering: TvmLowering, program: Program, level: int) -> None:
-        self._level = level
-        self._graphs = lowering.loaded(program, lowering.together(program, step_forward(level)))
+    def __init__(self, lowering: TvmLowering, program: Program, level: LevelGraphs) -> None:
+        self._graphs: dict[GraphName, Graph] = {}
+        graphs = level.fused().graphs
+        for alone in (True, False):
+            together = {role: g for role, g in graphs.items() if (role == PREFIX) == alone}
+            if together:
+                self._graphs.update(lowering.loaded(program, together))
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._run(step_forward(self._level), inputs)
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return self._graphs[role].inputs
 
-    def update(self, optimizer: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._run(step_update(self._level, optimizer), inputs)
-
-    def _run(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        graph = self._graphs[name]
-        values = {given: inputs[given].detach().numpy() for given in graph.inputs}
-        return {n: torch.from_numpy(np.array(v.numpy())) for n, v in graph.run(values).items()}
-
-
-# ---- measuring -----------------------------------------------------------------------------
-
-
-class _Runner:
-    """Runs a candidate's graphs: of a level, in the library that the device gets."""
-
-    def __init__(self, lowering: TvmLowering, program: Program, candidate: Candidate) -> None:
-        self._graphs: dict[str, Graph] = {}
-        level = level_of_candidate(program, candidate)
-        for kind in (prefix, body):
-            names = [n for n in candidate.graphs if (n == prefix(0)) == (kind is prefix)]
-            if not names:
-                continue
-            if level is None:
-                graphs = {name: _folded(candidate.graphs[name]) for name in names}
-                self._graphs.update(lowering.loaded(program, graphs))
-            else:
-                # `lower` need not build it again.
-                loaded = lowering.loaded(program, lowering.together(program, kind(level)))
-                self._graphs.update({at_level_0(name): graph for name, graph in loaded.items()})
-
-    def reads(self, graph: str) -> Sequence[str]:
-        return self._graphs[graph].inputs
-
-    def run(self, graph: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(self._graphs[graph].run(values))
-
-
-def _folded(graph: GraphModule) -> GraphModule:
-    """Folded as the device runs it."""
-    folded = copy_graph(graph)
-    fold(folded)
-    return folded
+    def run(self, role: GraphName, values: Values) -> dict[str, Any]:
+        return dict(self._graphs[role].run(values))

@@ -15,7 +15,7 @@ from tvm import relax, te, tirx
 from tvm.sym import Analyzer
 
 from pbc.errors import PbcError
-from pbc.ir.program import op_name
+from pbc.ir.graph import op_name
 from pbc.lower.lowering import unsupported
 
 Expr = Any

@@ -19,9 +19,10 @@ import tiny
 from click.testing import CliRunner, Result
 
 from pbc import cli
-from pbc.bench.bench import Options, bench
 from pbc.bench.cells import Work
+from pbc.bench.compare import compare
 from pbc.bench.evaluator import Evaluator
+from pbc.bench.options import BenchOptions
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
 
@@ -50,13 +51,13 @@ def bundle(assets: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def match(assets: Path, bundle: Path) -> Path:
-    """Run everybody for two epochs and two seeds; returns the folder of what was written."""
+    """Run every rival for two epochs and two seeds; returns the folder of what was written."""
     out = assets / "match"
     out.mkdir()
     result = pbc(
         "bench", bundle, assets / "photos", "--rivals", "all", "--seeds", "2", "--epochs", "2",
         "--epochs-of", "full=1", "--accuracy-budgets", "--work", out / "work", *QUIET,
-        "--json", out / "r.json", "--html", out / "r.html", "--csv", out / "r.csv",
+        "-o", out / "r.json", "--html", out / "r.html", "--csv", out / "r.csv",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (out / "stdout").write_text(result.stdout)
@@ -73,7 +74,7 @@ def lines_of(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def test_everybody_plays_in_turn(match: Path) -> None:
+def test_every_rival_runs_in_turn(match: Path) -> None:
     lines = [line for line in (match / "stderr").read_text().splitlines() if "epoch" in line]
     rivals = {"full", "pbc", "pbc-nocache", "pet", "pet-bf16", "pet-cache", "piebridge"}
     assert len(lines) == 2 * (2 * len(rivals) - 1)
@@ -142,11 +143,11 @@ def test_the_report_is_one_file(match: Path) -> None:
 # ---- interruptions ---------------------------------------------------------------------------
 
 
-def options(assets: Path, **more: Any) -> Options:
+def options(assets: Path, **more: Any) -> BenchOptions:
     """Decide by given costs: two benches that measure would not route alike."""
     costs = tiny.costs(assets / "costs.json", levels=2)
     train = TrainOptions(epochs=3, learning_rate=0.1, checkpoint_seconds=1e9, costs=costs)
-    return Options(train=train, seeds=2, torch_compile=False, **more)
+    return BenchOptions(train=train, seeds=2, torch_compile=False, **more)
 
 
 def learnt(results: Any) -> list[tuple[Any, ...]]:
@@ -156,7 +157,9 @@ def learnt(results: Any) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(assets: Path, bundle: Path) -> Any:
-    return bench(bundle, assets / "photos", options(assets), assets / "undisturbed", lambda _: None)
+    return compare(
+        bundle, assets / "photos", options(assets), assets / "undisturbed", lambda _: None
+    )
 
 
 @pytest.mark.parametrize("cells", [1, 8, 17, 26])
@@ -165,9 +168,9 @@ def test_a_resumed_bench_ends_like_an_undisturbed_one(
 ) -> None:
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        bench(bundle, assets / "photos", options(assets), work, bench_net.stop_after(cells))
+        compare(bundle, assets / "photos", options(assets), work, bench_net.stop_after(cells))
     lines: list[str] = []
-    resumed = bench(bundle, assets / "photos", options(assets, resume=True), work, lines.append)
+    resumed = compare(bundle, assets / "photos", options(assets, resume=True), work, lines.append)
     assert learnt(resumed) == learnt(undisturbed)
     assert sum(line.startswith("seed ") for line in lines) == 42 - cells
 
@@ -178,16 +181,16 @@ def test_a_resumed_bench_counts_no_preparation_twice(
     work = tmp_path / "work"
     one = options(assets, rivals=("pbc", "pet-cache"))
     with pytest.raises(KeyboardInterrupt):
-        bench(bundle, assets / "photos", one, work, bench_net.stop_after(2))
+        compare(bundle, assets / "photos", one, work, bench_net.stop_after(2))
     again = options(assets, rivals=("pbc", "pet-cache"), resume=True)
-    resumed = bench(bundle, assets / "photos", again, work, lambda _: None)
+    resumed = compare(bundle, assets / "photos", again, work, lambda _: None)
     second = [cell for cell in resumed.cells if cell.epoch == 2 and cell.seed == 0]
     assert len(second) == 2
     for cell in second:
         assert cell.stage_seconds["prefix"] < 1e-4
 
 
-def test_the_evaluation_is_in_nobodys_time(
+def test_the_evaluation_is_in_no_rivals_time(
     assets: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracy = Evaluator.accuracy
@@ -197,7 +200,7 @@ def test_the_evaluation_is_in_nobodys_time(
         return accuracy(self, parameters)
 
     monkeypatch.setattr(Evaluator, "accuracy", slow)
-    results = bench(
+    results = compare(
         bundle,
         assets / "photos",
         options(assets, rivals=("pbc", "pet")),
@@ -290,7 +293,7 @@ def test_another_bench_is_never_mixed_in(assets: Path, bundle: Path, tmp_path: P
     ("words", "message"),
     [
         (["--rivals", "pet,pett"], "no rival named 'pett'; did you mean 'pet'?"),
-        (["--rivals", ","], "--rivals names nobody"),
+        (["--rivals", ","], "--rivals is empty"),
         (["--seeds", "0"], "--seeds is 0; expected 1 or more"),
         (["--epochs-of", "full=2", "--rivals", "pet"], "--epochs-of names 'full'"),
         (["--epochs-of", "pet"], "--epochs-of is 'pet'; expected NAME=VALUE"),
@@ -302,7 +305,7 @@ def test_another_bench_is_never_mixed_in(assets: Path, bundle: Path, tmp_path: P
         (["--weight-decay", "-1"], "the weight decay is -1.0; it must be at least 0"),
         (["--sweep", "level"], "no sweep named 'level'; did you mean 'levels'?"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
-        (["--json", "/no/such/folder/r.json"], "the folder of /no/such/folder/r.json"),
+        (["-o", "/no/such/folder/r.json"], "the folder of /no/such/folder/r.json"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -315,14 +318,14 @@ def test_bad_options_are_one_line(
     assert not (tmp_path / "w").exists()
 
 
-def test_a_rival_that_cannot_play_is_left_out(
+def test_a_rival_that_cannot_run_is_left_out(
     assets: Path, tmp_path: Path, install_plugin: Callable[..., None]
 ) -> None:
     moved = bench_net.compiled(tmp_path / "net")
     (tmp_path / "net" / "bench_example_net.py").unlink()
     result = pbc(
         "bench", moved.path, assets / "photos", "--rivals", "pet,pbc", "--epochs", "1",
-        "--seeds", "1", "--json", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
+        "--seeds", "1", "-o", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "pet is left out: no model file" in result.stderr
@@ -334,12 +337,12 @@ def test_a_rival_that_cannot_play_is_left_out(
         "--work", tmp_path / "alone", *QUIET,
     )  # fmt: skip
     assert alone.exit_code == 1
-    assert "error: nobody could play: pet is left out" in alone.stderr
+    assert "error: no rival could run: pet is left out" in alone.stderr
 
 
 RIVAL = '''
 import numpy as np
-from pbc.bench import EpochTimes
+from pbc.bench.rival import EpochTimes
 
 
 class Lazy:
@@ -377,22 +380,23 @@ def test_a_rival_without_its_package(
     install_plugin: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = "import a_package_that_nobody_has\n" + RIVAL
+    source = "import a_package_that_does_not_exist\n" + RIVAL
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
     words = ("bench", bundle, assets / "photos", "--epochs", "1", "--seeds", "1", *QUIET)
     refused = pbc(*words, "--rivals", "lazy,pbc", "--work", tmp_path / "a")
     assert refused.exit_code == 1
-    needs = "a_package_that_nobody_has, which is not installed"
+    needs = "a_package_that_does_not_exist, which is not installed"
     assert f"error: rival lazy needs {needs}, or leave it out of --rivals" in refused.stderr
-    # Nobody asked for it by name: whoever has what it needs plays.
-    monkeypatch.setattr("pbc.bench.bench.RIVALS", ("lazy", "pbc"))
+    # It was not asked for by name: the rivals whose packages are installed run.
     monkeypatch.setattr("pbc.cli.bench.RIVALS", ("lazy", "pbc"))
     report = tmp_path / "r.json"
-    result = pbc(*words, "--work", tmp_path / "b", "--json", report)
+    result = pbc(*words, "--work", tmp_path / "b", "-o", report, "--json")
     assert result.exit_code == 0, result.output
     said = f"lazy is left out: it needs {needs}"
     assert said in result.stderr.splitlines()
     content = json.loads(report.read_text())
+    assert json.loads(result.stdout) == content
+    assert f"wrote {report}" in result.stderr
     assert list(content["rivals"]) == ["pbc"]
     assert content["notes"].count(said) == 1
 
@@ -404,7 +408,7 @@ def test_a_diverged_rival_is_left_out(
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", source)
     result = pbc(
         "bench", bundle, assets / "photos", "--rivals", "lazy,pet", "--epochs", "1",
-        "--seeds", "1", "--json", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
+        "--seeds", "1", "-o", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     said = "lazy is left out: the loss of seed 0, epoch 1 is nan; --lr-of lazy=X"
@@ -413,13 +417,13 @@ def test_a_diverged_rival_is_left_out(
     assert list(loaded(tmp_path)["rivals"]) == ["pet"]
 
 
-def test_anybody_may_bring_a_rival(
+def test_another_distribution_may_bring_a_rival(
     assets: Path, bundle: Path, tmp_path: Path, install_plugin: Callable[..., None]
 ) -> None:
     install_plugin("acme", "[pbc.rivals]\nlazy = acme_plugin:Lazy\n", RIVAL)
     result = pbc(
         "bench", bundle, assets / "photos", "--rivals", "lazy", "--epochs", "2", "--seeds", "1",
-        "--json", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
+        "-o", tmp_path / "r.json", "--work", tmp_path / "w", *QUIET,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     lazy = json.loads((tmp_path / "r.json").read_text())["rivals"]["lazy"]

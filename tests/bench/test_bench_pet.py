@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from pbc.bench import Rival, Setting
 from pbc.bench.evaluator import Evaluator
-from pbc.bench.rivals import pet
+from pbc.bench.rival import Rival, RivalSetting
+from pbc.bench.rivals import variants
 from pbc.bench.rivals.full import Full
 from pbc.bench.rivals.order import batches
 from pbc.bench.rivals.own import Pbc
@@ -60,7 +60,7 @@ def setting(
     *,
     compiled: bool = False,
     objective: Objective = SGD,
-) -> Setting:
+) -> RivalSetting:
     options = TrainOptions(
         epochs=EPOCHS,
         batch=bench_net.BATCH,
@@ -70,7 +70,9 @@ def setting(
         skip=False,
         cache="off",
     )
-    return Setting(runtime, samples(runtime, photos), options, folder, None, torch_compile=compiled)
+    return RivalSetting(
+        runtime, samples(runtime, photos), options, folder, None, torch_compile=compiled
+    )
 
 
 def losses(rival: Rival) -> list[float]:
@@ -247,14 +249,14 @@ def test_the_cache_is_filled_in_calls_of_the_fastest_size(
     fastest: int,
 ) -> None:
     runtime = Runtime.open(bench_net.compiled(tmp_path / "net").path)
-    measured = pet._pass
+    measured = variants._pass
 
-    def slower(parts: network.Parts, variant: pet.Variant, images: torch.Tensor) -> None:
+    def slower(parts: network.Parts, variant: variants.Variant, images: torch.Tensor) -> None:
         measured(parts, variant, images)
         if len(images) in slow:
             time.sleep(0.01 * len(images))
 
-    monkeypatch.setattr(pet, "_pass", slower)
+    monkeypatch.setattr(variants, "_pass", slower)
     rival = PetCache(setting(runtime, photos, tmp_path))
     assert rival.facts()["variant"] == f"eager in calls of {fastest}"
     rival.prepare(None)

@@ -35,7 +35,7 @@ def pbc(assets: Path, work: Path, *args: object, bundle: str = "net/linear-probe
     words = [
         "bench", assets / bundle, assets / "photos", "--rivals", "pet", "--epochs", "1",
         "--seeds", "1", "--lr", "0.1", "--no-torch-compile", "--work", work / "w",
-        "--json", work / "r.json", "--html", work / "r.html", *args,
+        "-o", work / "r.json", "--html", work / "r.html", *args,
     ]  # fmt: skip
     result = CliRunner().invoke(cli.main, [str(word) for word in words], prog_name="pbc")
     if result.exception is not None and not isinstance(result.exception, SystemExit):

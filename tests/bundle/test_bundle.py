@@ -19,8 +19,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbc.bundle import bundle
-from pbc.bundle.bundle import MANIFEST, Bundle
+from pbc import bundle
+from pbc.bundle.reader import MANIFEST, Bundle
 from pbc.errors import PbcError
 
 

@@ -12,13 +12,13 @@ import tiny
 from click.testing import CliRunner, Result
 
 import pbc
-from pbc import cli
-from pbc.bundle import bundle
+from pbc import bundle, cli
 from pbc.errors import PbcError, UsageError
 
 
-def run(*args: str) -> Result:
-    return CliRunner().invoke(cli.main, args, prog_name="pbc")
+def run(*args: str, columns: int | None = None) -> Result:
+    runner = CliRunner(env={} if columns is None else {"COLUMNS": str(columns)})
+    return runner.invoke(cli.main, args, prog_name="pbc")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Give `pbc targets` another body."""
 
     def define(body: Callable[[], None]) -> None:
-        monkeypatch.setattr("pbc.cli.listing.targets", click.command("targets")(body))
+        monkeypatch.setattr("pbc.cli.targets.targets", click.command("targets")(body))
 
     return define
 
@@ -113,6 +113,58 @@ def test_unknown_commands_and_options_get_a_suggestion() -> None:
     assert "--json" in result.stderr
 
 
+HELP = """\
+Usage: pbc [OPTIONS] COMMAND [ARGS]...
+
+  Compile a pretrained network for a device, and personalise it there.
+
+    pbc compile resnet50 --target jetson-tx2 -o model.pbc
+    pbc train model.pbc photos/ -o mine
+    pbc predict mine photo.jpg
+
+Options:
+"""
+
+
+def test_the_help_shows_its_examples_a_line_each() -> None:
+    assert run("--help", columns=80).stdout.startswith(HELP)
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
+    result = run(*filter(None, [command]), "--help", columns=80)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert not set(result.stdout) & set(map(chr, range(32))) - {"\n"}
+    assert "\\b" not in result.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_json_is_a_flag_and_output_has_one_name(command: str) -> None:
+    found = cli.main.get_command(click.Context(cli.main), command)
+    assert found is not None
+    options: dict[str, Any] = {name: each for each in found.params for name in each.opts}
+    assert "--json" not in options or options["--json"].is_flag
+    assert "--out" not in options
+    assert options.get("-o") is options.get("--output")
+
+
+def test_no_color_is_honoured_by_errors_and_notes(
+    monkeypatch: pytest.MonkeyPatch, command: Callable[..., None]
+) -> None:
+    def body() -> None:
+        click.echo(click.style("note:", fg="yellow"))
+        raise PbcError("no such photo")
+
+    command(body)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = CliRunner().invoke(cli.main, ["targets"], color=True)
+    assert "\x1b[31m" in coloured.stderr
+    assert "\x1b[33m" in coloured.stdout
+    plain = CliRunner(env={"NO_COLOR": "1"}).invoke(cli.main, ["targets"], color=True)
+    assert (plain.stdout, plain.stderr) == ("note:\n", "error: no such photo\n")
+
+
 def test_no_command_prints_the_help() -> None:
     result = run()
     assert result.exit_code == 2
@@ -183,7 +235,7 @@ def test_inspect_shows_what_the_policy_is_worth(inspected: Callable[..., str]) -
         "the variance between images at best, at 1.2% of level 0's cost\n"
         "  at floor 0.9: 80% at the right level, 97% within one, 6% below the floor, mean cost 0.74"
     ) in shown
-    assert "so many points: 0.5: 0.975, 1: 0.950, 2: 0.900, 5: 0.825" in shown
+    assert "N points: 0.5: 0.975, 1: 0.950, 2: 0.900, 5: 0.825" in shown
     assert " 1.8 " in shown
 
 

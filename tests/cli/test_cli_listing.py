@@ -7,22 +7,27 @@ from collections.abc import Callable
 import pytest
 from click.testing import CliRunner, Result
 
+from pbc import plugins
 from pbc.cli import COMMANDS, main
+from pbc.ir import pipeline
 
 
-def run(*args: str) -> Result:
-    return CliRunner().invoke(main, args, prog_name="pbc")
+def run(*args: str, columns: int | None = None) -> Result:
+    runner = CliRunner(env={} if columns is None else {"COLUMNS": str(columns)})
+    return runner.invoke(main, args, prog_name="pbc")
 
 
-@pytest.mark.parametrize("command", ["passes", "strategies"])
-def test_a_listing_has_a_table_and_json_that_agree(command: str) -> None:
+@pytest.mark.parametrize(("command", "tables"), [("passes", 2), ("strategies", 1)])
+def test_a_listing_has_a_table_and_json_that_agree(command: str, tables: int) -> None:
     table, data = run(command), run(command, "--json")
     assert (table.exit_code, data.exit_code) == (0, 0)
     rows = json.loads(data.stdout)
     assert rows
-    lines = table.stdout.splitlines()
-    assert len(lines) == len(rows) + 1
-    for row, line in zip(rows, lines[1:], strict=True):
+    lines = [line for line in table.stdout.splitlines() if line]
+    heads = [line for line in lines if line.endswith("  from")]
+    assert len(heads) == tables
+    assert len(lines) == len(rows) + tables
+    for row, line in zip(rows, (line for line in lines if line not in heads), strict=True):
         assert row["name"] in line
         assert row["description"], row["name"]
         assert row["description"] in line
@@ -31,7 +36,7 @@ def test_a_listing_has_a_table_and_json_that_agree(command: str) -> None:
 
 def test_targets_are_listed_by_family() -> None:
     rows = json.loads(run("targets", "--json").stdout)
-    lines = [line.rstrip() for line in run("targets").stdout.splitlines()]
+    lines = run("targets").stdout.splitlines()
     assert len(lines) == len(rows) + len({row["family"] for row in rows}) + 2
     headings = [line for line in lines[1:-1] if not line.startswith("  ")]
     assert set(headings) == {row["family"] for row in rows}
@@ -41,6 +46,23 @@ def test_targets_are_listed_by_family() -> None:
     assert lines.index("NVIDIA Jetson") < next(
         number for number, line in enumerate(lines) if line.startswith("  jetson-")
     )
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_listings_fit_a_terminal_and_cut_no_name(columns: int) -> None:
+    for command in ("targets", "passes", "strategies"):
+        lines = run(command, columns=columns).stdout.splitlines()
+        assert max(map(len, lines)) <= columns
+        words = {line.split()[0] for line in lines if line}
+        assert {row["name"] for row in json.loads(run(command, "--json").stdout)} <= words
+        assert not any("…" in line for line in lines)
+
+
+def test_a_pipe_gets_lines_no_wider_than_their_words() -> None:
+    for command in ("targets", "passes", "strategies"):
+        lines = run(command).stdout.splitlines()
+        assert all(line == line.rstrip() for line in lines)
+    assert max(map(len, run("targets").stdout.splitlines())) < 100
 
 
 def test_targets_mark_the_engines_that_are_not_installed(
@@ -53,8 +75,9 @@ def test_targets_mark_the_engines_that_are_not_installed(
     install_plugin("acme", "[pbc.targets]\nacme-one = acme_plugin:board\n", source)
     lines = run("targets").stdout.splitlines()
     (number,) = [number for number, line in enumerate(lines) if "acme-one" in line]
-    assert "(acme), pytorch" in lines[number]
+    assert lines[number].split() == ["acme-one", "(acme)", "Acme", "One"]
     assert lines[number - 1].strip() == "acme 1.2.3"
+    assert "(engine): not installed here; the target's next one is taken" in lines
     assert "preferred, but not installed here" in run("targets", "acme-one").stdout
 
 
@@ -72,11 +95,79 @@ def test_one_target_shows_all_that_is_known_of_it() -> None:
     assert "did you mean 'jetson-tx2'?" in unknown.stderr
 
 
+def test_passes_are_listed_as_they_run() -> None:
+    rows = json.loads(run("passes", "--json").stdout)
+    own = [row for row in rows if row["group"] == "pbc.passes"]
+    assert [row["name"] for row in own] == [
+        "mark-trainable", "split-prefix", "independent-dims", "plan-levels", "prune-dims", "align",
+        "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy", "derive-train-step",
+        "lower",
+    ]  # fmt: skip
+    assert [row["name"] for row in own] == [name for name, _ in pipeline.build({}).passes]
+    assert own[1]["after"] == ["mark-trainable"]
+    assert [row["name"] for row in rows if row["group"] == "pbc.tvm_passes"] == [
+        "schedule-cpu", "schedule-gpu"
+    ]  # fmt: skip
+    table = run("passes").stdout
+    assert re.search(r"^mark-trainable +mark +Turn", table, re.MULTILINE)
+    assert re.search(r"^split-prefix +Cut .* \(after mark-trainable\) +pbc", table, re.MULTILINE)
+
+
+SHRINK = """
+import a_module_that_does_not_exist
+
+class Shrink:
+    '''Make [b]everything[/b] smaller.'''
+    stage = "prune"
+    before: tuple = ("prune-dims",)
+    default = False
+"""
+
+
 def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[..., None]) -> None:
-    source = 'class Shrink:\n    """Make [b]everything[/b] smaller."""\n'
-    install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", source)
-    (line,) = [line for line in run("passes").stdout.splitlines() if line.startswith("shrink")]
-    assert line.split() == ["shrink", "Make", "[b]everything[/b]", "smaller.", "acme", "1.2.3"]
+    install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", SHRINK)
+    lines = run("passes").stdout.splitlines()
+    (line,) = [line for line in lines if line.startswith("shrink")]
+    assert line.split() == [
+        "shrink", "prune", "Make", "[b]everything[/b]", "smaller.",
+        "(before", "prune-dims;", "only", "--with", "shrink)", "acme", "1.2.3",
+    ]  # fmt: skip
+    assert lines[lines.index(line) + 1].startswith("prune-dims")
+    assert "  align, derive-train-step" in (listed := run("plugins").stdout)
+    assert "shrink (acme 1.2.3)" in listed
+
+
+INHERITING = """
+class Base:
+    after = tuple(["prune-dims"])
+
+    def __call__(self, program):
+        return program
+
+class Shrink(Base):
+    stage = "prune"
+"""
+
+
+def test_a_pass_whose_order_is_not_spelt_out_is_asked_itself(
+    install_plugin: Callable[..., None],
+) -> None:
+    install_plugin("acme", "[pbc.passes]\nshrink = acme_plugin:Shrink\n", INHERITING)
+    rows = {row["name"]: row for row in json.loads(run("passes", "--json").stdout)}
+    assert (rows["shrink"]["stage"], rows["shrink"]["after"]) == ("prune", ["prune-dims"])
+
+
+def test_plugins_lists_every_group_with_what_a_member_has_to_be() -> None:
+    rows = json.loads(run("plugins", "--json").stdout)
+    assert [row["group"] for row in rows] == list(plugins.GROUPS)
+    text = run("plugins", columns=80).stdout
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.split())
+    for row in rows:
+        assert f"{row['group']}: {row['description']} ({row['protocol']})" in flat
+        assert row["members"]
+        for member in row["members"]:
+            assert member["name"] in flat
 
 
 def test_help_lists_every_command_with_what_it_does() -> None:

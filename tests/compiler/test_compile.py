@@ -27,13 +27,15 @@ from pbc.bundle import Bundle
 from pbc.compiler import CompileOptions
 from pbc.errors import UsageError
 from pbc.ir import pipeline
+from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.pipeline import PassPipeline
-from pbc.ir.program import Program, get_tensor, tensor_names
+from pbc.ir.program import Program
 from pbc.lower.engine_choice import choose_engine
 from pbc.proxies import distillation
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.target import load_target
+from pbc.testing import graph_of, rungs
 from pbc.util.progress import reporting_to
 
 MODEL = "mobilenet_v3_large"
@@ -126,13 +128,13 @@ def test_the_engine_computes_the_program_at_every_level(compiled: Run) -> None:
     engine = PyTorchEngine().load(Bundle.open(compiled.path))
     parameters = {name: value.numpy() for name, value in program.parameters.items()}
     engine.start(parameters, Objective(learning_rate=0.1))
-    images = program.example
-    for level in program.levels:
+    images = program.network.example
+    for level in range(len(program.levels)):
         logits = engine.logits(level, engine.prefix(level, images.numpy()))
         with torch.no_grad():
             expected = program.logits(level, images).numpy()
         # The program's graphs are in float32 always.
-        rounded = program.ladder.precision(level) != "float32"
+        rounded = rungs(program).precision(level) != "float32"
         tolerance = 0.05 if rounded else 1e-4
         assert np.abs(logits - expected).max() <= tolerance * max(1, np.abs(expected).max()), level
 
@@ -437,7 +439,7 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
     with pytest.raises(Killed), reporting_to(stop_after(9)):
         compiler.compile(model, here / "m.pbc", options)
     assert not (here / "m.pbc").exists()
-    assert list((here / ".m.pbc.ir.work").iterdir())
+    assert list((here / ".m.pbc.work").iterdir())
     steps: list[str] = []
     with reporting_to(lambda stage, fraction, text: steps.append(text) if text else None):
         resumed = compiler.compile(model, here / "m.pbc", options)
@@ -451,7 +453,9 @@ def test_what_alignment_learned_is_what_is_shipped(compiled: Run) -> None:
     program = compiled.program
     assert pipeline.equivalence_error(program) <= 1e-4
     # The first level may be the original in another precision, which needs no alignment.
-    original, proxy = (program.graphs[f"prefix/{level}"] for level in (0, program.levels[-1]))
+    original, proxy = (
+        graph_of(program, f"prefix/{level}") for level in (0, len(program.levels) - 1)
+    )
     stem = next(name for name in tensor_names(original) if name.startswith("features.0.0.weight"))
     whole, trained = get_tensor(original, stem), get_tensor(proxy, stem)
     assert not any(torch.equal(row, other) for row in trained for other in whole)

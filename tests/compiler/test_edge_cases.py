@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from pbc.bundle import bundle
+from pbc import bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.events import EpochReport, Event, Note
-from pbc.runtime.features import features
-from pbc.runtime.features.cache import DiskStore
+from pbc.runtime.features import cache as feature_cache
+from pbc.runtime.features.stores import DiskStore
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
@@ -126,7 +126,7 @@ def test_a_prefix_batch_smaller_than_the_batch(fit: Fit) -> None:
 
 def test_one_epoch_visits_everything(fit: Fit) -> None:
     fit(epochs=1)
-    assert fit.epochs[0].rested == 0
+    assert fit.epochs[0].skipped_samples == 0
 
 
 # ---- budgets -------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_cache_smaller_than_one_batch(
         return slots
 
     tiny.write(fit.root / "m.pbc", kind)
-    monkeypatch.setattr(features, "assign_slots", two)
+    monkeypatch.setattr(feature_cache, "assign_slots", two)
     trained = {
         cache: fit(cache, cache=cache, scheduler=scheduler, skip=False) for cache in ("ram", "disk")
     }

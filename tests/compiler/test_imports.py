@@ -14,7 +14,9 @@ DEVICE_MODULES = [
     "pbc",
     "pbc.bundle",
     "pbc.cli",
-    "pbc.cli.listing",
+    "pbc.cli.targets",
+    "pbc.cli.plugins",
+    "pbc.cli.doctor",
     "pbc.cli.train",
     "pbc.data",
     "pbc.errors",
@@ -71,7 +73,7 @@ def test_commands_that_need_no_engine_load_none(args: list[str]) -> None:
 
 def test_pbcs_own_rivals_and_the_match_are_light() -> None:
     modules = (
-        "bench", "cells", "energy", "evaluator", "match", "report.charts", "report.html",
+        "cells", "compare", "energy", "evaluator", "match", "report.charts", "report.html",
         "rivals.own", "sweep",
     )  # fmt: skip
     names = imported("import " + ", ".join(f"pbc.bench.{module}" for module in modules))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,9 +32,77 @@ def test_entries_are_listed_by_name_without_importing_them() -> None:
 
 
 def test_every_group_has_a_word_and_a_member() -> None:
-    for group, word in plugins.GROUPS.items():
-        assert word
-        assert plugins.entries(group), group
+    for name, group in plugins.GROUPS.items():
+        assert group.name == name
+        assert group.word
+        assert plugins.entries(name), name
+
+
+def test_every_protocol_is_where_the_table_says() -> None:
+    for group in plugins.GROUPS.values():
+        module, _, attribute = group.protocol.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), attribute), type), group
+
+
+def test_the_documented_groups_are_those_of_the_table(root: Path) -> None:
+    text = (root / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(pbc\.\w+)` \| .*$", text, re.MULTILINE)
+    assert rows == list(plugins.GROUPS)
+    for group in plugins.GROUPS.values():
+        assert f"| `{group.name}` | {group.sentence} | `{group.protocol}` |\n" in text
+
+
+LACKING = """
+class Base:
+    stage = "prune"
+
+class Shrink(Base):
+    pass
+
+class Stageless:
+    def __call__(self, program):
+        return program
+
+class Lazy:
+    def prepare(self, state): ...
+    def run_epoch(self): ...
+    def evaluate(self, samples): ...
+
+def function(**options):
+    return Shrink()
+
+class Whole(Base):
+    def __call__(self, program):
+        return program
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "attribute", "lacking"),
+    [
+        ("pbc.passes", "Shrink", "__call__"),
+        ("pbc.passes", "Stageless", "stage"),
+        ("pbc.passes", "function", "stage"),
+        ("pbc.rivals", "Lazy", "parameters, state, facts"),
+        ("pbc.engines", "Shrink", "version, load"),
+    ],
+)
+def test_a_plugin_that_lacks_what_its_protocol_asks_for_is_refused(
+    install_plugin: Callable[..., None], group: str, attribute: str, lacking: str
+) -> None:
+    install_plugin("acme", f"[{group}]\nacme = acme_plugin:{attribute}\n", LACKING)
+    asked = plugins.GROUPS[group]
+    with pytest.raises(PbcError) as refused:
+        plugins.load(group, "acme")
+    assert str(refused.value) == (
+        f"{asked.word} 'acme' of acme 1.2.3 points at acme_plugin:{attribute}: "
+        f"it has no {lacking}, which {asked.protocol} declares: it has to be {asked.sentence}"
+    )
+
+
+def test_what_a_plugin_inherits_counts(install_plugin: Callable[..., None]) -> None:
+    install_plugin("acme", "[pbc.passes]\nacme = acme_plugin:Whole\n", LACKING)
+    assert plugins.load("pbc.passes", "acme").stage == "prune"
 
 
 @pytest.mark.parametrize("group", plugins.GROUPS)

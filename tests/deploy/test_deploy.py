@@ -24,19 +24,20 @@ import tiny
 from click.testing import CliRunner
 from deploying import PYTHON, Device, quiet
 
+from pbc import bundle as bundles
 from pbc.bundle import Bundle
-from pbc.bundle import bundle as bundles
 from pbc.cli import main
 from pbc.deploy import board as script
 from pbc.deploy import deployment
 from pbc.deploy.connection import Destination
-from pbc.deploy.deployment import Options
+from pbc.deploy.deployment import DeployOptions
 from pbc.deploy.payload import SCRIPT
 from pbc.errors import PbcError, UsageError
+from pbc.util.sizes import size_text
 
 pytestmark = pytest.mark.skipif(None in (sshd.SSHD, sshd.SSH), reason=sshd.MISSING)
 
-STEPS = ("compare", "slot", "self-test", "seal", "switch", "prune")
+STEPS = ("compare", "slot", "self-test", "mark complete", "switch", "prune")
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +100,14 @@ def test_one_version_after_the_other(device: Device) -> None:
     assert names == {slot, third}
     assert len(list((device.board.root / "packages").iterdir())) == 1
     stored = {path.name for path in (device.board.root / "store").iterdir()}
-    assert before not in {json.loads(path.read_text())["bundle"] for path in seals(device)}
+    assert before not in {json.loads(path.read_text())["bundle"] for path in markers(device)}
     assert stored == {
-        file for path in seals(device) for file in json.loads(path.read_text())["files"]
+        file for path in markers(device) for file in json.loads(path.read_text())["files"]
     }
 
 
-def seals(device: Device) -> list[Path]:
-    return list((device.board.root / "slots").glob("*/sealed.json"))
+def markers(device: Device) -> list[Path]:
+    return list((device.board.root / "slots").glob("*/complete.json"))
 
 
 def test_a_version_that_still_runs_is_not_removed(device: Device) -> None:
@@ -145,7 +146,7 @@ def test_a_kill_at_any_step_leaves_one_that_works(
             if line == step:
                 os.kill(pids[-1], signal.SIGKILL)
 
-        if step == "seal":  # made anew each time: what was not sealed is not trusted
+        if step == "mark complete":  # made anew each time: without the marker it is not trusted
             assert device.status()["half_made"] == [f"slots/{slot_of(device)}"]
         with pytest.raises(PbcError, match=r"lost it"):
             device.deploy(bundle, kill)
@@ -157,13 +158,13 @@ def test_a_kill_at_any_step_leaves_one_that_works(
 
 
 def slot_of(device: Device) -> str:
-    """The one slot that has no seal."""
+    """The one slot that has no complete marker."""
     (slot,) = unsealed(device.board.root / "slots")
     return slot.name
 
 
 def unsealed(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not (path / "sealed.json").exists()]
+    return [path for path in folder.iterdir() if not (path / "complete.json").exists()]
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -203,7 +204,7 @@ def test_a_kill_in_the_middle_of_pip_or_venv_leaves_one_that_works(
         words = "lost it" if "board" in victims else f"{tool} was ended by SIGKILL; the kernel"
         with pytest.raises(PbcError, match=words):
             device.deploy(bundle, kill, wheels=wheels)
-        while device.status()["running"]:  # a pip that nobody waits for goes on to its end
+        while device.status()["running"]:  # a pip without a parent goes on to its end
             time.sleep(0.1)
         assert device.active() == before
         (half,) = unsealed(place)
@@ -212,7 +213,7 @@ def test_a_kill_in_the_middle_of_pip_or_venv_leaves_one_that_works(
     assert device.active() == bundle.digest
     assert device.status()["half_made"] == []
     for packages in (device.board.root / "packages").iterdir():
-        assert {path.name for path in packages.iterdir()} == {"site", "sealed.json"}
+        assert {path.name for path in packages.iterdir()} == {"site", "complete.json"}
     device.rollback()
     assert device.active() == before
 
@@ -288,8 +289,8 @@ def test_a_cut_connection_goes_on_where_it_was(
     assert 0 < part["bytes"] < 8_000_000
     said: list[str] = []
     device.deploy(bundle, said.append)
-    left = (8_000_000 - part["bytes"]) / 2**20
-    assert f"copy bundle.pbc/large.bin ({left:.1f} MiB)" in said
+    left = size_text(8_000_000 - part["bytes"])
+    assert f"copy bundle.pbc/large.bin ({left})" in said
     assert device.active() == bundle.digest
 
 
@@ -306,7 +307,7 @@ def test_what_came_before_a_cut_is_verified(device: Device) -> None:
     part.write_bytes(bytes(2_000_000))
     said: list[str] = []
     device.deploy(bundle, said.append)
-    assert f"copy bundle.pbc/large.bin ({3_000_000 / 2**20:.1f} MiB)" in said
+    assert "copy bundle.pbc/large.bin (3.0 MB)" in said
     assert device.active() == bundle.digest
 
 
@@ -485,7 +486,7 @@ def test_what_is_no_destination(text: str) -> None:
 
 
 def test_no_board() -> None:
-    options = Options(ssh_options=("-F", "none", "-p", "1"))
+    options = DeployOptions(ssh_options=("-F", "none", "-p", "1"))
     with pytest.raises(PbcError, match=r"ssh cannot reach 127.0.0.1, or lost it: .*refused"):
         deployment.status("127.0.0.1", options)
 

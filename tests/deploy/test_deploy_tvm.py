@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ import wheelhouse
 from deploying import Device
 from networks import ConvNet, pruned
 
+from pbc import bundle as bundles
 from pbc import compiler
 from pbc.bundle import Bundle
-from pbc.bundle import bundle as bundles
 from pbc.errors import PbcError
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import Lower
 from pbc.targets.tvm.device_libraries import RUNTIME
-from pbc.testing import run_passes
+from pbc.testing import run_passes, with_request
 
 pytestmark = pytest.mark.skipif(None in (sshd.SSHD, sshd.SSH), reason=sshd.MISSING)
 
@@ -40,7 +39,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def device(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
-    lowered = replace(pruned(ConvNet, levels=1), engine="tvm")
+    lowered = with_request(pruned(ConvNet, levels=1), engine="tvm")
     manifest, files = compiler.package(
         run_passes(lowered, FoldBatchNorm(), DeriveTrainStep(), Lower())
     )

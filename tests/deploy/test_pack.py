@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -13,10 +14,12 @@ import pytest
 import wheelhouse
 from click.testing import CliRunner
 
-from pbc.bundle import bundle as bundles
+from pbc import bundle as bundles
 from pbc.cli import main
-from pbc.deploy.pack import Options, pack
+from pbc.deploy import pack as pack_module
+from pbc.deploy.pack import PackOptions, pack
 from pbc.errors import PbcError, UsageError
+from pbc.target import load_target
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 PYTHON = os.path.realpath(sys.executable)
@@ -31,7 +34,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def archive(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pack")
     bundle = deploying.write(folder / "net.pbc")
-    pack(bundle.path, folder / "net.tar", Options(python=VERSION, libc=glibc(), wheels=wheels))
+    pack(bundle.path, folder / "net.tar", PackOptions(python=VERSION, libc=glibc(), wheels=wheels))
     return folder / "net.tar"
 
 
@@ -57,7 +60,7 @@ def activate(folder: Path, root: Path, python: str = PYTHON) -> subprocess.Compl
 
 def test_the_same_bytes_each_time(archive: Path, wheels: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.tar"
-    options = Options(python=VERSION, libc=glibc(), wheels=wheels)
+    options = PackOptions(python=VERSION, libc=glibc(), wheels=wheels)
     told = pack(archive.with_name("net.pbc"), again, options)
     assert again.read_bytes() == archive.read_bytes()
     assert (told["python"], told["bytes"]) == (VERSION, archive.stat().st_size)
@@ -82,7 +85,7 @@ def test_activation_does_what_a_deploy_does(archive: Path, tmp_path: Path) -> No
     result = activate(folder, root)
     assert result.returncode == 0, result.stderr
     steps = [line.removesuffix(" …") for line in result.stdout.splitlines()[:-1]]
-    assert steps == ["compare", "packages", "slot", "self-test", "seal", "switch", "prune"]
+    assert steps == ["compare", "packages", "slot", "self-test", "mark complete", "switch", "prune"]
     told = subprocess.run(
         [root / "bin" / "pbc", "inspect", root / "bundle.pbc", "--json"],
         capture_output=True,
@@ -141,23 +144,40 @@ def test_wheels_that_are_not_there(tmp_path: Path) -> None:
     bundle = deploying.write(tmp_path / "net.pbc")
     some = wheelhouse.fill(tmp_path / "some", ["click"])
     with pytest.raises(PbcError, match=r"cannot collect wheels for Python .*: .*requirement pip"):
-        pack(bundle.path, tmp_path / "net.tar", Options(wheels=some))
+        pack(bundle.path, tmp_path / "net.tar", PackOptions(wheels=some))
     with pytest.raises(PbcError, match="no folder of wheels at"):
-        pack(bundle.path, tmp_path / "net.tar", Options(wheels=tmp_path / "none"))
+        pack(bundle.path, tmp_path / "net.tar", PackOptions(wheels=tmp_path / "none"))
     with pytest.raises(PbcError, match="were collected here yet: leave --offline out once"):
-        pack(bundle.path, tmp_path / "net.tar", Options(offline=True))
+        pack(bundle.path, tmp_path / "net.tar", PackOptions(offline=True))
     assert not (tmp_path / "net.tar").exists()
+
+
+def test_a_bundle_for_this_machine_is_packed_for_its_python(wheels: Path, tmp_path: Path) -> None:
+    target = load_target("host").to_json()
+    assert target["tags"]["python"] == platform.python_version()  # with the patch version
+    bundle = deploying.write(tmp_path / "net.pbc", target=target)
+    told = pack(bundle.path, tmp_path / "net.tar", PackOptions(wheels=wheels))
+    assert (told["python"], told["arch"]) == (VERSION, platform.machine())
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.11.2", "3.11.0rc1", "3.11.2+"])
+def test_wheels_are_chosen_by_the_minor_version_of_python(version: str) -> None:
+    manifest = {"requires": {}, "target": {"arch": "x86_64", "tags": {"python": version}}}
+    for options in (PackOptions(), PackOptions(python=version)):
+        python = pack_module._board_python(manifest, options)
+        assert (python.version, python.abi) == ("3.11", "cp311")
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (Options(python="3.9"), "--python-version is '3.9'; expected 3.10 or newer"),
-        (Options(python="three"), "--python-version is 'three'"),
-        (Options(libc="musl"), "--libc is 'musl'; expected glibc's version"),
+        (PackOptions(python="3.9"), "--python-version is '3.9'; expected 3.10 or newer"),
+        (PackOptions(python="three"), "--python-version is 'three'"),
+        (PackOptions(python="3.11.x.y"), "--python-version is '3.11.x.y'"),
+        (PackOptions(libc="musl"), "--libc is 'musl'; expected glibc's version"),
     ],
 )
-def test_wrong_options(options: Options, error: str, tmp_path: Path) -> None:
+def test_wrong_options(options: PackOptions, error: str, tmp_path: Path) -> None:
     bundle = deploying.write(tmp_path / "net.pbc")
     with pytest.raises(UsageError, match=error):
         pack(bundle.path, tmp_path / "net.tar", options)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pbc.runtime.engines.artifacts import default_folder
+from pbc.util.artifacts import default_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = default_folder() / "emulated"  # read at import: tests give the product a cache of their own

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.program import graph_text, op_name, tensor_names
+from pbc.ir.graph import graph_text, op_name, tensor_names
+from pbc.testing import graph_of
 
 SHAPE = (3, 16, 16)
 
@@ -63,7 +64,7 @@ def test_any_batch_runs(kind: Kind) -> None:
 
 def test_tensors_keep_the_module_s_names_and_memory() -> None:
     module, program = captured(ConvNet)
-    graph = program.graphs["model"]
+    graph = graph_of(program, "model")
     assert tensor_names(graph)[:3] == ["conv1.weight", "bn1.weight", "bn1.bias"]
     for name, tensor in module.state_dict().items():
         if name in tensor_names(graph):

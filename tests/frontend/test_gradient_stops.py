@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from pbc.errors import PbcError
-from pbc.ir.program import graph_inputs, graph_outputs, op_name
+from pbc.ir.graph import graph_inputs, graph_outputs, op_name
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.lower import Lower
@@ -183,7 +183,7 @@ def test_gradients_are_the_module_s_own(between: Callable[[Net, Tensor], Tensor]
     assert not program.notes
     x = torch.randn(5, 3, 16, 16)
     expected = gradients_of(net(x), dict(net.named_parameters()))
-    graph = program.graphs["model"]
+    graph = program.model
     # They share the module's memory.
     leaves = {name: p.requires_grad_() for name, p in graph.named_parameters()}
     found = gradients_of(graph(x)[0], leaves)
@@ -195,7 +195,7 @@ def test_gradients_are_the_module_s_own(between: Callable[[Net, Tensor], Tensor]
 
 def test_a_detach_on_the_way_to_nothing_that_trains_is_no_node() -> None:
     for strategy, expected in (("full", True), ("linear-probe", False)):
-        graph = make_program(Net(straight_through), strategy).graphs["model"]
+        graph = make_program(Net(straight_through), strategy).model
         names = [op_name(node) for node in graph.graph.nodes]
         assert ("aten.detach.default" in names) is expected
 
@@ -416,7 +416,7 @@ def test_dropout_that_is_off_and_a_counter_that_nothing_reads_are_nothing() -> N
         return nn.functional.dropout(f, 0.0, training=True)
 
     program = make_program(Net(between))
-    assert len(program.graphs["model"](torch.zeros(2, 3, 16, 16))) == 1
+    assert len(program.model(torch.zeros(2, 3, 16, 16))) == 1
 
 
 def test_control_flow_on_values_is_one_line_and_no_screen(
@@ -440,7 +440,7 @@ def test_a_derived_step_stops_there_too(between: Callable[[Net, Tensor], Tensor]
     torch.manual_seed(0)
     net = Net(between)
     program = make_program(net, "full", passes=[MarkTrainable(), SplitPrefix()])
-    gradient = differentiate(program.graphs["body/0"], {"fc.weight": 0, "fc.bias": 0})
+    gradient = differentiate(program.levels[0].body, {"fc.weight": 0, "fc.bias": 0})
     labels = torch.tensor([0, 1, 2, 3, 0])
     known = {"x": torch.randn(5, 3, 16, 16), "labels": labels, "label_smoothing": torch.tensor(0.0)}
     known |= program.parameters

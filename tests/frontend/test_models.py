@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from pbc.compiler import CompileOptions, start
 from pbc.errors import PbcError, UsageError
-from pbc.frontend import models
+from pbc.frontend import head, models
 from pbc.testing import TARGET
 
 WEIGHTS = "weights/mobilenet_v3_large.safetensors"
@@ -51,9 +53,10 @@ def test_an_unknown_timm_model_gets_a_short_suggestion() -> None:
 
 def test_the_weights_file_decides_the_class_count(examples: Path, state: dict[str, Tensor]) -> None:
     source = models.load(MODEL, str(examples / WEIGHTS), (3, 64, 64))
-    classifier = source.module.get_submodule(source.classifier)
+    classifier = source.module.get_submodule("classifier.3")
     assert isinstance(classifier, nn.Linear)
-    assert (source.classifier, classifier.out_features) == ("classifier.3", 200)
+    assert classifier.out_features == 200
+    assert source.head.parameters == {"classifier.3.weight": 1280, "classifier.3.bias": 1280}
     assert source.weights == "mobilenet_v3_large.safetensors"
     assert source.weights_sha256 is not None
     assert source.input.shape == (3, 64, 64)
@@ -172,7 +175,7 @@ def user_model(tmp_path: Path, source: str) -> str:
 def test_a_user_s_file(examples: Path) -> None:
     source = models.load(f"{examples / 'custom_model.py'}:factory", "random", (3, 32, 32))
     assert type(source.module).__name__ == "SmallResNet"
-    assert source.classifier == "classifier"
+    assert source.head.parameters == {"classifier.weight": 96, "classifier.bias": 96}
     assert source.input.shape == (3, 32, 32)
 
 
@@ -200,7 +203,7 @@ def test_a_user_s_file_takes_its_class_count_from_the_weights(
         ("def factory(): return 3", PbcError, "mine.py:factory returned int; expected a torch.nn"),
         ("def factory(): return 1 / 0", PbcError, "factory failed: ZeroDivisionError"),
         ("def factory(size): return nn.Linear(3, 3)", PbcError, "factory failed: TypeError"),
-        ("def factory(): return nn.Conv2d(3, 3, 1)", PbcError, "has no linear layer to use as a"),
+        ("def factory(): return nn.LSTM(32, 3)", PbcError, "factory does not run on inputs of sha"),
     ],
 )
 def test_a_user_s_file_that_is_broken(
@@ -226,11 +229,7 @@ def test_a_user_s_file_that_is_not_there_or_has_no_default_weights(
     ("forward", "message"),
     [
         ("return self.fc(x)", r"factory does not run on inputs of shape \[3, 16, 16\]: "),
-        (
-            "return x.mean((2, 3))",
-            r"puts out \[2, 3\] for two images, but its last linear layer fc",
-        ),
-        ("return self.fc(x.mean((2, 3))), x", "returns a tuple; pbc trains models that return one"),
+        ("return self.fc(x.mean((2, 3))), x", r"no classifier .* \(it returns a tuple\), and puts"),
         ("raise KeyError", r"does not run on inputs of shape \[3, 16, 16\]: KeyError"),
         ("y", "does not run on inputs .*: name 'y' is not defined"),
     ],
@@ -251,3 +250,59 @@ factory = Net
     with pytest.raises(PbcError, match=message) as error:
         start(user_model(tmp_path, source), options)
     one_line(error)
+
+
+def test_a_user_s_file_may_build_on_torchvision(tmp_path: Path) -> None:
+    """In a process of its own, where nothing imported it before."""
+    (tmp_path / "mine.py").write_text(
+        "import timm\n"
+        "import torchvision\n\n\n"
+        "def factory():\n"
+        "    return torchvision.models.resnet18(weights=None, num_classes=3)\n"
+    )
+    code = (
+        "from pbc.frontend import models\n"
+        f"source = models.load({str(tmp_path / 'mine.py')!r} + ':factory', 'random', (3, 32, 32))\n"
+        "print(source.head.parameters)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "{'fc.weight': 512, 'fc.bias': 512}" in result.stdout, result.stderr
+
+
+def test_weights_saved_from_a_wrapper_are_said(examples: Path, tmp_path: Path) -> None:
+    name = f"{examples / 'custom_model.py'}:factory"
+    module = models.load(name, "random", (3, 32, 32)).module
+    path = tmp_path / "w.safetensors"
+    save_file({f"state_dict.model.{n}": t.clone() for n, t in module.state_dict().items()}, path)
+    source = models.load(name, str(path), (3, 32, 32), seed=1)
+    assert source.notes == ("'state_dict.model.' was taken off the names in w.safetensors",)
+    for parameter, value in module.named_parameters():
+        assert torch.equal(source.module.get_parameter(parameter), value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("timm:deit_tiny_distilled_patch16_224", (3, 32, 48), {"head", "head_dist"}),
+        ("timm:swin_tiny_patch4_window7_224", (3, 64, 96), {"head.fc"}),
+        ("timm:dla34", (3, 64, 64), {"fc"}),
+        ("timm:maxvit_rmlp_pico_rw_256", (3, 128, 128), {"head.fc"}),
+        ("squeezenet1_1", (3, 64, 64), {"classifier.1"}),
+    ],
+)
+def test_heads_of_library_networks(
+    name: str, shape: tuple[int, int, int], parameters: set[str]
+) -> None:
+    source = models.load(name, "random", shape)
+    assert {name.rpartition(".")[0] for name in source.head.parameters} == parameters
+    head.resize(source.module, source.head, 3)
+    with torch.no_grad():
+        assert source.module(torch.randn(2, *shape)).shape == (2, 3)
+
+
+def test_a_library_s_backbone_gets_a_head() -> None:
+    source = models.load("timm:vit_small_patch14_dinov2", "random", (3, 28, 28))
+    assert source.head.parameters == {"added_head.weight": 384, "added_head.bias": 384}
+    assert "its outputs come from `native_layer_norm` in norm" in source.notes[0]

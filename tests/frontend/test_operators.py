@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from pbc.frontend.capture import capture
-from pbc.ir.program import get_tensor, op_name, tensor_names
+from pbc.ir.graph import get_tensor, op_name, tensor_names
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.runtime.engines.pytorch.engine import _Program

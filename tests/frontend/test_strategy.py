@@ -2,17 +2,25 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
 
 import pytest
 import torch
 import zoo
-from networks import AttentionNet, ConvNet, ResidualNet, captured
+from networks import ConvNet, ResidualNet, captured
 from torch import Tensor, nn
 
+from pbc.data import InputSpec
 from pbc.errors import PbcError, UsageError
-from pbc.frontend import strategy
-from pbc.testing import assert_gradients, eager_gradients, gradients, make_program, retarget
+from pbc.frontend import models, strategy
+from pbc.frontend.traced_network import TracedNetwork
+from pbc.testing import (
+    assert_gradients,
+    eager_gradients,
+    gradients,
+    graph_of,
+    make_program,
+    retarget,
+)
 
 # What each strategy trains, as patterns over the names of all parameters.
 EXPECTED = {
@@ -55,8 +63,8 @@ def test_on_every_architecture(model: str, text: str) -> None:
     program = zoo.split(program)
     assert program.parameters.keys() == program.trainable
     with torch.no_grad():
-        expected = module(program.example)
-        logits = program.logits(0, program.example)
+        expected = module(program.network.example)
+        logits = program.logits(0, program.network.example)
     assert float((logits - expected).abs().max()) <= 1e-4 * max(1, float(expected.abs().max()))
     assert_gradients(gradients(program), eager_gradients(module, program), tolerance=2e-3)
 
@@ -64,24 +72,24 @@ def test_on_every_architecture(model: str, text: str) -> None:
 @pytest.mark.parametrize("model", ["resnet50", "mobilenet_v3_large", "vit_b_16"])
 def test_frozen_layers_before_what_trains_are_in_the_prefix(model: str) -> None:
     program = zoo.split(zoo.apply("last-k:2", model, zoo.SMALL[model]).program)
-    assert list(program.graphs) == ["prefix/0", "body/0"]
+    assert program.levels[0].prefix is not None
     whole = zoo.split(zoo.apply("full", model, zoo.SMALL[model]).program)
-    assert list(whole.graphs) == ["body/0"]
+    assert whole.levels[0].prefix is None
 
 
 def test_a_model_starts_as_it_was_under_adapters() -> None:
     module, program = zoo.captured("mobilenet_v3_large", zoo.SMALL["mobilenet_v3_large"])
     adapted = copy.deepcopy(module)
-    strategy.Adapters(2).insert(adapted, program.example)
+    facts = program.network
+    traced = TracedNetwork.of(adapted, facts.head, facts.example)
+    strategy.Adapters(2).insert(traced, facts.example)
     with torch.no_grad():
-        assert torch.equal(adapted(program.example), module(program.example))
+        assert torch.equal(adapted(program.network.example), module(program.network.example))
 
 
 def test_adapters_suit_what_the_blocks_put_out() -> None:
     image = captured(ResidualNet, "adapters:1").program
     assert "conv2d" in image.text().partition("adapter.down.weight")[0].splitlines()[-1]
-    module = nn.Sequential(nn.Sequential(ResidualNet().blocks[0]), nn.Flatten(), nn.Linear(1024, 3))
-    assert strategy.blocks(module) == ["0.0"]
 
 
 class Encoder(nn.Module):
@@ -104,7 +112,7 @@ class Encoder(nn.Module):
 
 def test_adapters_on_token_sequences() -> None:
     program = make_program(Encoder(), "adapters:1")
-    weights = dict(program.graphs["model"].named_parameters())
+    weights = dict(graph_of(program, "model").named_parameters())
     assert weights["layers.1.adapter.down.weight"].shape == (8, 16)
     assert weights["layers.1.adapter.up.weight"].shape == (16, 8)
 
@@ -112,21 +120,22 @@ def test_adapters_on_token_sequences() -> None:
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3, 3)
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+        return self.layers(x), x
 
 
 def test_adapters_need_one_tensor_per_block() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            self.stem = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(3)])
             self.layers = nn.Sequential(Pair())
             self.fc = nn.Linear(3, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.fc(self.layers(x)[0].mean((2, 3)))
+            logits: Tensor = self.fc(self.layers(self.stem(x))[0].mean((2, 3)))
             return logits
 
     with pytest.raises(PbcError, match=r"block layers.0 puts out tuple; adapters need one tensor"):
@@ -158,9 +167,7 @@ def test_what_cannot_be_meant(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("text", ["last-k:4", "adapters:4"])
 def test_more_blocks_than_there_are(text: str) -> None:
-    message = (
-        "ResidualNet has 3 residual blocks or encoder layers; the strategy asks for the last 4"
-    )
+    message = r"ResidualNet has 3 blocks; the strategy asks for the last 4 \(--blocks PATTERN says"
     with pytest.raises(PbcError, match=message):
         make_program(ResidualNet(), text)
 
@@ -208,32 +215,27 @@ class Pool(nn.Module):
         return flat
 
 
+def network(module: nn.Module) -> TracedNetwork:
+    spec = InputSpec((3, 16, 16), models.IMAGENET_MEAN, models.IMAGENET_STD)
+    source = models.given(module, "net", spec)
+    return TracedNetwork.of(source.module, source.head, torch.zeros(2, 3, 16, 16))
+
+
 def activated() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(ConvNormAct()), Pool(), nn.Linear(8, 4))
 
 
 def test_a_norm_may_have_its_activation_inside() -> None:
-    trainable = strategy.parse("norm").trainable(activated(), "2")
-    assert trainable == {"0.0.bn.weight", "0.0.bn.bias", "2.weight", "2.bias"}
+    assert strategy.parse("norm").trainable(network(activated())) == {
+        "0.0.bn.weight",
+        "0.0.bn.bias",
+    }
 
 
 def test_a_block_has_something_to_train() -> None:
-    assert strategy.blocks(activated()) == ["0.0"]
-    trainable = strategy.parse("last-k:1").trainable(activated(), "2")
+    assert network(activated()).blocks == ("0.0",)
+    trainable = strategy.parse("last-k:1").trainable(network(activated()))
     assert "0.0.conv.weight" in trainable
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        (lambda: ResidualNet(), ["blocks.0", "blocks.1", "blocks.2"]),
-        (lambda: ConvNet(), []),
-        (lambda: AttentionNet(), []),
-        (lambda: Encoder(), ["layers.0", "layers.1"]),
-    ],
-)
-def test_blocks(kind: Callable[[], nn.Module], expected: list[str]) -> None:
-    assert strategy.blocks(kind()) == expected
 
 
 def test_the_classifier_always_trains() -> None:

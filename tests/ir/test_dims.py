@@ -19,8 +19,11 @@ from torch import nn
 
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import Axis, Dims, Variable, atoms, fix, join, size, split
-from pbc.ir.program import MODEL, Program, body
-from pbc.ir.slice_graph import emit
+from pbc.ir.levels import LevelGraphs, LevelPlan
+from pbc.ir.program import Program
+from pbc.ir.slice_graph import slice_graph
+from pbc.passes.prune_dims import proxy
+from pbc.testing import graph_of
 
 LARGE = (3, 224, 224)
 
@@ -151,7 +154,7 @@ def test_groups_are_those_of_torch_pruning(
 ) -> None:
     module, program = zoo.captured(model, shape)
     # Nothing trains, so that the classifier takes part.
-    dims = analyse(replace(program, graphs={body(0): program.graphs[MODEL]}))
+    dims = analyse(LevelGraphs(graph_of(program, "model")))
     assert not dims.unknown
     theirs = groups_of_the_oracle(module, (3, 64, 64) if shape == LARGE else shape)
     ours = groups_of_ours(dims, module)
@@ -202,25 +205,25 @@ def test_multiply_accumulates_are_those_of_the_papers(model: str, billions: floa
     assert dims.macs() / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-# ---- emission ------------------------------------------------------------------------------
+# ---- slicing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", zoo.SMALL)
-def test_emitting_everything_is_exact(model: str) -> None:
+def test_slicing_everything_is_exact(model: str) -> None:
     program = zoo.analysed("linear-probe", model, zoo.SMALL[model])
     assert program.dims is not None
-    graph = program.graphs["prefix/0"]
+    graph = graph_of(program, "prefix/0")
     everything = {d.name: list(range(d.size)) for d in program.dims.independent()}
     with torch.no_grad():
-        image = program.example[:1]
+        image = program.network.example[:1]
         (expected,) = graph(image)
         for keep in ({}, everything):
-            (got,) = emit(graph, program.dims, keep)(image)
+            (got,) = slice_graph(graph, program.dims, keep)(image)
             assert torch.equal(got, expected)
 
 
 def check_random_plan(program: Program, data: st.DataObject, batches: Iterable[int]) -> None:
-    """Emit a plan of any widths and any indices; what leaves keeps its shape."""
+    """Slice by a plan of any widths and any indices; what leaves keeps its shape."""
     assert program.dims is not None
     keep = {}
     for dimension in program.dims.independent():
@@ -228,23 +231,24 @@ def check_random_plan(program: Program, data: st.DataObject, batches: Iterable[i
         order = torch.randperm(dimension.size, generator=torch.Generator().manual_seed(count))
         keep[dimension.name] = sorted(order[:count].tolist())
     counts = {name: len(index) for name, index in keep.items()}
-    emitted = {name: emit(graph, program.dims, keep) for name, graph in program.graphs.items()}
-    proxy = replace(program, graphs=emitted)
-    proxy.check()
+    original, plan = program.levels[0], LevelPlan(counts, 1.0, 0.0)
+    sliced = proxy(original, plan, program.dims, keep)
+    replace(program, levels=(sliced,)).check()
     with torch.no_grad():
         for batch in batches:
-            images = program.example[:1].expand(batch, -1, -1, -1)
-            expected = [tensor.shape for tensor in program.features(0, images)]
-            assert [tensor.shape for tensor in proxy.features(0, images)] == expected
-            assert proxy.logits(0, images).shape == (batch, program.reference.shape[1])
+            images = program.network.example[:1].expand(batch, -1, -1, -1)
+            expected = [tensor.shape for tensor in original.features(images).values()]
+            assert [tensor.shape for tensor in sliced.features(images).values()] == expected
+            logits = sliced.logits(images, program.parameters)
+            assert logits.shape == (batch, program.network.reference.shape[1])
     stored = {
         name: tensor.numel()
-        for graph in emitted.values()
+        for graph in sliced.frozen
         for name, tensor in (*graph.named_parameters(), *graph.named_buffers())
     }
     assert 4 * sum(stored.values()) == program.dims.bytes(counts)
-    # Costs are known without emitting: analysing the proxy afresh finds the same.
-    assert analyse(proxy).macs() == pytest.approx(program.dims.macs(counts))
+    # Costs are known without slicing: analysing the proxy afresh finds the same.
+    assert analyse(sliced).macs() == pytest.approx(program.dims.macs(counts))
 
 
 @pytest.mark.parametrize("model", zoo.SMALL)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, pruned, settled
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program
 from pbc.passes.align import Align
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
@@ -27,6 +28,8 @@ from pbc.testing import (
     gradients,
     make_program,
     run_passes,
+    rungs,
+    with_request,
 )
 from pbc.util.progress import reporting_to
 
@@ -41,7 +44,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_norms(folder: Path) -> Program:
     """A network whose batch norms know the photos' statistics, as those of a trained one do."""
     module = settled(ConvNet())
-    spec = pruned(ConvNet).input
+    spec = pruned(ConvNet).network.input
     data = calibration(folder, spec)
     for norm in (module.get_submodule("bn1"), module.get_submodule("bn2")):
         norm.momentum = None  # type: ignore[assignment]
@@ -54,15 +57,14 @@ def trained_norms(folder: Path) -> Program:
 
 def with_data(kind: Kind, strategy: str, folder: Path) -> Program:
     program = pruned(kind, strategy)
-    return replace(program, calibration=calibration(folder, program.input))
+    return replace(program, calibration=calibration(folder, program.network.input))
 
 
 def weights(program: Program, level: int) -> dict[str, torch.Tensor]:
     return {
-        f"{kind(level)}: {name}": get_tensor(program.graphs[kind(level)], name)
-        for kind in (prefix, body)
-        if kind(level) in program.graphs
-        for name in tensor_names(program.graphs[kind(level)])
+        f"{role}: {name}": get_tensor(graph, name)
+        for role, graph in program.levels[level].graphs.items()
+        for name in tensor_names(graph)
     }
 
 
@@ -73,26 +75,26 @@ def test_alignment_brings_proxies_nearer_and_leaves_level_0_alone(
     before = trained_norms(photos) if kind is ConvNet else with_data(kind, strategy, photos)
     data = before.calibration
     assert data is not None
-    unaligned = sample_fidelity(before, [1, 2], data, data.held_out).mean(0)
+    unaligned = sample_fidelity(before, before.levels[1:], data, data.held_out).mean(0)
     after = assert_unchanged(Align(align_steps=60), before)
     assert after.text() == before.text()
     assert_equivalent(before, after)
     assert_gradients(gradients(after), gradients(before))
     for name, tensor in weights(before, 0).items():
         assert torch.equal(weights(after, 0)[name], tensor), name
-    levels = after.ladder.levels
+    levels = rungs(after).levels
     assert [level.status for level in levels] == ["original", "aligned", "aligned"]
     assert levels[0].fidelity == 1.0
     for level, start in zip(levels[1:], unaligned, strict=True):
         assert level.fidelity is not None
         assert start < level.fidelity <= 1.0
-    measured = sample_fidelity(after, [1, 2], data, data.held_out).mean(0)
+    measured = sample_fidelity(after, after.levels[1:], data, data.held_out).mean(0)
     assert [level.fidelity for level in levels[1:]] == pytest.approx(measured, abs=1e-5)
 
 
 def test_gradients_still_reach_everything_that_trains(photos: Path) -> None:
     after = Align(align_steps=2)(with_data(ResidualNet, "adapters:2", photos))
-    for level in after.levels:
+    for level in range(len(after.levels)):
         assert gradients(after, level).keys() == after.parameters.keys()
         assert all(not t.requires_grad for t in weights(after, level).values())
 
@@ -101,9 +103,9 @@ def test_the_same_seed_gives_the_same_bits(photos: Path) -> None:
     program = with_data(ConvNet, "linear-probe", photos)
     first, second = (Align(align_steps=3)(program) for _ in range(2))
     assert_same(first, second)
-    other = Align(align_steps=3)(replace(program, seed=1))
+    other = Align(align_steps=3)(with_request(program, seed=1))
     assert not torch.equal(
-        weights(first, 1)["prefix/1: conv2.weight"], weights(other, 1)["prefix/1: conv2.weight"]
+        weights(first, 1)["prefix: conv2.weight"], weights(other, 1)["prefix: conv2.weight"]
     )
 
 
@@ -119,7 +121,7 @@ def test_an_interrupted_alignment_continues_to_the_same_bits(
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     program = with_data(ConvNet, "linear-probe", photos)
     whole = Align(align_steps=8)(program)
-    program = replace(program, work=tmp_path / "work")
+    program = with_request(program, work=tmp_path / "work")
     count = 0
 
     def stop(stage: str, fraction: float, text: str) -> None:
@@ -141,7 +143,7 @@ def test_an_interrupted_alignment_continues_to_the_same_bits(
 def test_ctrl_c_ends_after_the_step_and_loses_nothing(photos: Path, tmp_path: Path) -> None:
     program = with_data(ConvNet, "linear-probe", photos)
     whole = Align(align_steps=6)(program)
-    program = replace(program, work=tmp_path / "work")
+    program = with_request(program, work=tmp_path / "work")
     original = signal.getsignal(signal.SIGINT)
 
     def press(stage: str, fraction: float, text: str) -> None:
@@ -158,9 +160,11 @@ def test_ctrl_c_ends_after_the_step_and_loses_nothing(photos: Path, tmp_path: Pa
 
 
 def test_what_was_saved_for_another_alignment_is_not_used(photos: Path, tmp_path: Path) -> None:
-    program = replace(with_data(ConvNet, "linear-probe", photos), work=tmp_path / "work")
+    program = with_request(with_data(ConvNet, "linear-probe", photos), work=tmp_path / "work")
     Align(align_steps=2)(program)
-    assert_same(Align(align_steps=3)(program), Align(align_steps=3)(replace(program, work=None)))
+    assert_same(
+        Align(align_steps=3)(program), Align(align_steps=3)(with_request(program, work=None))
+    )
 
 
 def test_a_time_budget_ends(photos: Path) -> None:
@@ -212,10 +216,10 @@ def test_augmented_images_keep_their_shape_and_are_repeatable() -> None:
 def test_without_calibration_data_nothing_is_aligned() -> None:
     program = pruned(ConvNet)
     assert_same(program, assert_unchanged(Align(align_steps=1), program))
-    assert {level.status for level in program.ladder.levels[1:]} == {"unaligned"}
+    assert {level.status for level in rungs(program).levels[1:]} == {"unaligned"}
 
 
 def test_without_proxies_there_is_nothing_to_align(photos: Path) -> None:
     program = with_data(ConvNet, "norm", photos)
-    assert list(program.levels) == [0]
+    assert len(program.levels) == 1
     assert_same(program, run_passes(program, Align(align_steps=1)))

@@ -11,11 +11,11 @@ from networks import ConvNet, Kind, ResidualNet, pruned, split
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc import compiler
-from pbc.bundle import bundle
-from pbc.ir.program import (
+from pbc import bundle, compiler
+from pbc.bundle.graph_name import FORWARD, update
+from pbc.bundle.optimizers import OPTIMIZERS
+from pbc.ir.graph import (
     NAME,
-    Program,
     get_tensor,
     graph_inputs,
     graph_outputs,
@@ -23,39 +23,51 @@ from pbc.ir.program import (
     output_node,
     output_nodes,
     placeholders,
-    step_forward,
-    step_update,
     tensor_names,
 )
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
 from pbc.passes import derive_train_step
 from pbc.passes.derive_train_step import CHECK, DeriveTrainStep
 from pbc.passes.lower import Lower
-from pbc.testing import assert_same, assert_text, assert_unchanged, make_program, run_passes
+from pbc.testing import (
+    assert_same,
+    assert_text,
+    assert_unchanged,
+    graph_of,
+    make_program,
+    run_passes,
+    with_request,
+)
 from pbc.training_graph.autodiff import Gradient, differentiate
-from pbc.training_graph.optimizers import OPTIMIZERS, with_update
+from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import TOLERANCE
 
 aten = torch.ops.aten
 
 
 def on_onnxruntime(program: Program) -> Program:
-    return replace(program, engine="onnxruntime")
+    return with_request(program, engine="onnxruntime")
+
+
+def without_step(level: LevelGraphs) -> LevelGraphs:
+    return replace(level, forward=None, updates={})
 
 
 def test_a_linear_probe_becomes_two_graphs() -> None:
     before = on_onnxruntime(split(ConvNet))
     after = assert_unchanged(DeriveTrainStep(), before)
-    assert list(after.graphs) == [
+    assert set(after.graphs) == {
         *before.graphs,
-        "forward/0",
-        *(f"update/0/{o}" for o in OPTIMIZERS),
-    ]
-    assert_same(before, replace(after, graphs={name: after.graphs[name] for name in before.graphs}))
+        FORWARD.at(0),
+        *(update(name).at(0) for name in OPTIMIZERS),
+    }
+    assert_same(before, replace(after, levels=(without_step(after.levels[0]),)))
     assert_text(
         after,
         """
         graph forward/0 takes
-          %mean: [b, 24]
+          %feature_0: [b, 24]
           %theta_fc_weight: [classes, 24] = θ[fc.weight]
           %theta_fc_bias: [classes] = θ[fc.bias]
           %labels: [b]
@@ -63,7 +75,7 @@ def test_a_linear_probe_becomes_two_graphs() -> None:
         does
           %sym_size_int_4 = sym_size.int(%theta_fc_weight, 0)
           %permute: [24, classes] = permute(%theta_fc_weight, [1, 0])
-          %addmm: [b, classes] = addmm(%theta_fc_bias, %mean, %permute)
+          %addmm: [b, classes] = addmm(%theta_fc_bias, %feature_0, %permute)
           %_log_softmax: [b, classes] = _log_softmax(%addmm, 1, False)
           %unsqueeze: [b, 1] = unsqueeze(%labels, 1)
           %arange: [classes] = arange.start_step(0, %sym_size_int_4, layout=torch.strided, \
@@ -75,11 +87,12 @@ device=cpu)
           %sum_1: [b] = sum.dim_IntList(%where, [1])
           %sub: [] = sub.Tensor(%label_smoothing, 1)
           %mul: [b] = mul.Tensor(%sub, %sum_1)
-          %mean_1: [b] = mean.dim(%_log_softmax, [1])
-          %mul_1: [b] = mul.Tensor(%label_smoothing, %mean_1)
+          %mean: [b] = mean.dim(%_log_softmax, [1])
+          %mul_1: [b] = mul.Tensor(%label_smoothing, %mean)
           %sub_1: [b] = sub.Tensor(%mul, %mul_1)
-          %mean_2: [] = mean(%sub_1)
-        returns %mean_2, %sub_1, %addmm, %_log_softmax, %eq, %sub
+          %mean_1: [] = mean(%sub_1)
+        returns %mean_1 as loss, %sub_1 as losses, %addmm as logits, \
+%_log_softmax as saved/_log_softmax, %eq as saved/eq, %sub as saved/sub
         """,
         "forward/0",
     )
@@ -87,7 +100,7 @@ device=cpu)
         after,
         """
         graph update/0/sgd takes
-          %mean: [b, 24]
+          %feature_0: [b, 24]
           %theta_fc_weight: [classes, 24] = θ[fc.weight]
           %label_smoothing: []
           %_log_softmax: [b, classes]
@@ -100,7 +113,7 @@ device=cpu)
           %momentum: []
           %weight_decay: []
         does
-          %sym_size_int_3 = sym_size.int(%mean, 0)
+          %sym_size_int_3 = sym_size.int(%feature_0, 0)
           %full: [b] = full([%sym_size_int_3], 1.0, dtype=torch.float32)
           %div: [b] = div.Scalar(%full, %sym_size_int_3)
           %neg: [b] = neg(%div)
@@ -120,7 +133,7 @@ device=cpu)
           %mul_4: [b, classes] = mul.Tensor(%exp, %sum_2)
           %sub_2: [b, classes] = sub.Tensor(%add, %mul_4)
           %permute_1: [classes, b] = permute(%sub_2, [1, 0])
-          %mm: [classes, 24] = mm(%permute_1, %mean)
+          %mm: [classes, 24] = mm(%permute_1, %feature_0)
           %permute_2: [24, classes] = permute(%mm, [1, 0])
           %sum_3: [1, classes] = sum.dim_IntList(%sub_2, [0], True)
           %view: [classes] = reshape(%sum_3, [-1])
@@ -143,19 +156,20 @@ device=cpu)
           %add_tensor_3: [classes] = add.Tensor(%mul_tensor_4, %add_tensor_2)
           %mul_tensor_5: [classes] = mul.Tensor(%add_tensor_3, %reshape_default_3)
           %sub_tensor_1: [classes] = sub.Tensor(%theta_fc_bias, %mul_tensor_5)
-        returns %sub_tensor, %add_tensor_1, %sub_tensor_1, %add_tensor_3
+        returns %sub_tensor as new/fc.weight, %add_tensor_1 as new/momentum/fc.weight, \
+%sub_tensor_1 as new/fc.bias, %add_tensor_3 as new/momentum/fc.bias
         """,
         "update/0/sgd",
     )
     for name in ("adam", "adamw"):
-        text = graph_text("", after.graphs[f"update/0/{name}"])
+        text = graph_text("", graph_of(after, f"update/0/{name}"))
         assert "sqrt(" in text
         assert "%square_correction" in text
 
 
 def test_an_engine_that_differentiates_by_itself_is_left_to_do_so() -> None:
     before = split(ConvNet)
-    assert before.engine == "pytorch"
+    assert before.request.engine == "pytorch"
     after = assert_unchanged(DeriveTrainStep(), before)
     assert_same(before, after)
     assert CHECK not in after.checks
@@ -179,20 +193,17 @@ def derivations(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
 
 def test_levels_of_one_body_share_a_step(derivations: list[GraphModule]) -> None:
     program = DeriveTrainStep()(on_onnxruntime(pruned(ConvNet, levels=2)))
-    assert list(program.levels) == [0, 1, 2]
+    assert len(program.levels) == 3
     assert len(derivations) == 1
     assert list(program.checks[CHECK]) == ["0"]
-    for level in program.levels:
-        for first, name in [
-            ("forward/0", step_forward(level)),
-            *((step_update(0, o), step_update(level, o)) for o in OPTIMIZERS),
-        ]:
-            assert graph_text("", program.graphs[name]) == graph_text("", program.graphs[first])
-            assert graph_inputs(program.graphs[name]) == graph_inputs(program.graphs[first])
-            names = [graph_outputs(name, program.graphs[n]) for n in (name, first)]
-            assert names[0] == names[1]
+    for level in range(len(program.levels)):
+        for role in (FORWARD, *(update(name) for name in OPTIMIZERS)):
+            first, own = (program.levels[n].graphs[role] for n in (0, level))
+            assert graph_text("", own) == graph_text("", first)
+            assert graph_inputs(own) == graph_inputs(first)
+            assert graph_outputs(own) == graph_outputs(first)
     # Copies: a pass may change one level's graph.
-    assert program.graphs["forward/1"] is not program.graphs["forward/0"]
+    assert graph_of(program, "forward/1") is not graph_of(program, "forward/0")
 
 
 def test_levels_of_other_bodies_have_steps_of_their_own(derivations: list[GraphModule]) -> None:
@@ -200,21 +211,22 @@ def test_levels_of_other_bodies_have_steps_of_their_own(derivations: list[GraphM
     program = assert_unchanged(DeriveTrainStep(), before)
     assert len(derivations) == 2
     assert list(program.checks[CHECK]) == ["0", "1"]
-    for level in program.levels:
+    for level in range(len(program.levels)):
         assert set(program.checks[CHECK][str(level)]) == set(OPTIMIZERS)
-        forward, body = program.graphs[step_forward(level)], program.graphs[f"body/{level}"]
+        forward, body = graph_of(program, f"forward/{level}"), graph_of(program, f"body/{level}")
         shared = set(tensor_names(forward)) & set(tensor_names(body))
         assert "blocks.2.up.weight" in shared
         for name in shared:
             assert get_tensor(forward, name) is get_tensor(body, name)
     widths = {
-        get_tensor(program.graphs[step_forward(level)], "blocks.2.up.weight").shape[1]
-        for level in program.levels
+        get_tensor(graph_of(program, f"forward/{level}"), "blocks.2.up.weight").shape[1]
+        for level in range(len(program.levels))
     }
     assert len(widths) == 2
     # What moves is the same at every level.
     moved = {
-        tuple(graph_outputs("", program.graphs[step_update(k, "adam")])) for k in program.levels
+        tuple(graph_outputs(graph_of(program, f"update/{k}/adam")))
+        for k in range(len(program.levels))
     }
     assert len(moved) == 1
 
@@ -229,10 +241,12 @@ def test_the_errors_of_the_check_are_in_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_closed_head_is_checked_at_its_own_classes() -> None:
-    before = replace(on_onnxruntime(split(ConvNet)), class_count=10)
+    before = with_request(on_onnxruntime(split(ConvNet)), class_count=10)
     after = assert_unchanged(DeriveTrainStep(), before)
     (weight,) = (
-        node for node in placeholders(after.graphs["forward/0"]) if node.name == "theta_fc_weight"
+        node
+        for node in placeholders(graph_of(after, "forward/0"))
+        if node.name == "theta_fc_weight"
     )
     assert list(weight.meta["val"].shape) == [10, 24]
 

@@ -14,6 +14,7 @@ from networks import AttentionNet, ConvNet, Kind, calibration, pruned
 from torch import Tensor
 
 from pbc.bundle.ladder import ALIGNED
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.passes import fit_accuracy_map
 from pbc.passes.fit_accuracy_map import (
@@ -29,7 +30,14 @@ from pbc.passes.fit_accuracy_map import (
     ridge,
     whitening,
 )
-from pbc.testing import assert_equivalent, assert_gradients, assert_unchanged, gradients, run_passes
+from pbc.testing import (
+    assert_equivalent,
+    assert_gradients,
+    assert_unchanged,
+    gradients,
+    run_passes,
+    rungs,
+)
 
 Open = Callable[[Kind, str], Program]
 
@@ -41,12 +49,14 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
 
     def aligned(kind: Kind, strategy: str) -> Program:
         program = pruned(kind, strategy)
-        levels = program.ladder.levels
-        proxies = [replace(lv, status=ALIGNED, fidelity=1 - 0.1 * lv.level) for lv in levels[1:]]
+        proxies = (
+            replace(level, status=ALIGNED, fidelity=1 - 0.1 * number)
+            for number, level in enumerate(program.levels[1:], 1)
+        )
         return replace(
             program,
-            ladder=replace(program.ladder, levels=(levels[0], *proxies)),
-            calibration=calibration(folder, program.input, 60),
+            levels=(program.levels[0], *proxies),
+            calibration=calibration(folder, program.network.input, 60),
         )
 
     return aligned
@@ -64,8 +74,8 @@ def test_a_map_and_a_loss_for_every_level(opened: Open, kind: Kind, strategy: st
     assert fidelities == pytest.approx(sorted(set(np.round(expected, 12))))
     assert list(losses) == sorted(losses, reverse=True)
     assert after.accuracy_map[-1] == (1.0, 0.0)
-    assert [level.accuracy_loss is None for level in after.ladder.levels] == [True, False, False]
-    assert all((level.accuracy_loss or 0) >= 0 for level in after.ladder.levels)
+    assert [level.accuracy_loss is None for level in rungs(after).levels] == [True, False, False]
+    assert all((level.accuracy_loss or 0) >= 0 for level in rungs(after).levels)
     # Proxies of a random network, never aligned: what they send tells little.
     assert losses[0] > 5
 
@@ -74,7 +84,7 @@ def test_the_same_seed_gives_the_same_map(opened: Open) -> None:
     program = opened(ConvNet, "linear-probe")
     first, second = (run_passes(program, FitAccuracyMap()) for _ in range(2))
     assert first.accuracy_map == second.accuracy_map
-    assert first.ladder == second.ladder
+    assert rungs(first) == rungs(second)
 
 
 def test_a_level_like_the_original_loses_nothing(
@@ -83,13 +93,13 @@ def test_a_level_like_the_original_loses_nothing(
     program = opened(ConvNet, "linear-probe")
     read = head_inputs
 
-    def original(program: Program, level: int, *rest: object) -> Tensor:
-        return read(program, 0, *rest)  # type: ignore[arg-type]
+    def original(program: Program, level: LevelGraphs, *rest: object) -> Tensor:
+        return read(program, program.levels[0], *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fit_accuracy_map, "head_inputs", original)
     after = run_passes(program, FitAccuracyMap())
     assert {lost for _, lost in after.accuracy_map} == {0.0}
-    assert [level.accuracy_loss for level in after.ladder.levels] == [None, 0, 0]
+    assert [level.accuracy_loss for level in rungs(after).levels] == [None, 0, 0]
 
 
 def test_without_aligned_levels_it_does_nothing(opened: Open) -> None:
@@ -100,13 +110,13 @@ def test_without_aligned_levels_it_does_nothing(opened: Open) -> None:
     ):
         after = assert_unchanged(FitAccuracyMap(), program)
         assert after.accuracy_map == ()
-        assert after.ladder == program.ladder
+        assert rungs(after) == rungs(program)
         assert after.notes == program.notes
 
 
 def test_too_few_images_are_noted(opened: Open, tmp_path: Path) -> None:
     program = opened(ConvNet, "linear-probe")
-    program = replace(program, calibration=calibration(tmp_path, program.input, 20))
+    program = replace(program, calibration=calibration(tmp_path, program.network.input, 20))
     after = run_passes(program, FitAccuracyMap())
     assert after.accuracy_map == ()
     assert after.notes[-1] == (
@@ -128,10 +138,9 @@ def test_the_head_reads_what_makes_the_logits(
     program = opened(kind, strategy)
     data = program.calibration
     assert data is not None
-    read = head_inputs(program, level, data, data.held_out)
-    assert read.shape == (len(data.held_out), program.head.in_features)
-    assert program.head.bias is not None
-    weight, bias = (program.parameters[n] for n in (program.head.weight, program.head.bias))
+    read = head_inputs(program, program.levels[level], data, data.held_out)
+    weight, bias = (program.parameters[name] for name in program.network.head.parameters)
+    assert read.shape == (len(data.held_out), weight.shape[1])
     with torch.no_grad():
         expected = program.logits(level, data.batch(data.held_out))
         assert torch.allclose(read @ weight.T + bias, expected, atol=1e-4)
@@ -142,14 +151,14 @@ def test_a_level_is_read_in_its_precision(opened: Open, strategy: str) -> None:
     program = opened(AttentionNet, strategy)
     data = program.calibration
     assert data is not None
-    levels = [replace(lv, precision="bfloat16") for lv in program.ladder.levels]
-    rounded = replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
-    exact = head_inputs(program, 1, data, data.held_out)
-    low = head_inputs(rounded, 1, data, data.held_out)
+    level = program.levels[1]
+    rounded = replace(level, precision="bfloat16")
+    exact = head_inputs(program, level, data, data.held_out)
+    low = head_inputs(program, rounded, data, data.held_out)
     assert low.dtype == torch.float32
     assert 0 < float((low - exact).abs().max()) < 0.05 * float(exact.abs().max())
     # The program's own tensors keep their precision.
-    assert torch.equal(head_inputs(program, 1, data, data.held_out), exact)
+    assert torch.equal(head_inputs(program, level, data, data.held_out), exact)
 
 
 # ---- the parts -------------------------------------------------------------------------------

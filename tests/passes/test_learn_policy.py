@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import ConvNet, calibration, pruned
 
-from pbc.bundle.ladder import ALIGNED, ORIGINAL, Ladder, Level
+from pbc.bundle.graph_name import POLICY
+from pbc.bundle.ladder import ALIGNED, ORIGINAL, Level
 from pbc.ir.calibration import Calibration
-from pbc.ir.program import POLICY, Program, op_name, placeholders, shape_of
+from pbc.ir.graph import op_name, placeholders, shape_of
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Policy, Program
 from pbc.passes import learn_policy
 from pbc.passes.learn_policy import (
     LearnPolicy,
@@ -37,7 +40,9 @@ from pbc.testing import (
     assert_text,
     assert_unchanged,
     gradients,
+    graph_of,
     run_passes,
+    with_request,
 )
 
 
@@ -45,13 +50,17 @@ from pbc.testing import (
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> Program:
     """Proxies that are declared aligned: learning a policy asks for no more."""
     program = pruned(ConvNet)
-    levels = [program.ladder.levels[0]]
-    levels += [replace(lv, status=ALIGNED, fidelity=0.9) for lv in program.ladder.levels[1:]]
+    original, *proxies = program.levels
     return replace(
         program,
-        ladder=replace(program.ladder, levels=tuple(levels)),
-        calibration=calibration(tmp_path_factory.mktemp("photos"), program.input, 80),
+        levels=(original, *(replace(lv, status=ALIGNED, fidelity=0.9) for lv in proxies)),
+        calibration=calibration(tmp_path_factory.mktemp("photos"), program.network.input, 80),
     )
+
+
+def policy_of(program: Program) -> Policy:
+    assert program.policy is not None
+    return program.policy
 
 
 @pytest.fixture(scope="module")
@@ -88,27 +97,26 @@ def test_a_policy_joins_the_graphs(aligned: Program, learned: Program) -> None:
           %adaptive_avg_pool2d: [b, 64, 1, 1] = adaptive_avg_pool2d(%relu_2, [1, 1])
           %reshape: [b, 64] = reshape(%adaptive_avg_pool2d, [%sym_size, 64])
           %linear: [b, 2] = linear(%reshape, @fidelity.weight, @fidelity.bias)
-        returns %linear
+        returns %linear as fidelity
         """,
-        POLICY,
+        "policy",
     )
-    assert_same(aligned, replace(learned, graphs={n: learned.graphs[n] for n in aligned.graphs}))
+    assert_same(aligned, replace(learned, policy=None))
     assert_equivalent(aligned, learned)
     assert_gradients(gradients(learned), gradients(aligned))
 
 
 def test_the_engine_has_every_operator(learned: Program) -> None:
-    nodes = learned.graphs[POLICY].graph.nodes
+    nodes = graph_of(learned, "policy").graph.nodes
     assert {op_name(node) for node in nodes if node.op == "call_function"} <= OPS
 
 
 def test_what_is_shipped_is_reported(learned: Program) -> None:
-    data, report = learned.calibration, learned.policy_report
+    data, report = learned.calibration, policy_of(learned).report
     assert data is not None
-    assert report is not None
-    truth = sample_fidelity(learned, [1, 2], data, data.held_out)
+    truth = sample_fidelity(learned, learned.levels[1:], data, data.held_out)
     with torch.no_grad():
-        (predicted,) = learned.graphs[POLICY](views(data, data.held_out))
+        (predicted,) = graph_of(learned, "policy")(views(data, data.held_out))
     assert report["held_out_samples"] == len(data.held_out)
     assert report["cost_share"] > 0
     for kind in ("network", "means"):
@@ -117,10 +125,10 @@ def test_what_is_shipped_is_reported(learned: Program) -> None:
             assert 0 <= row["right"] <= row["off_by_one_at_most"] <= 1
             assert 0 < row["mean_cost"] <= 1
     if report["shipped"] == "means":
-        assert learned.policy_margins == (0, 0)
+        assert policy_of(learned).margins == (0, 0)
         assert np.allclose(predicted, truth.mean(0), atol=1e-5)
     else:
-        assert len(learned.policy_margins) == 2
+        assert len(policy_of(learned).margins) == 2
 
 
 def test_the_same_seed_gives_the_same_policy(
@@ -129,14 +137,14 @@ def test_the_same_seed_gives_the_same_policy(
     monkeypatch.setattr(learn_policy, "EPOCHS", 2)
     first, second = (LearnPolicy()(aligned) for _ in range(2))
     assert_same(first, second)
-    assert first.policy_report == second.policy_report
+    assert policy_of(first).report == policy_of(second).report
 
 
-Fidelity = Callable[[Program, list[int], Calibration, np.ndarray], np.ndarray]
+Fidelity = Callable[[Program, Sequence[LevelGraphs], Calibration, np.ndarray], np.ndarray]
 
 
 def random_fidelity(
-    program: Program, levels: list[int], data: Calibration, indices: np.ndarray
+    program: Program, levels: Sequence[LevelGraphs], data: Calibration, indices: np.ndarray
 ) -> np.ndarray:
     """Fidelities that have nothing to do with the image."""
     random = np.random.default_rng(len(indices))
@@ -144,12 +152,12 @@ def random_fidelity(
 
 
 def visible_fidelity(
-    program: Program, levels: list[int], data: Calibration, indices: np.ndarray
+    program: Program, levels: Sequence[LevelGraphs], data: Calibration, indices: np.ndarray
 ) -> np.ndarray:
     """Fidelities that follow from how red the photo is."""
     redness = views(data, indices).mean((2, 3)) @ torch.tensor([1.0, -0.5, -0.5])
     good = 1 - 0.2 * (redness.numpy() < 0)[:, None]
-    return (good - 0.01 * np.array(levels)).astype(np.float32)
+    return (good - 0.01 * np.arange(1, len(levels) + 1)).astype(np.float32)
 
 
 @pytest.fixture
@@ -160,9 +168,9 @@ def with_fidelity(
 
     def learn(fidelity: Fidelity) -> Program:
         monkeypatch.setattr(learn_policy, "sample_fidelity", fidelity)
-        levels = [replace(lv, fidelity=lv.fidelity and 0.92) for lv in aligned.ladder.levels[1:]]
-        ladder = replace(aligned.ladder, levels=(aligned.ladder.levels[0], *levels))
-        return run_passes(replace(aligned, ladder=ladder), LearnPolicy())
+        original, *proxies = aligned.levels
+        levels = (original, *(replace(level, fidelity=0.92) for level in proxies))
+        return run_passes(replace(aligned, levels=levels), LearnPolicy())
 
     return learn
 
@@ -171,12 +179,11 @@ def test_where_nothing_can_be_predicted_the_means_are_shipped(
     with_fidelity: Callable[[Fidelity], Program],
 ) -> None:
     program = with_fidelity(random_fidelity)
-    assert program.policy_report is not None
-    assert program.policy_report["shipped"] == "means"
-    assert program.policy_margins == (0, 0)
-    assert max(program.policy_report["network"]["explained_variance"]) < 0.2
-    view = torch.randn(4, *shape_of(placeholders(program.graphs[POLICY])[0])[1:])
-    (predicted,) = program.graphs[POLICY](view)
+    assert policy_of(program).report["shipped"] == "means"
+    assert policy_of(program).margins == (0, 0)
+    assert max(policy_of(program).report["network"]["explained_variance"]) < 0.2
+    view = torch.randn(4, *shape_of(placeholders(graph_of(program, "policy"))[0])[1:])
+    (predicted,) = graph_of(program, "policy")(view)
     assert torch.allclose(predicted, predicted[:1].expand(4, -1))
 
 
@@ -184,10 +191,9 @@ def test_a_network_that_beats_the_constants_is_shipped(
     with_fidelity: Callable[[Fidelity], Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learn_policy, "EPOCHS", 60)
-    monkeypatch.setattr(learn_policy, "DEAREST", math.inf)
+    monkeypatch.setattr(learn_policy, "MOST_EXPENSIVE", math.inf)
     program = with_fidelity(visible_fidelity)
-    report, data = program.policy_report, program.calibration
-    assert report is not None
+    report, data = policy_of(program).report, program.calibration
     assert data is not None
     assert report["shipped"] == "network"
     assert min(report["network"]["explained_variance"]) > 0.5
@@ -195,18 +201,18 @@ def test_a_network_that_beats_the_constants_is_shipped(
     assert row["gain"] > 0.01
     assert row["violations"] <= 0.2
     with torch.no_grad():
-        (predicted,) = program.graphs[POLICY](views(data, data.held_out))
-    truth = visible_fidelity(program, [1, 2], data, data.held_out)
+        (predicted,) = graph_of(program, "policy")(views(data, data.held_out))
+    truth = visible_fidelity(program, program.levels[1:], data, data.held_out)
     floors, means = np.array(report["mixes"]).T
     assert list(floors) == sorted(floors)
     # What a floor gives on average: more than the floor itself, the more the higher it is.
     assert means[-1] > means[0]
     assert (np.diff(means) >= -0.02).all()
-    trusted = torch.from_numpy(predicted.numpy() - np.array(program.policy_margins))[1::2]
-    level = difficulty(trusted, float(floors[-1]), program.ladder).numpy()
+    trusted = torch.from_numpy(predicted.numpy() - np.array(policy_of(program).margins))[1::2]
+    level = difficulty(trusted, float(floors[-1]), program.levels).numpy()
     got = np.where(level == 0, 1.0, truth[1::2][np.arange(len(level)), level - 1])
     assert means[-1] == pytest.approx(got.mean() - got.std() / math.sqrt(len(got)), abs=1e-6)
-    assert np.mean(truth >= predicted.numpy() - program.policy_margins) >= 0.85
+    assert np.mean(truth >= predicted.numpy() - policy_of(program).margins) >= 0.85
 
 
 def test_a_network_that_costs_too_much_is_not_shipped(
@@ -215,9 +221,8 @@ def test_a_network_that_costs_too_much_is_not_shipped(
     """The tiny network under test is cheaper than its policy."""
     monkeypatch.setattr(learn_policy, "EPOCHS", 60)
     program = with_fidelity(visible_fidelity)
-    assert program.policy_report is not None
-    assert program.policy_report["shipped"] == "means"
-    assert program.policy_report["cost_share"] > 0.03
+    assert policy_of(program).report["shipped"] == "means"
+    assert policy_of(program).report["cost_share"] > 0.03
     assert "the policy network takes" in program.notes[-1]
 
 
@@ -225,16 +230,15 @@ def test_time_counts_where_this_machine_is_the_target(aligned: Program) -> None:
     data, network = aligned.calibration, PolicyNetwork(2).eval()
     assert data is not None
     macs = cost_share(aligned, data, network)
-    here = replace(aligned, target=replace(aligned.target, local=True))
+    here = with_request(aligned, target=replace(aligned.request.target, local=True))
     assert cost_share(here, data, network) >= macs
 
 
 def test_few_held_out_images_mean_means(tmp_path: Path, aligned: Program) -> None:
-    few = replace(aligned, calibration=calibration(tmp_path, aligned.input, 8))
+    few = replace(aligned, calibration=calibration(tmp_path, aligned.network.input, 8))
     program = run_passes(few, LearnPolicy())
-    assert program.policy_report is not None
-    assert program.policy_report["shipped"] == "means"
-    assert program.policy_report["network"] is None
+    assert policy_of(program).report["shipped"] == "means"
+    assert policy_of(program).report["network"] is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -252,20 +256,20 @@ def test_too_few_samples_for_a_confidence() -> None:
         conformal_margins(torch.zeros(8, 1), torch.zeros(8, 1), 0.9)
 
 
-def ladder(*levels: tuple[float, float]) -> Ladder:
+def ladder(*levels: tuple[float, float]) -> list[Level]:
     """Aligned levels of these costs and fidelities below an original."""
     rows = [Level(0, 1.0, None, 1e6, 1.0, ORIGINAL)]
     rows += [
         Level(number + 1, cost, None, cost * 1e6, fidelity, ALIGNED)
         for number, (cost, fidelity) in enumerate(levels)
     ]
-    return Ladder(tuple(rows))
+    return rows
 
 
 def test_difficulty_is_the_cheapest_level_that_keeps_the_floor() -> None:
     fidelity = torch.tensor([[0.5, 0.4], [0.95, 0.2], [0.2, 0.95], [0.9, 0.9]])
     assert difficulty(fidelity, 0.9, ladder((0.8, 0.95), (0.5, 0.92))).tolist() == [0, 1, 2, 2]
-    # Level 2 is dearer than level 1; and is not faithful enough on average.
+    # Level 2 costs more than level 1, and is not faithful enough on average.
     assert difficulty(fidelity, 0.9, ladder((0.5, 0.95), (0.8, 0.92))).tolist() == [0, 1, 2, 1]
     assert difficulty(fidelity, 0.9, ladder((0.8, 0.95), (0.5, 0.7))).tolist() == [0, 1, 0, 1]
 
@@ -298,10 +302,10 @@ def test_measuring_is_bounded_by_what_the_levels_cost() -> None:
     rungs = ladder((0.5, 0.9))
     indices = np.arange(10_000)
     assert len(affordable(rungs, indices, 4000)) == 4000
-    dear = replace(rungs, levels=tuple(replace(lv, macs=lv.cost * 2e9) for lv in rungs.levels))
-    assert len(affordable(dear, indices, 4000)) == 4e12 // 3e9
-    dearest = replace(rungs, levels=tuple(replace(lv, macs=lv.cost * 2e12) for lv in rungs.levels))
-    assert len(affordable(dearest, indices, 4000)) == 500
+    expensive = [replace(level, macs=level.cost * 2e9) for level in rungs]
+    assert len(affordable(expensive, indices, 4000)) == 4e12 // 3e9
+    most_expensive = [replace(level, macs=level.cost * 2e12) for level in rungs]
+    assert len(affordable(most_expensive, indices, 4000)) == 500
     assert affordable(rungs, indices[:30], 4000).tolist() == list(range(30))
 
 

@@ -13,11 +13,12 @@ import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
 from torch import Tensor, nn
 
-from pbc import compiler
-from pbc.bundle import bundle
+from pbc import bundle, compiler
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName
 from pbc.errors import PbcError
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.lower.lowering import Candidate
+from pbc.ir.runner import Runner, Values
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
@@ -26,34 +27,41 @@ from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.targets.onnxruntime.lowering import OnnxRuntimeLowering
 from pbc.targets.pytorch.lowering import PyTorchLowering
-from pbc.testing import assert_same, assert_unchanged, gradients, make_program, run_passes
-from pbc.training_graph.step_check import Step, Tensors
+from pbc.testing import (
+    assert_same,
+    assert_unchanged,
+    gradients,
+    make_program,
+    run_passes,
+    rungs,
+    with_request,
+)
 
 
 def test_a_graph_becomes_data() -> None:
     before = pruned(ConvNet)
     after = assert_unchanged(Lower(), before)
     assert after.text() == before.text()
-    assert after.ladder == before.ladder  # nothing is measured for another machine
+    assert rungs(after) == rungs(before)  # nothing is measured for another machine
     assert_same(before, replace(after, artifacts={}))
     assert json.loads(after.artifacts["graphs/body-0.json"]) == {
         "format": 2,
         "precision": "float32",
-        "inputs": ["mean", "fc.weight", "fc.bias"],
+        "inputs": ["feature_0", "fc.weight", "fc.bias"],
         "outputs": {"logits": "linear"},
         "tensors": {},
         "nodes": [
             {
                 "name": "linear",
                 "op": "aten.linear.default",
-                "args": [{"ref": "mean"}, {"ref": "fc.weight"}, {"ref": "fc.bias"}],
+                "args": [{"ref": "feature_0"}, {"ref": "fc.weight"}, {"ref": "fc.bias"}],
                 "kwargs": {},
             }
         ],
     }
     graph = json.loads(after.artifacts["graphs/prefix-1.json"])
     assert graph["inputs"] == ["x"]
-    assert graph["outputs"] == {"mean": "mean"}
+    assert graph["outputs"] == {"feature_0": "mean"}
     assert graph["tensors"]["conv1_weight"] == "weights/level-1.safetensors#conv1.weight"
     # The levels share this one, so it is stored once.
     assert graph["tensors"]["bn2_weight"] == "weights/level-0.safetensors#bn2.weight"
@@ -74,19 +82,19 @@ def test_the_engine_computes_what_the_program_does(
     tmp_path: Path, kind: Kind, strategy: str
 ) -> None:
     program = run_passes(pruned(kind, strategy), Lower())
-    images = program.example.repeat(2, 1, 1, 1).numpy()
+    images = program.network.example.repeat(2, 1, 1, 1).numpy()
     written = bundle.write(tmp_path / "m.pbc", *compiler.package(program))
     engine = PyTorchEngine().load(written)
     engine.start(
         {n: p.numpy() for n, p in program.parameters.items()}, Objective(learning_rate=1.0)
     )
-    for level in program.levels:
+    for level in range(len(program.levels)):
         logits = engine.logits(level, engine.prefix(level, images))
         with torch.no_grad():
             expected = program.logits(level, torch.from_numpy(images)).numpy()
         assert np.abs(logits - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     # One plain step of SGD at rate 1 subtracts the gradient.
-    features = engine.prefix(0, program.example.numpy())
+    features = engine.prefix(0, program.network.example.numpy())
     engine.forward(0, features, np.array([0, 1]))
     engine.update()
     wanted = gradients(program)
@@ -123,35 +131,30 @@ def test_an_operator_that_the_engine_lacks_is_named_with_its_line() -> None:
 
 
 def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def latency_ms(self: object, program: Program, candidates: Sequence[Any]) -> list[float]:
-        assert [set(candidate.graphs) for candidate in candidates] == [{"prefix/0", "body/0"}] * 3
+    def latency_ms(self: object, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+        assert [set(level.graphs) for level in levels] == [{PREFIX, BODY}] * 3
         return [4.0, 2.0, 3.0]
 
     monkeypatch.setattr(PyTorchLowering, "latency_ms", latency_ms)
     before = pruned(ConvNet)
-    before = replace(before, target=replace(before.target, local=True))
+    before = with_request(before, target=replace(before.request.target, local=True))
     after = assert_unchanged(Lower(), before)
-    assert after.ladder.cost_model == "latency"
-    assert [level.latency_ms for level in after.ladder.levels] == [4, 2, 3]
-    assert [level.cost for level in after.ladder.levels] == [1, 0.5, 0.75]
+    assert rungs(after).cost_model == "latency"
+    assert [level.latency_ms for level in rungs(after).levels] == [4, 2, 3]
+    assert [level.cost for level in rungs(after).levels] == [1, 0.5, 0.75]
     assert after.notes[-1] == (
         "level 2 measures 0.75 of level 0's latency, no cheaper than level 1 (0.50)"
     )
-    profiled = replace(before, ladder=replace(before.ladder, cost_model="profile"))
-    assert Lower()(profiled).ladder == profiled.ladder  # a device's profile goes before
+    profiled = replace(before, cost_model="profile")
+    assert rungs(Lower()(profiled)) == rungs(profiled)  # a device's profile goes before
 
 
 def test_latency_is_measured_per_candidate() -> None:
     program = pruned(ConvNet)
-    candidates = [
-        Candidate(
-            {"prefix/0": program.graphs[f"prefix/{n}"], "body/0": program.graphs[f"body/{n}"]},
-            {"prefix/0": precision, "body/0": "float32"},
-        )
-        for n, precision in zip(program.levels, ["float32", "bfloat16", "float32"], strict=True)
-    ]
+    precisions = ("float32", "bfloat16", "float32")
+    levels = [replace(lv, precision=p) for lv, p in zip(program.levels, precisions, strict=True)]
     text = program.text()
-    measured = PyTorchLowering().latency_ms(program, candidates)
+    measured = PyTorchLowering().latency_ms(program, levels)
     assert len(measured) == 3
     assert min(measured) > 0
     assert program.text() == text
@@ -160,25 +163,27 @@ def test_latency_is_measured_per_candidate() -> None:
 class Shifted:
     """A lowered step whose parameters end where they should, and a share of their size further."""
 
-    def __init__(self, step: Step, share: float) -> None:
-        self._step, self._share = step, share
+    def __init__(self, runner: Runner, share: float) -> None:
+        self._runner, self._share = runner, share
 
-    def forward(self, inputs: Tensors) -> Tensors:
-        return self._step.forward(inputs)
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return self._runner.inputs(role)
 
-    def update(self, optimizer: str, inputs: Tensors) -> Tensors:
-        results = self._step.update(optimizer, inputs)
+    def run(self, role: GraphName, values: Values) -> dict[str, Any]:
+        results = self._runner.run(role, values)
+        if role == FORWARD:
+            return results
         return {name: value * (1 + self._share) for name, value in results.items()}
 
 
 def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = OnnxRuntimeLowering.step
+    right = OnnxRuntimeLowering.runner
 
-    def step(self: OnnxRuntimeLowering, program: Program, level: int) -> Step:
+    def runner(self: OnnxRuntimeLowering, program: Program, level: LevelGraphs) -> Runner:
         return Shifted(right(self, program, level), 0.05)
 
-    monkeypatch.setattr(OnnxRuntimeLowering, "step", step)
-    program = DeriveTrainStep()(replace(pruned(ConvNet, "norm"), engine="onnxruntime"))
+    monkeypatch.setattr(OnnxRuntimeLowering, "runner", runner)
+    program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
     message = (
         r"the training step that onnxruntime runs at level 0 differs from torch's by \d\.\de-02 "
         r"\(relative; at most 1e-02\): compile with another --engine or --strategy"

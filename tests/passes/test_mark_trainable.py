@@ -14,6 +14,7 @@ from pbc.testing import (
     assert_unchanged,
     eager_gradients,
     gradients,
+    graph_of,
     make_program,
     retarget,
 )
@@ -64,7 +65,7 @@ def test_the_classifier_becomes_an_input() -> None:
     )
     assert list(marked.parameters) == ["fc.weight", "fc.bias"]
     # What trains is no frozen tensor any more.
-    assert not [n for n, _ in marked.graphs["model"].named_parameters() if n.startswith("fc")]
+    assert not [n for n, _ in graph_of(marked, "model").named_parameters() if n.startswith("fc")]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_parameters_are_copies() -> None:
     marked = MarkTrainable()(program)
     marked.parameters["fc.bias"].add_(1)
     assert torch.equal(
-        module.get_parameter("fc.bias"), program.graphs["model"].get_parameter("fc.bias")
+        module.get_parameter("fc.bias"), graph_of(program, "model").get_parameter("fc.bias")
     )
 
 
@@ -99,15 +100,16 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(torch.relu(self.fc(x.mean((2, 3)))))
+        logits: Tensor = self.head(self.fc(torch.relu(self.fc(x.mean((2, 3))))))
         return logits
 
 
 def test_a_weight_that_is_read_twice_is_one_parameter() -> None:
     module = Tied()
-    marked = assert_unchanged(MarkTrainable(), make_program(module))
+    marked = assert_unchanged(MarkTrainable(), make_program(module, "full"))
     assert_text(
         marked,
         """
@@ -115,12 +117,15 @@ def test_a_weight_that_is_read_twice_is_one_parameter() -> None:
           %x: [b, 3, 16, 16]
           %theta_fc_weight: [3, 3] = θ[fc.weight]
           %theta_fc_bias: [3] = θ[fc.bias]
+          %theta_head_weight: [4, 3] = θ[head.weight]
+          %theta_head_bias: [4] = θ[head.bias]
         does
           %mean: [b, 3] = mean.dim(%x, [2, 3])
           %linear: [b, 3] = linear(%mean, %theta_fc_weight, %theta_fc_bias)
           %relu: [b, 3] = relu(%linear)
           %linear_1: [b, 3] = linear(%relu, %theta_fc_weight, %theta_fc_bias)
-        returns %linear_1
+          %linear_2: [b, 4] = linear(%linear_1, %theta_head_weight, %theta_head_bias)
+        returns %linear_2
         """,
     )
     assert_gradients(gradients(marked), eager_gradients(module, marked))
@@ -129,3 +134,16 @@ def test_a_weight_that_is_read_twice_is_one_parameter() -> None:
 def test_nothing_to_mark() -> None:
     program = retarget(captured(ConvNet).program, "none", [])
     assert_same(program, assert_unchanged(MarkTrainable(), program))
+
+
+def test_names_that_differ_in_punctuation_alone_are_two_inputs() -> None:
+    module = nn.Sequential()
+    module.add_module("a-b", nn.Linear(3, 3))
+    module.add_module("a_b", nn.Linear(3, 3))
+    network = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), module, nn.ReLU(), nn.Linear(3, 4)
+    )
+    program = make_program(network, "full")
+    marked = assert_unchanged(MarkTrainable(), program)
+    assert {"2.a-b.weight", "2.a_b.weight"} <= marked.parameters.keys()
+    assert_equivalent(program, marked)

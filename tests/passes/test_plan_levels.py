@@ -14,17 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from pbc import plugins
+from pbc.bundle.graph_name import BODY
 from pbc.errors import PbcError, UsageError
-from pbc.ir.program import Program, op_name
+from pbc.ir.graph import op_name
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
 from pbc.lower.cost_profile import CostProfile, rising
-from pbc.lower.lowering import Candidate
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import INT8_COST, PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
+from pbc.proxies.fidelity import precision_of
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,
@@ -32,13 +36,15 @@ from pbc.testing import (
     gradients,
     make_program,
     run_passes,
+    rungs,
+    with_request,
 )
 
 KINDS = [ConvNet, ResidualNet, AttentionNet]
 
 
 def costs(program: Program) -> list[float]:
-    return [level.cost for level in program.ladder.levels]
+    return [level.cost for level in rungs(program).levels]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,9 +54,9 @@ def test_costs_fall_in_even_steps(kind: Kind) -> None:
     assert after.text() == before.text()
     # As near as whole channels (of 16) allow.
     assert costs(after) == pytest.approx([1, 1 - 0.5 / 3, 1 - 2 * 0.5 / 3, 0.5], abs=0.04)
-    assert after.ladder.cost_model == "macs"
-    assert [level.status for level in after.ladder.levels] == ["original"] + 3 * ["unaligned"]
-    assert [level.fidelity for level in after.ladder.levels] == [1.0, None, None, None]
+    assert rungs(after).cost_model == "macs"
+    assert [level.status for level in rungs(after).levels] == ["original"] + 3 * ["unaligned"]
+    assert [level.fidelity for level in rungs(after).levels] == [1.0, None, None, None]
     assert_equivalent(before, after)
     assert_gradients(gradients(after), gradients(before))
 
@@ -68,27 +74,30 @@ def test_any_ladder_descends_and_names_only_independent_dimensions(
     program = PlanLevels(levels=levels, min_cost=min_cost, rounding=rounding)(analysed(kind))
     assert program.dims is not None
     free = {d.name: d for d in program.dims.independent()}
-    assert len(program.sizes) == len(program.ladder) <= levels + 1
-    assert program.sizes[0] == {}
+    assert len(program.plans) + 1 == len(rungs(program)) <= levels + 1
+    planned = [{}, *(plan.sizes for plan in program.plans)]
     assert costs(program) == sorted(costs(program), reverse=True)
-    for sizes, level in zip(program.sizes, program.ladder.levels, strict=True):
+    for sizes, level in zip(planned, rungs(program).levels, strict=True):
         assert level.macs == program.dims.macs(sizes)
         assert level.cost == pytest.approx(level.macs / program.dims.macs())
         for name, size in sizes.items():
             assert 0 < size < free[name].size
             assert size % rounding == 0 or free[name].kind != "channels"
-    for above, below in zip(program.sizes, program.sizes[1:], strict=False):
+    for above, below in itertools.pairwise(planned):
         assert below != above
         for name, size in above.items():
             assert below[name] <= size
-    if len(program.ladder) <= levels:
+    if len(rungs(program)) <= levels:
         assert any("dropped" in note for note in program.notes)
 
 
 def test_what_planning_promises_pruning_delivers() -> None:
-    program = run_passes(analysed(ConvNet), PlanLevels(levels=2, min_cost=0.4), PruneDims())
-    for level, sizes in enumerate(program.sizes):
-        assert {n: len(stay) for n, stay in program.plan[level].items()} == sizes
+    planned = run_passes(analysed(ConvNet), PlanLevels(levels=2, min_cost=0.4))
+    made = run_passes(planned, PruneDims())
+    assert made.plans == ()
+    assert rungs(made) == rungs(planned)
+    for plan, level in zip(planned.plans, made.levels[1:], strict=True):
+        assert {name: len(stay) for name, stay in level.keep.items()} == plan.sizes
 
 
 def test_a_cost_out_of_reach_is_said() -> None:
@@ -97,60 +106,67 @@ def test_a_cost_out_of_reach_is_said() -> None:
     assert costs(program)[-1] > 0.01
 
 
+def prefix_of(level: LevelGraphs) -> GraphModule:
+    assert level.prefix is not None
+    return level.prefix
+
+
 def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
     """A program for a host that takes 10 ms for nothing, 1 ms per channel, less in bfloat16."""
 
     class Fixed:
         precisions = ("bfloat16",)
 
-        def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+        def lowering(self) -> Fixed:
+            return self
+
+        def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
             return [
-                (10.0 + c.graphs["prefix/0"].get_parameter("conv1.weight").shape[0])
-                * (bfloat16 if c.precisions["prefix/0"] == "bfloat16" else 1.0)
-                for c in candidates
+                (10.0 + prefix_of(level).get_parameter("conv1.weight").shape[0])
+                * (bfloat16 if level.precision == "bfloat16" else 1.0)
+                for level in levels
             ]
 
-    monkeypatch.setattr(plugins, "load", lambda group, name: Fixed)
+    monkeypatch.setattr(plugins, "load", lambda group, name: Fixed())
     before = analysed(ConvNet)
-    return replace(before, target=replace(before.target, local=True))
+    return with_request(before, target=replace(before.request.target, local=True))
 
 
 def test_the_host_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     before = measured_as(monkeypatch, bfloat16=1.5)
     after = PlanLevels(levels=2, min_cost=0.7, rounding=1)(before)
-    assert after.ladder.cost_model == "latency"
-    widths = [sizes["conv1.weight:0"] for sizes in after.sizes[1:]]
+    assert rungs(after).cost_model == "latency"
+    widths = [plan.sizes["conv1.weight:0"] for plan in after.plans]
     assert widths == pytest.approx([12, 8], abs=1)  # (10 + 12) / 26 = 0.85, (10 + 8) / 26 = 0.7
-    assert {level.precision for level in after.ladder.levels} == {"float32"}
+    assert {level.precision for level in rungs(after).levels} == {"float32"}
 
 
 def test_a_faster_precision_is_given_up_first(monkeypatch: pytest.MonkeyPatch) -> None:
     before = measured_as(monkeypatch, bfloat16=0.8)
     after = PlanLevels(levels=2, min_cost=0.56, rounding=1)(before)
-    assert [level.precision for level in after.ladder.levels] == ["float32", *2 * ["bfloat16"]]
-    assert after.sizes[1] == {}
+    assert [level.precision for level in rungs(after).levels] == ["float32", *2 * ["bfloat16"]]
+    assert after.plans[0].sizes == {}
     assert costs(after) == pytest.approx([1, 0.8, 0.56], abs=0.01)
-    assert after.sizes[2]["conv1.weight:0"] == pytest.approx(8, abs=1)  # (10 + 8) / 26 * 0.8
+    assert after.plans[1].sizes["conv1.weight:0"] == pytest.approx(8, abs=1)  # (10 + 8) / 26 * 0.8
     alone = PlanLevels(levels=1, min_cost=0.1, rounding=1)(before)
     assert costs(alone) == pytest.approx([1, 0.8])
     assert alone.notes == before.notes  # nothing further was asked for
     without = PlanLevels(levels=2, min_cost=0.56, rounding=1, axes=("width",))(before)
-    assert {level.precision for level in without.ladder.levels} == {"float32"}
+    assert {level.precision for level in rungs(without).levels} == {"float32"}
 
 
 def test_fewer_pixels_come_before_fewer_channels() -> None:
     source = make_program(ConvNet(), shape=(3, 64, 64))
     before = run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
     after = run_passes(before, PlanLevels(levels=3, min_cost=0.1, rounding=1), PruneDims())
-    first, second, third = after.ladder.levels[1:]
-    assert after.sizes[1] == {}
+    first, second, third = rungs(after).levels[1:]
+    assert after.levels[1].keep == {}
     assert first.resolution is not None
     assert first.cost > second.cost > third.cost
-    assert len(after.sizes[3]) > 0
-    images = after.example
-    assert [f.shape for f in after.features(3, images)] == [
-        f.shape for f in after.features(0, images)
-    ]
+    assert len(after.levels[3].keep) > 0
+    images = after.network.example
+    sent = [level.features(images)["feature_0"].shape for level in after.levels]
+    assert sent[3] == sent[0]
 
 
 class OffersInt8:
@@ -158,13 +174,16 @@ class OffersInt8:
 
     precisions = ("int8",)
 
-    def latency_ms(self, program: Program, candidates: Sequence[Candidate]) -> list[float]:
+    def lowering(self) -> OffersInt8:
+        return self
+
+    def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
         times = []
-        for candidate in candidates:
-            graph = candidate.graphs["prefix/0"]
-            in_int8 = any("quantize_per_tensor" in op_name(node) for node in graph.graph.nodes)
-            assert in_int8 == (candidate.precisions["prefix/0"] == "int8")
-            assert candidate.precisions["body/0"] == "float32"
+        for level in levels:
+            nodes = prefix_of(level).graph.nodes
+            in_int8 = any("quantize_per_tensor" in op_name(node) for node in nodes)
+            assert in_int8 == (level.precision == "int8")
+            assert precision_of(level, BODY, level.precision) == "float32"
             times.append(10.0 * (0.5 if in_int8 else 1.0))
         return times
 
@@ -174,12 +193,12 @@ def test_int8_is_planned_where_the_engine_offers_it(
     monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
     before = analysed(ConvNet)
-    before = replace(before, target=replace(before.target, local=local))
-    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    before = with_request(before, target=replace(before.request.target, local=local))
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
     after = assert_unchanged(PlanLevels(levels=2, min_cost=0.1, rounding=1), before)
-    assert after.ladder.levels[1].precision == "int8"
-    assert after.sizes[1] == {}
-    assert {level.precision for level in after.ladder.levels[1:]} == {"int8"}
+    assert rungs(after).levels[1].precision == "int8"
+    assert after.plans[0].sizes == {}
+    assert {level.precision for level in rungs(after).levels[1:]} == {"int8"}
     if local:
         assert costs(after)[1] == pytest.approx(0.5)
     else:
@@ -191,17 +210,17 @@ def test_int8_is_not_planned_unmeasured_where_it_gains_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = analysed(AttentionNet)
-    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
     after = PlanLevels(levels=2, min_cost=0.1, rounding=1)(before)
-    assert {level.precision for level in after.ladder.levels} == {"float32"}
+    assert {level.precision for level in rungs(after).levels} == {"float32"}
 
 
 def test_int8_needs_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     before = analysed(ConvNet, "full")
-    assert "prefix/0" not in before.graphs
-    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    assert before.levels[0].prefix is None
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
     after = PlanLevels(levels=2)(before)
-    assert {level.precision for level in after.ladder.levels} == {"float32"}
+    assert {level.precision for level in rungs(after).levels} == {"float32"}
 
 
 def test_an_unknown_axis_is_refused() -> None:
@@ -214,8 +233,8 @@ def test_without_anything_to_shrink_level_0_is_the_only_one(strategy: str, level
     before = analysed(ConvNet, strategy)
     after = assert_unchanged(PlanLevels(levels=levels), before)
     assert after.text() == before.text()
-    assert after.sizes == ({},)
-    assert [level.status for level in after.ladder.levels] == ["original"]
+    assert after.plans == ()
+    assert [level.status for level in rungs(after).levels] == ["original"]
     assert after.notes == before.notes
 
 
@@ -241,7 +260,7 @@ def profiled(
     program: Program, path: Path, milliseconds: Callable[[float, str], float], **facts: Any
 ) -> Path:
     """What `pbc profile` would write on a device where so much work takes so long."""
-    rows = program.ladder.to_json()
+    rows = rungs(program).to_json()
     times = [milliseconds(row["macs"] / rows[0]["macs"], row["precision"]) for row in rows]
     levels = [
         {"level": n, "prefix_ms": 0.7 * ms, "chunk": 8, "forward_ms": 0.2 * ms,
@@ -249,17 +268,17 @@ def profiled(
         for n, ms in enumerate(times)
     ]  # fmt: skip
     bundle = {
-        "model": program.provenance.model,
-        "strategy": program.strategy,
-        "target": program.target.name,
-        "engine": program.engine,
-        "input": list(program.input.shape),
+        "model": program.network.name,
+        "strategy": program.request.strategy,
+        "target": program.request.target.name,
+        "engine": program.request.engine,
+        "input": list(program.network.input.shape),
         "levels": rows,
     }
     slow = [{**row, "prefix_ms": 9.0} for row in levels]
     costs = [
-        {"threads": 1, "batch": program.batch, "levels": slow},  # not what training uses
-        {"threads": 4, "batch": program.batch, "levels": levels},
+        {"threads": 1, "batch": program.request.batch, "levels": slow},  # not what training uses
+        {"threads": 4, "batch": program.request.batch, "levels": levels},
     ]
     path.write_text(json.dumps({"schema": 1, "bundle": {**bundle, **facts}, "level_costs": costs}))
     return path
@@ -287,7 +306,7 @@ def test_two_profiles_make_the_steps_even(
     planned = PlanLevels(levels=4, min_cost=goal, rounding=1)(before)
 
     def steps(program: Program) -> list[float]:
-        rows = program.ladder.to_json()
+        rows = rungs(program).to_json()
         taken = [device(row["macs"] / rows[0]["macs"], "float32") for row in rows]
         return [float(step) for step in -np.diff(np.array(taken) / taken[0])]
 
@@ -296,14 +315,14 @@ def test_two_profiles_make_the_steps_even(
     for number in range(2):
         path = profiled(planned, tmp_path / f"{number}.json", device)
         planned = PlanLevels(levels=4, min_cost=goal, rounding=1, cost=path)(before)
-        assert planned.ladder.cost_model == "profile"
-    assert len(planned.ladder) == 5
+        assert rungs(planned).cost_model == "profile"
+    assert len(rungs(planned)) == 5
     assert uneven > 0.1  # or there would have been nothing to do
     assert steps(planned) == pytest.approx([even] * 4, rel=0.05)
     # What the manifest promises is what the device takes.
     predicted = [1 - sum(steps(planned)[:level]) for level in range(5)]
     assert costs(planned) == pytest.approx(predicted, abs=0.01)
-    assert {level.latency_ms for level in planned.ladder.levels} == {None}  # nothing was measured
+    assert {level.latency_ms for level in rungs(planned).levels} == {None}  # nothing was measured
 
 
 def test_each_precision_has_a_curve_of_its_own(
@@ -313,13 +332,13 @@ def test_each_precision_has_a_curve_of_its_own(
         return {"float32": 10.0 * share, "int8": 2.0 + 4.0 * share}[precision]
 
     before = wide()
-    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8)
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
     plan = PlanLevels(levels=3, min_cost=0.3, rounding=1)
     first = plan(before)
     assert costs(first)[1] == pytest.approx(INT8_COST, abs=0.01)  # assumed; it is 0.6 there
     path = profiled(first, tmp_path / "p.json", device)
     second = replace(plan, cost=path)(before)
-    assert [level.precision for level in second.ladder.levels] == ["float32", *3 * ["int8"]]
+    assert [level.precision for level in rungs(second).levels] == ["float32", *3 * ["int8"]]
     assert costs(second) == pytest.approx([1, 0.6, 0.45, 0.3], abs=0.01)
     assert not any("assumed" in note for note in second.notes)
     unmeasured = profiled(
@@ -331,9 +350,9 @@ def test_each_precision_has_a_curve_of_its_own(
 def test_a_profile_goes_before_what_this_machine_measures(tmp_path: Path) -> None:
     before = wide()
     path = profiled(PlanLevels()(before), tmp_path / "p.json", lambda share, _: 1 + share)
-    local = replace(before, target=replace(before.target, local=True))
+    local = with_request(before, target=replace(before.request.target, local=True))
     after = PlanLevels(cost=path, axes=("width",))(local)
-    assert after.ladder.cost_model == "profile"
+    assert rungs(after).cost_model == "profile"
 
 
 def test_costs_beyond_the_profile_are_said_to_be_extrapolated(tmp_path: Path) -> None:

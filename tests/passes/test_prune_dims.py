@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed, captured, pruned
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.ir.graph import get_tensor, graph_text, tensor_names
+from pbc.ir.levels import LevelPlan
+from pbc.ir.program import Program
 from pbc.passes.prune_dims import PruneDims
 from pbc.testing import (
     assert_equivalent,
@@ -15,11 +18,12 @@ from pbc.testing import (
     assert_text,
     assert_unchanged,
     gradients,
+    graph_of,
 )
 
 
 def sized(program: Program, *sizes: dict[str, int]) -> Program:
-    return replace(program, sizes=({}, *sizes))
+    return replace(program, plans=tuple(LevelPlan(named, 0.5, 0.0) for named in sizes))
 
 
 def test_a_proxy_is_a_slice() -> None:
@@ -40,7 +44,7 @@ def test_a_proxy_is_a_slice() -> None:
 @bn2.running_mean, @bn2.running_var, False, 0.1, 1e-05, False)
           %relu_1: [b, 24, 8, 8] = relu(%batch_norm_1)
           %mean: [b, 24] = mean.dim(%relu_1, [2, 3])
-        returns %mean
+        returns %mean as feature_0
         """,
         "prefix/0",
     )
@@ -59,13 +63,13 @@ def test_a_proxy_is_a_slice() -> None:
 @bn2.running_mean, @bn2.running_var, False, 0.1, 1e-05, False)
           %relu_1: [b, 24, 8, 8] = relu(%batch_norm_1)
           %mean: [b, 24] = mean.dim(%relu_1, [2, 3])
-        returns %mean
+        returns %mean as feature_0
         """,
         "prefix/1",
     )
     assert_equivalent(before, after)
-    (stay,) = after.plan[1].values()
-    proxy, original = after.graphs["prefix/1"], after.graphs["prefix/0"]
+    (stay,) = after.levels[1].keep.values()
+    proxy, original = graph_of(after, "prefix/1"), graph_of(after, "prefix/0")
     assert len(stay) == 8
     for name in tensor_names(original):
         expected = get_tensor(original, name)
@@ -82,7 +86,7 @@ def test_attention_keeps_its_scale_when_its_heads_shrink() -> None:
     """Half of each head, and one head of two: reshapes follow, softmax stays as sharp as it was."""
     sizes = {"qkv.weight:0.2": 8, "up.weight:0": 16}
     after = assert_unchanged(PruneDims(), sized(analysed(AttentionNet), sizes))
-    text = replace(after, graphs={"prefix/1": after.graphs["prefix/1"]}).text()
+    text = graph_text("prefix/1", graph_of(after, "prefix/1"))
     for line in (
         "%linear: [b, 4, 48] = linear(%layer_norm, @qkv.weight, @qkv.bias)",
         "%reshape_1: [b, 4, 3, 2, 8] = reshape(%linear, [%sym_size, 4, 3, 2, 8])",
@@ -91,14 +95,14 @@ def test_attention_keeps_its_scale_when_its_heads_shrink() -> None:
         "%linear_2: [b, 4, 16] = linear(%layer_norm_1, @up.weight, @up.bias)",
     ):
         assert line in text
-    stay = after.plan[1]["qkv.weight:0.2"]
+    stay = after.levels[1].keep["qkv.weight:0.2"]
     rows = [part * 32 + head * 16 + i for part in range(3) for head in range(2) for i in stay]
     whole = captured(AttentionNet).module.get_parameter("qkv.weight")
-    assert torch.equal(get_tensor(after.graphs["prefix/1"], "qkv.weight"), whole[rows])
+    assert torch.equal(get_tensor(graph_of(after, "prefix/1"), "qkv.weight"), whole[rows])
     heads = PruneDims()(sized(analysed(AttentionNet), {"qkv.weight:0.1": 1}))
     assert "reshape(%linear, [%sym_size, 4, 3, 1, 16])" in heads.text()
     with torch.no_grad():
-        assert heads.features(1, heads.example)[0].shape == (2, 32)
+        assert heads.levels[1].features(heads.network.example)["feature_0"].shape == (2, 32)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +113,16 @@ def test_every_level_runs_on_any_batch_with_the_shapes_of_level_0(
     kind: Kind, strategy: str
 ) -> None:
     program = pruned(kind, strategy)
-    assert list(program.levels) == [0, 1, 2]
+    assert len(program.levels) == 3
     with torch.no_grad():
         for batch in (1, 5):
             images = torch.randn(batch, 3, 16, 16)
-            expected = [tensor.shape for tensor in program.features(0, images)]
-            for level in program.levels:
-                assert [t.shape for t in program.features(level, images)] == expected
+            sent = [
+                {name: value.shape for name, value in level.features(images).items()}
+                for level in program.levels
+            ]
+            for level in range(len(program.levels)):
+                assert sent[level] == sent[0]
                 assert program.logits(level, images).shape == (batch, 10)
 
 
@@ -133,7 +140,7 @@ def test_gradients_of_level_0_stay_and_every_level_has_them_all() -> None:
 @pytest.mark.parametrize("kind", [ConvNet, ResidualNet, AttentionNet])
 def test_each_level_keeps_a_part_of_what_the_level_above_kept(kind: Kind) -> None:
     program = pruned(kind, "linear-probe", 3)
-    for above, below in zip(program.plan[1:], program.plan[2:], strict=False):
+    for above, below in itertools.pairwise(level.keep for level in program.levels[1:]):
         for name, stay in above.items():
             assert set(below[name]) <= set(stay)
             assert below[name] == sorted(below[name])
@@ -141,8 +148,8 @@ def test_each_level_keeps_a_part_of_what_the_level_above_kept(kind: Kind) -> Non
 
 def test_bodies_without_frozen_layers_are_the_same_at_every_level() -> None:
     program = pruned(ConvNet)
-    assert program.graphs[body(1)].code == program.graphs[body(0)].code
-    assert prefix(2) in program.graphs
+    assert graph_of(program, "body/1").code == graph_of(program, "body/0").code
+    assert program.levels[2].prefix is not None
 
 
 def test_nothing_to_prune() -> None:

@@ -14,11 +14,13 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, prun
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import INT8
-from pbc.ir.program import Program, body, get_tensor, op_name, prefix, tensor_names
+from pbc.ir.graph import get_tensor, op_name, tensor_names
+from pbc.ir.program import Program
+from pbc.ir.rewrite import replace_tensor
 from pbc.passes.quantize import Quantize
 from pbc.proxies import distillation
-from pbc.proxies.distillation import replace_tensor
 from pbc.proxies.fidelity import precision_of, sample_fidelity
 from pbc.proxies.quantization import (
     HIGHEST,
@@ -41,7 +43,10 @@ from pbc.testing import (
     assert_text,
     assert_unchanged,
     gradients,
+    graph_of,
     run_passes,
+    rungs,
+    with_request,
 )
 from pbc.util.progress import reporting_to
 
@@ -52,12 +57,12 @@ QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 def in_int8(kind: Kind, strategy: str = "linear-probe", folder: Path | None = None) -> Program:
     """Two proxies of which the first is planned to be int8; calibrated where there is a folder."""
     program = pruned(kind, strategy)
-    levels = list(program.ladder.levels)
-    levels[1] = replace(levels[1], precision=INT8)
-    program = replace(program, ladder=replace(program.ladder, levels=tuple(levels)))
+    original, first, *others = program.levels
+    first = replace(first, precision=INT8)
+    program = replace(program, levels=(original, first, *others))
     if folder is None:
         return program
-    return replace(program, calibration=calibration(folder, program.input))
+    return replace(program, calibration=calibration(folder, program.network.input))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first_prefix(kind: Kind) -> GraphModule:
-    return folded(pruned(kind).graphs[prefix(0)])
+    return folded(graph_of(pruned(kind), "prefix/0"))
 
 
 # ---- ranges ----------------------------------------------------------------------------------
@@ -137,28 +142,28 @@ def test_a_range_suits_the_usual_image_and_not_the_one_that_is_far_larger() -> N
 
 def test_a_quantised_graph_in_text() -> None:
     program = in_int8(ConvNet)
-    graph = quantized(program.graphs[prefix(0)], program.example)
+    graph = quantized(graph_of(program, "prefix/0"), program.network.example)
     steps = [node.args[1:3] for node in graph.graph.nodes if node.target is QUANTIZE]
     x, one, two = (f"{scale}, {zero}, 0, 255, torch.uint8" for scale, zero in steps)
     assert [zero for _, zero in steps[1:]] == [0, 0]  # behind ReLUs
     expected = """
-        graph prefix/1 takes
+        graph prefix/0 takes
           %x: [b, 3, 16, 16]
         does
           %Q: [b, 3, 16, 16] = quantize(%x, X)
           %D: [b, 3, 16, 16] = dequantize(%Q, X)
           %W: [16, 3, 3, 3] = weight(@conv1.weight_folded_int8, @conv1.weight_folded_scale, HOW)
-          %batch_norm: [b, 16, 16, 16] = conv2d(%D, %W, @conv1.weight_folded_bias, [1, 1], [1, 1])
-          %relu: [b, 16, 16, 16] = relu(%batch_norm)
+          %conv2d: [b, 16, 16, 16] = conv2d(%D, %W, @conv1.weight_folded_bias, [1, 1], [1, 1])
+          %relu: [b, 16, 16, 16] = relu(%conv2d)
           %Q_1: [b, 16, 16, 16] = quantize(%relu, ONE)
           %D_1: [b, 16, 16, 16] = dequantize(%Q_1, ONE)
           %W_1: [24, 16, 3, 3] = weight(@conv2.weight_folded_int8, @conv2.weight_folded_scale, HOW)
-          %batch_norm_1: [b, 24, 8, 8] = conv2d(%D_1, %W_1, @conv2.weight_folded_bias, AROUND)
-          %relu_1: [b, 24, 8, 8] = relu(%batch_norm_1)
+          %conv2d_1: [b, 24, 8, 8] = conv2d(%D_1, %W_1, @conv2.weight_folded_bias, AROUND)
+          %relu_1: [b, 24, 8, 8] = relu(%conv2d_1)
           %Q_2: [b, 24, 8, 8] = quantize(%relu_1, TWO)
           %D_2: [b, 24, 8, 8] = dequantize(%Q_2, TWO)
           %mean: [b, 24] = mean.dim(%D_2, [2, 3])
-        returns %mean
+        returns %mean as feature_0
         """
     # Written out: names that fit on a line, and the ranges, which depend on the example.
     for short, full in {
@@ -175,12 +180,13 @@ def test_a_quantised_graph_in_text() -> None:
         "TWO)": f"{two})",
     }.items():
         expected = expected.replace(short, full)
-    assert_text(replace(program, graphs={prefix(1): graph}), expected)
+    level = replace(program.levels[0], prefix=graph)
+    assert_text(replace(program, levels=(level,)), expected, "prefix/0")
 
 
 @pytest.mark.parametrize("kind", [ConvNet, ResidualNet, AttentionNet])
 def test_float_weights_leave_the_graph_and_nothing_else_changes(kind: Kind) -> None:
-    graph = pruned(kind).graphs[prefix(0)]
+    graph = graph_of(pruned(kind), "prefix/0")
     before = {name: get_tensor(graph, name).clone() for name in tensor_names(graph)}
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -262,23 +268,23 @@ def test_int8_levels_are_rounded_aligned_and_measured(
     assert_equivalent(before, after, level=2)
     assert_gradients(gradients(after), gradients(before))
     assert gradients(after, 1).keys() == after.parameters.keys()
-    targets = Counter(op_name(n) for n in after.graphs[prefix(1)].graph.nodes)
+    targets = Counter(op_name(n) for n in graph_of(after, "prefix/1").graph.nodes)
     assert targets[str(QUANTIZE)] > 0
-    assert str(QUANTIZE) not in {op_name(n) for n in after.graphs[body(1)].graph.nodes}
-    one, two = after.ladder.levels[1:]
+    assert str(QUANTIZE) not in {op_name(n) for n in graph_of(after, "body/1").graph.nodes}
+    one, two = rungs(after).levels[1:]
     assert (one.status, two.status) == ("aligned", "unaligned")
-    measured = sample_fidelity(after, [1], data, data.held_out).mean()
+    measured = sample_fidelity(after, after.levels[1:2], data, data.held_out).mean()
     assert one.fidelity == pytest.approx(measured, abs=1e-5)
-    rounded = replace(before, graphs={**before.graphs})
-    rounded.graphs[prefix(1)] = quantized(before.graphs[prefix(1)], before.example)
-    start = sample_fidelity(rounded, [1], data, data.held_out).mean()
+    prefix = quantized(graph_of(before, "prefix/1"), before.network.example)
+    rounded = replace(before.levels[1], prefix=prefix)
+    start = sample_fidelity(before, [rounded], data, data.held_out).mean()
     assert one.fidelity > start
 
 
 def test_an_int8_body_computes_in_float32() -> None:
     program = in_int8(ResidualNet, "adapters:2")
-    assert precision_of(program, prefix(1), INT8) == INT8
-    assert precision_of(program, body(1), INT8) == "float32"
+    assert precision_of(program.levels[0], PREFIX, INT8) == INT8
+    assert precision_of(program.levels[0], BODY, INT8) == "float32"
 
 
 def test_distillation_through_the_rounding_brings_a_level_nearer(
@@ -286,8 +292,8 @@ def test_distillation_through_the_rounding_brings_a_level_nearer(
 ) -> None:
     monkeypatch.setattr("pbc.passes.quantize.LEARNING_RATE", 1e-3)
     program = in_int8(ConvNet, folder=photos)  # level 1 lost channels, and nothing aligned it
-    little = Quantize(align_steps=1)(program).ladder.levels[1].fidelity
-    more = Quantize(align_steps=160)(program).ladder.levels[1].fidelity
+    little = Quantize(align_steps=1)(program).levels[1].fidelity
+    more = Quantize(align_steps=160)(program).levels[1].fidelity
     assert little is not None
     assert more is not None
     assert more > little + 0.01
@@ -308,7 +314,7 @@ def test_an_interrupted_quantisation_continues_to_the_same_bits(
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     program = in_int8(ConvNet, folder=photos)
     whole = Quantize(align_steps=24)(program)
-    program = replace(program, work=tmp_path / "work")
+    program = with_request(program, work=tmp_path / "work")
     seen: list[str] = []
 
     def stop(stage: str, fraction: float, text: str) -> None:
@@ -327,15 +333,15 @@ def test_an_interrupted_quantisation_continues_to_the_same_bits(
 def test_without_calibration_data_levels_stay_unaligned_and_a_note_says_so() -> None:
     before = in_int8(ConvNet)
     after = assert_unchanged(Quantize(), before)
-    assert after.ladder == before.ladder
+    assert rungs(after) == rungs(before)
     assert any("ranges of random images" in note for note in after.notes)
-    assert str(QUANTIZE) in {op_name(n) for n in after.graphs[prefix(1)].graph.nodes}
+    assert str(QUANTIZE) in {op_name(n) for n in graph_of(after, "prefix/1").graph.nodes}
     assert_equivalent(before, after)
 
 
 def test_without_int8_levels_nothing_happens(photos: Path) -> None:
     program = pruned(ConvNet)
-    program = replace(program, calibration=calibration(photos, program.input))
+    program = replace(program, calibration=calibration(photos, program.network.input))
     assert_same(program, run_passes(program, Quantize(align_steps=1)))
 
 

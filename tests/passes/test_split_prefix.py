@@ -5,13 +5,14 @@ import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, trained
 from torch import Tensor, nn
 
+from pbc.bundle.graph_name import BODY
+from pbc.ir.graph import graph_text
 from pbc.ir.program import Program
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,
-    assert_same,
     assert_text,
     assert_unchanged,
     eager_gradients,
@@ -31,7 +32,7 @@ def test_the_cut_is_where_the_first_trainable_parameter_is_read() -> None:
         split,
         """
         graph body/0 takes
-          %add_1: [b, 16, 8, 8]
+          %feature_0: [b, 16, 8, 8]
           %theta_blocks_2_down_weight: [32, 16, 1, 1] = θ[blocks.2.down.weight]
           %theta_blocks_2_down_bias: [32] = θ[blocks.2.down.bias]
           %theta_blocks_2_up_weight: [16, 32, 3, 3] = θ[blocks.2.up.weight]
@@ -39,15 +40,15 @@ def test_the_cut_is_where_the_first_trainable_parameter_is_read() -> None:
           %theta_fc_weight: [10, 16] = θ[fc.weight]
           %theta_fc_bias: [10] = θ[fc.bias]
         does
-          %conv2d_5: [b, 32, 8, 8] = conv2d(%add_1, %theta_blocks_2_down_weight, \
+          %conv2d_5: [b, 32, 8, 8] = conv2d(%feature_0, %theta_blocks_2_down_weight, \
 %theta_blocks_2_down_bias)
           %relu_2: [b, 32, 8, 8] = relu(%conv2d_5)
           %conv2d_6: [b, 16, 8, 8] = conv2d(%relu_2, %theta_blocks_2_up_weight, \
 %theta_blocks_2_up_bias, [1, 1], [1, 1])
-          %add_2: [b, 16, 8, 8] = add.Tensor(%add_1, %conv2d_6)
+          %add_2: [b, 16, 8, 8] = add.Tensor(%feature_0, %conv2d_6)
           %mean: [b, 16] = mean.dim(%add_2, [2, 3])
           %linear: [b, 10] = linear(%mean, %theta_fc_weight, %theta_fc_bias)
-        returns %linear
+        returns %linear as logits
 
         graph prefix/0 takes
           %x: [b, 3, 16, 16]
@@ -63,7 +64,7 @@ def test_the_cut_is_where_the_first_trainable_parameter_is_read() -> None:
           %conv2d_4: [b, 16, 8, 8] = conv2d(%relu_1, @blocks.1.up.weight, @blocks.1.up.bias, \
 [1, 1], [1, 1])
           %add_1: [b, 16, 8, 8] = add.Tensor(%add, %conv2d_4)
-        returns %add_1
+        returns %add_1 as feature_0
         """,
     )
 
@@ -99,14 +100,14 @@ def test_several_tensors_may_cross() -> None:
         split,
         """
         graph body/0 takes
-          %mean: [b, 4]
-          %unsqueeze: [b, 1]
+          %feature_0: [b, 4]
+          %feature_1: [b, 1]
           %theta_fc_weight: [5, 4] = θ[fc.weight]
           %theta_fc_bias: [5] = θ[fc.bias]
         does
-          %linear: [b, 5] = linear(%mean, %theta_fc_weight, %theta_fc_bias)
-          %mul: [b, 5] = mul.Tensor(%linear, %unsqueeze)
-        returns %mul
+          %linear: [b, 5] = linear(%feature_0, %theta_fc_weight, %theta_fc_bias)
+          %mul: [b, 5] = mul.Tensor(%linear, %feature_1)
+        returns %mul as logits
         """,
         "body/0",
     )
@@ -119,14 +120,14 @@ def test_a_batch_size_that_the_body_needs_is_read_off_its_own_input() -> None:
         split,
         """
         graph body/0 takes
-          %transpose: [b, 4, 32]
-          %reshape_2: [b, 4, 32]
+          %feature_0: [b, 4, 32]
+          %feature_1: [b, 4, 32]
           %theta_proj_weight: [32, 32] = θ[proj.weight]
           %theta_head_weight: [10, 32] = θ[head.weight]
           %theta_head_bias: [10] = θ[head.bias]
         does
-          %linear_1: [b, 4, 32] = linear(%reshape_2, %theta_proj_weight, @proj.bias)
-          %add: [b, 4, 32] = add.Tensor(%transpose, %linear_1)
+          %linear_1: [b, 4, 32] = linear(%feature_1, %theta_proj_weight, @proj.bias)
+          %add: [b, 4, 32] = add.Tensor(%feature_0, %linear_1)
           %layer_norm_1: [b, 4, 32] = layer_norm(%add, [32], @norm2.weight, @norm2.bias, 1e-05, \
 False)
           %linear_2: [b, 4, 64] = linear(%layer_norm_1, @up.weight, @up.bias)
@@ -135,7 +136,7 @@ False)
           %add_1: [b, 4, 32] = add.Tensor(%add, %linear_3)
           %mean: [b, 32] = mean.dim(%add_1, [1])
           %linear_4: [b, 10] = linear(%mean, %theta_head_weight, %theta_head_bias)
-        returns %linear_4
+        returns %linear_4 as logits
         """,
         "body/0",
     )
@@ -169,24 +170,29 @@ def test_a_feature_has_a_row_for_each_sample() -> None:
     """The cut moves to where it does: features are kept and regrouped by sample."""
     before = run_passes(make_program(Stacked().eval(), "norm"), MarkTrainable())
     split = assert_unchanged(SplitPrefix(), before)
-    features = split.features(0, torch.randn(3, 3, 16, 16))
-    assert [tuple(feature.shape) for feature in features] == [(3, 4, 4, 8)]
+    features = split.levels[0].features(torch.randn(3, 3, 16, 16))
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "feature_0": (3, 4, 4, 8)
+    }
     assert_equivalent(before, split)
 
 
 def test_without_enough_before_what_trains_there_is_no_prefix() -> None:
     before = marked(ConvNet, "bias")  # the first convolution has no bias: one layer of three
-    assert "prefix/0" in SplitPrefix()(before).graphs
+    assert SplitPrefix()(before).levels[0].prefix is not None
     whole = assert_unchanged(SplitPrefix(least_share=0.5), before)
-    assert list(whole.graphs) == ["body/0"]
-    assert whole.features(0, whole.example) == (whole.example,)
+    assert list(whole.levels[0].graphs) == [BODY]
+    assert whole.levels[0].features(whole.network.example) == {"x": whole.network.example}
     assert_equivalent(before, whole)
 
 
 def test_when_everything_trains_the_model_is_the_body() -> None:
     before = marked(ConvNet, "full")
     split = assert_unchanged(SplitPrefix(), before)
-    assert list(split.graphs) == ["body/0"]
-    renamed = before.copy()
-    renamed.graphs["body/0"] = renamed.graphs.pop("model")
-    assert_same(renamed, split)
+    assert list(split.levels[0].graphs) == [BODY]
+    assert before.model is not None
+    assert_text(
+        split,
+        graph_text("body/0", before.model).replace("returns %linear", "returns %linear as logits"),
+        "body/0",
+    )

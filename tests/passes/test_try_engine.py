@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from pbc.ir.program import Program
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.passes.try_engine import TryEngine
-from pbc.testing import assert_unchanged, make_program
+from pbc.testing import assert_unchanged, make_program, with_request
 from pbc.util.progress import reporting_to
 
 ENGINES = ("pytorch", "onnxruntime", "tvm")
@@ -44,7 +43,7 @@ def inverses(x: Tensor) -> Tensor:
 
 def split(module: nn.Module, strategy: str, engine: str) -> Program:
     program = make_program(module, strategy, passes=[MarkTrainable(), SplitPrefix()])
-    return replace(program, engine=engine)
+    return with_request(program, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

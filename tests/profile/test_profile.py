@@ -23,9 +23,10 @@ from pbc import cli, compiler
 from pbc.bundle import Bundle, write
 from pbc.data import InputSpec
 from pbc.errors import PbcError, UsageError
-from pbc.profile import profile, stages
-from pbc.profile.profile import Options
-from pbc.profile.stages import LOADING, PBC, STAGES, TRAINING, Side, Task, in_turn
+from pbc.profile import inputs, measure, memory, turns
+from pbc.profile.options import ProfileOptions
+from pbc.profile.task import LOADING, PBC, STAGES, TRAINING, Task
+from pbc.profile.turns import Side, in_turn
 
 QUICK = ("--rounds", "2", "--threads", "1")
 
@@ -41,13 +42,13 @@ def pbc(*args: object) -> Result:
 def _one_later_load() -> Iterator[None]:
     """Every load is a process; one shows all that three would."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "_LATER_LOADS", 1)
+        patch.setattr(measure, "_LATER_LOADS", 1)
         yield
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that PyTorch can rebuild, for ONNX Runtime, one proxy that nobody aligned."""
+    """A network that PyTorch can rebuild, for ONNX Runtime, level 0 alone."""
     folder = tmp_path_factory.mktemp("net")
     source = folder / "profiled_net.py"
     source.write_text(bench_net.SOURCE)
@@ -72,7 +73,7 @@ def task(bundle: Path, kind: str, **facts: Any) -> Task:
     return Task(kind, str(bundle), digest, **{**known, "optimizer": "sgd", **facts})
 
 
-def test_everybody_is_timed_at_every_stage(measured: dict[str, Any]) -> None:
+def test_every_side_is_timed_at_every_stage(measured: dict[str, Any]) -> None:
     (run,) = measured["runs"]
     assert list(run["sides"]) == ["level 0", "eager"]
     for side in run["sides"].values():
@@ -93,7 +94,7 @@ def test_ratios_are_those_of_the_least_times(measured: dict[str, Any]) -> None:
 
     assert found["prefix"] == pytest.approx(prefix(torch) / prefix(ours))
     assert found["step"] == pytest.approx(torch["step"]["min"] / ours["step"]["min"])
-    assert f"{found['visit']:.2f}x" in measured["printed"]
+    assert f"{found['total']:.2f}x" in measured["printed"]
 
 
 def test_level_costs_are_per_sample_and_say_where(measured: dict[str, Any], bundle: Path) -> None:
@@ -137,7 +138,7 @@ def test_levels_are_compared_with_level_0(tmp_path: Path, engine: str, kind: str
     ratio = run["ratios"]["level 2"]["step"]
     steps = [side["step"]["min"] for side in run["sides"].values()]
     assert ratio == pytest.approx(steps[0] / steps[1])
-    assert "level 0" not in run["ratios"]  # there is nobody to compare it with
+    assert "level 0" not in run["ratios"]  # there is nothing to compare it with
     assert set(content["process"]["later_load"]["level_ms"]) == {"0", "2"}
 
 
@@ -154,17 +155,17 @@ def test_pytorch_is_left_out_where_its_network_cannot_be_rebuilt(tmp_path: Path)
 
 def test_pytorch_is_left_out_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    against, notes = profile._against(Options())
+    against, notes = measure._against(ProfileOptions())
     assert not against
     assert "pip install 'pbc[device-torch]'" in notes[0]
     with pytest.raises(PbcError, match="--against torch needs torch, which is not installed"):
-        profile._against(Options(against="torch"))
+        measure._against(ProfileOptions(against="torch"))
 
 
 def test_torch_is_compiled_for_every_stage(bundle: Path) -> None:
     torch_stages = pytest.importorskip("pbc.profile.torch_stages")
     opened = Bundle.open(bundle)
-    pixels = stages.images(InputSpec.from_json(opened.manifest["input"]), 8, None)
+    pixels = inputs.images(InputSpec.from_json(opened.manifest["input"]), 8, None)
     asked = task(bundle, STAGES, torch=True, compile=True)
     found, notes = torch_stages.sides(asked, opened, pixels, (4,))
     assert notes == []
@@ -178,7 +179,7 @@ def test_the_sides_take_turns_and_warm_ups_do_not_count() -> None:
     calls: list[str] = []
 
     def side(name: str) -> Side:
-        def call(stage: str) -> stages.Call:
+        def call(stage: str) -> turns.Call:
             return lambda: calls.append(f"{name} {stage}")
 
         return Side(name, {2: call("prefix")}, call("forward"), call("update"), call("logits"))
@@ -197,10 +198,10 @@ def test_the_sides_take_turns_and_warm_ups_do_not_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step_ms", "turns", "steps_a_turn"), [(1.0, 3 + 2, 1 + 3), (2000.0, 1 + 2, 1)]
+    ("step_ms", "turn_count", "steps_a_turn"), [(1.0, 3 + 2, 1 + 3), (2000.0, 1 + 2, 1)]
 )
 def test_long_steps_are_not_repeated(
-    monkeypatch: pytest.MonkeyPatch, step_ms: float, turns: int, steps_a_turn: int
+    monkeypatch: pytest.MonkeyPatch, step_ms: float, turn_count: int, steps_a_turn: int
 ) -> None:
     calls: list[str] = []
 
@@ -214,37 +215,37 @@ def test_long_steps_are_not_repeated(
 
         return Side(name, {2: call("prefix")}, call("forward"), call("update"), call("logits"))
 
-    monkeypatch.setattr(stages, "_milliseconds", timed)
+    monkeypatch.setattr(turns, "milliseconds", timed)
     found = in_turn([side("a"), side("b")], rounds=2)
     assert found["a"]["step"] == {"min": step_ms, "median": step_ms}
-    assert calls.count("a prefix") == calls.count("b prefix") == turns
+    assert calls.count("a prefix") == calls.count("b prefix") == turn_count
     # Whether a step is long is known after the first turn.
-    assert calls.count("a forward") == 4 + (turns - 1) * steps_a_turn
+    assert calls.count("a forward") == 4 + (turn_count - 1) * steps_a_turn
     assert calls.count("b logits") == calls.count("b forward") == calls.count("b update")
 
 
 @pytest.mark.parametrize(
     ("grows_by", "steps"),
-    [([100, 50], 5), ([100] * 6, 9), ([100] * 50, stages.MOST_STEPS)],
+    [([100, 50], 5), ([100] * 6, 9), ([100] * 50, memory.MOST_STEPS)],
 )
 def test_memory_is_measured_until_it_has_settled(
     monkeypatch: pytest.MonkeyPatch, grows_by: list[int], steps: int
 ) -> None:
     done: list[None] = []
-    monkeypatch.setattr(stages, "peak_bytes", lambda: 10 + sum(grows_by[: len(done)]))
-    assert stages.until_settled(lambda: done.append(None)) == steps
+    monkeypatch.setattr(memory, "peak_bytes", lambda: 10 + sum(grows_by[: len(done)]))
+    assert memory.until_settled(lambda: done.append(None)) == steps
     assert len(done) == steps
 
 
 def test_pbc_is_measured_without_the_compiler_or_torch(tmp_path: Path) -> None:
-    names = imported("import pbc.profile.stages, pbc.profile.profile, pbc.cli.profile")
+    names = imported("import pbc.profile.worker, pbc.profile.measure, pbc.cli.profile")
     assert third_party(names) <= ALLOWED | {"pbc"}
     path = tiny_onnx.write(tmp_path / "m.pbc").path
     for kind in (STAGES, LOADING, TRAINING):
         facts = json.dumps(task(path, kind, who=PBC).to_json())
         names = imported(
-            f"import json; from pbc.bench import stages; "
-            f"stages._KINDS[{kind!r}](stages.Task.from_json(json.loads({facts!r})))",
+            f"import json; from pbc.profile import task, worker; "
+            f"worker._KINDS[{kind!r}](task.Task.from_json(json.loads({facts!r})))",
             forbidden=FORBIDDEN - {"onnxruntime"},
         )
         assert not names & (FORBIDDEN - {"onnxruntime"})
@@ -267,7 +268,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         assert words in result.stderr
         assert len(result.stderr.splitlines()) == 1
     with pytest.raises(UsageError, match="--batch is 0"):
-        Options(batch=0)
+        ProfileOptions(batch=0)
 
 
 def test_errors_of_the_measuring_process_come_back_as_one_line(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def _children(process: int) -> list[int]:
 
 
 def _running(process: int) -> bool:
-    """Return whether a process is there and not only waiting for somebody to notice its end."""
+    """Return whether a process is there and not only waiting for its parent to notice its end."""
     try:
         facts = Path(f"/proc/{process}/stat").read_text()
     except OSError:

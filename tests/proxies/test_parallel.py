@@ -21,19 +21,20 @@ from pathlib import Path
 import networks
 from pbc.proxies import parallel
 from pbc.passes.align import Align
-from pbc.ir.program import get_tensor, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.testing import with_request
 
 with parallel.group():
     program = networks.pruned(networks.ConvNet, levels=1)
-    data = networks.calibration(Path(sys.argv[1]), program.input)
-    program = replace(program, calibration=data, work=Path(sys.argv[2]))
+    data = networks.calibration(Path(sys.argv[1]), program.network.input)
+    program = with_request(replace(program, calibration=data), work=Path(sys.argv[2]))
     aligned = Align(align_steps=30)(program)
-    graph = aligned.graphs["prefix/1"]
+    graph = aligned.levels[1].prefix
     digest = hashlib.sha256()
     for name in tensor_names(graph):
         digest.update(get_tensor(graph, name).detach().numpy().tobytes())
     told = {"rank": parallel.rank(), "size": parallel.size(), "weights": digest.hexdigest(),
-            "fidelity": aligned.ladder.levels[1].fidelity,
+            "fidelity": aligned.levels[1].fidelity,
             "measured": parallel.once(lambda: time.perf_counter())}
     print("TOLD " + json.dumps(told), flush=True)
 """

@@ -8,17 +8,17 @@ from networks import AttentionNet, ConvNet, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
-from pbc.ir.program import output_names, prefix
+from pbc.ir.graph import graph_outputs
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.resolution import macs, reduced, reducible
-from pbc.testing import make_program
+from pbc.testing import graph_of, make_program
 
 
 def frozen(module: nn.Module, strategy: str = "linear-probe", pixels: int = 32) -> GraphModule:
     passes = (MarkTrainable(), SplitPrefix())
     program = make_program(module.eval(), strategy, (3, pixels, pixels), passes=passes)
-    return program.graphs[prefix(0)]
+    return graph_of(program, "prefix/0")
 
 
 @settings(max_examples=15, deadline=None)
@@ -26,7 +26,7 @@ def frozen(module: nn.Module, strategy: str = "linear-probe", pixels: int = 32) 
 def test_outputs_keep_their_names_and_shapes(size: int, batch: int) -> None:
     graph = frozen(ConvNet())
     smaller = reduced(graph, (size, size))
-    assert output_names(smaller) == output_names(graph)
+    assert graph_outputs(smaller) == graph_outputs(graph)
     images = torch.randn(batch, 3, 32, 32)
     assert [t.shape for t in smaller(images)] == [t.shape for t in graph(images)]
 
@@ -50,7 +50,7 @@ def test_a_feature_map_comes_back_to_its_size() -> None:
     images = torch.randn(2, 3, 32, 32)
     (before,), (after,) = graph(images), smaller(images)
     assert before.shape == after.shape == (2, 16, 16, 16)
-    assert output_names(smaller) == output_names(graph)
+    assert graph_outputs(smaller) == graph_outputs(graph)
 
 
 def test_a_network_for_one_resolution_is_left_alone() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pbc.runtime.engines import artifacts
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
+from pbc.util import artifacts
+from pbc.util.artifacts import Artifacts, default_folder
 
 KEY = "0123456789abcdef0123"
 
@@ -96,7 +96,7 @@ def test_of_two_that_make_an_entry_the_first_wins(tmp_path: Path) -> None:
 CONTENDER = """
 import sys
 from pathlib import Path
-from pbc.runtime.engines.artifacts import Artifacts
+from pbc.util.artifacts import Artifacts
 
 def make(folder):
     for name in ("weights.bin", "graph.onnx"):

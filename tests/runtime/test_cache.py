@@ -13,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pbc.errors import PbcError
-from pbc.runtime.features.cache import (
-    DiskStore,
-    FeatureCache,
-    Layout,
-    MemoryStore,
-    Store,
-    assign_slots,
-    chunk_keys,
-)
+from pbc.runtime.features.cache import FeatureCache, assign_slots
+from pbc.runtime.features.keys import chunk_keys
+from pbc.runtime.features.stores import DiskStore, Layout, MemoryStore, Store
 
 LAYOUT = Layout({"map": (2, 3, 4), "flat": (5,), "tokens": (2, 3)})
 COUNT = 10
@@ -223,10 +217,14 @@ def test_float16_refuses_what_it_cannot_hold() -> None:
 
 
 def test_keys_depend_on_everything() -> None:
-    keys = chunk_keys(b"level", [b"a", b"b"])
-    assert (
-        len({*keys, *chunk_keys(b"other", [b"a", b"b"]), *chunk_keys(b"level", [b"b", b"a"])}) == 6
-    )
+    """On the level, on what shares the chunk, and on the size that a short chunk is padded to."""
+    keys = [
+        *chunk_keys(b"level", 4, [b"a", b"b"]),
+        *chunk_keys(b"other", 4, [b"a", b"b"]),
+        *chunk_keys(b"level", 4, [b"b", b"a"]),
+        *chunk_keys(b"level", 8, [b"a", b"b"]),
+    ]
+    assert len(set(keys)) == 8
     assert all(len(key) == 32 for key in keys)
 
 
@@ -238,3 +236,31 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
             disk(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_cache_holds_only_what_was_filled_or_verified(tmp_path: Path) -> None:
+    everybody = np.arange(COUNT)
+
+    def opened() -> FeatureCache:
+        store = DiskStore(tmp_path, COUNT, LAYOUT.width, "float32")
+        return FeatureCache(LAYOUT, store, np.arange(COUNT))
+
+    def fill_rows(cache: FeatureCache, rows: np.ndarray) -> None:
+        cache.fill(
+            rows,
+            np.zeros(COUNT, np.int64),
+            contents(),
+            lambda level: 4,
+            lambda level: b"key",
+            lambda level, chunk: features(chunk),
+            lambda done, total: None,
+        )
+
+    cache = opened()
+    assert not cache.holds(everybody).any()
+    fill_rows(cache, everybody[:6])
+    assert cache.holds(everybody).tolist() == [True] * 6 + [False] * 4
+    again = opened()  # rows are on the disk, but nobody compared their keys yet
+    assert not again.holds(everybody).any()
+    fill_rows(again, everybody[:6])
+    assert again.holds(everybody).tolist() == [True] * 6 + [False] * 4

@@ -68,8 +68,11 @@ def test_a_truncated_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_first_difference_is_named() -> None:
-    then = {"bundle": "a", "data": "b", "options": {"lr": 0.1, "batch": 8}}
-    assert difference(then, then) is None
-    assert difference(then, {**then, "data": "c"}) == "it was started with another data"
-    changed = {**then, "options": {"lr": 0.1, "batch": 4}}
-    assert difference(then, changed) == "it was started with batch 8, not 4"
+    now = {"bundle": "a", "data": "b", "options": {"lr": 0.1, "batch": 8}}
+    then = {**now, "epoch": 5, "rounds": 0}
+    assert difference(then, now, 5) is None
+    assert difference(then, {**now, "data": "c"}, 5) == "it was started with another data"
+    changed = {**now, "options": {"lr": 0.1, "batch": 4}}
+    assert difference(then, changed, 5) == "it was started with batch 8, not 4"
+    assert difference(then, now, 4) == "5 epochs are done already, not 4"
+    assert difference({**then, "rounds": 5}, now, 4) is None

@@ -1,4 +1,4 @@
-"""Who runs where, who rests, and what a time budget buys: the cost-model scheduler's decisions."""
+"""The cost-model scheduler's decisions: levels, skipped samples, what a time budget buys."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pbc import plugins
-from pbc.runtime.routing.costs import Costs, LevelCost
-from pbc.runtime.routing.estimate import NEVER, Rest, Workload, cheapest, full_epochs, visits
-from pbc.runtime.schedulers import Batch, Fallback, Scheduler, Setting
-from pbc.runtime.schedulers.cost_model import HARD_REST, USUAL_REST, CostModel
+from pbc.runtime.costs import Costs, LevelCost
+from pbc.runtime.schedulers import Batch, Fallback, Scheduler, SchedulerInput
+from pbc.runtime.schedulers.cost_model import HARD_SKIPPING, USUAL_SKIPPING, CostModel
+from pbc.runtime.schedulers.estimate import NEVER, Skipping, Workload, cheapest, full_epochs, visits
 
 
 def costs(*prefix_ms: float, body_ms: float = 0.2, gather_ms: float = 0.0) -> Costs:
@@ -22,7 +22,7 @@ def costs(*prefix_ms: float, body_ms: float = 0.2, gather_ms: float = 0.0) -> Co
     return Costs(levels, 0.0, gather_ms, 0.0)
 
 
-def setting(count: int = 40, **changes: Any) -> Setting:
+def setting(count: int = 40, **changes: Any) -> SchedulerInput:
     fields: dict[str, Any] = {
         "levels": np.zeros(count, np.int64),
         "allowed": np.ones((count, 3), bool),
@@ -33,7 +33,7 @@ def setting(count: int = 40, **changes: Any) -> Setting:
         "epochs": 12,
         "costs": costs(1.0, 0.7, 0.5),
     }
-    return Setting(**{**fields, **changes})
+    return SchedulerInput(**{**fields, **changes})
 
 
 def run(scheduler: Scheduler, losses: np.ndarray, epochs: int) -> list[np.ndarray]:
@@ -80,7 +80,7 @@ def test_where_features_are_cached_the_body_counts_at_every_visit(grouped: bool)
         scheduler = CostModel(
             setting(
                 allowed=np.ones((40, 2), bool), costs=Costs(body, 0.0, 0.0, 0.0), cached=cached,
-                epochs=epochs, grouped=grouped, rests=False,
+                epochs=epochs, grouped=grouped, skips_samples=False,
             )
         )  # fmt: skip
         assert scheduler.levels.tolist() == [level] * 20 + [0] * 20
@@ -117,7 +117,7 @@ def test_mixed_batches_come_in_the_order_of_plain_training() -> None:
     assert CostModel(setting(seed=1)).plan(3)[0].samples.tolist() != orders[0][:4]
 
 
-# ---- resting -------------------------------------------------------------------------------
+# ---- skipping ------------------------------------------------------------------------------
 
 
 LOSSES = np.concatenate([np.full(300, 0.1), np.full(100, 2.0)])
@@ -125,7 +125,7 @@ LOSSES = np.concatenate([np.full(300, 0.1), np.full(100, 2.0)])
 
 def test_easy_samples_rest_hard_ones_never_and_nobody_starves() -> None:
     scheduler = CostModel(setting(400, allowed=np.ones((400, 3), bool)))
-    assert scheduler.rest == USUAL_REST
+    assert scheduler.skipping == USUAL_SKIPPING
     visited = np.array(run(scheduler, LOSSES, 12))
     assert visited[0].all()
     assert visited[10:].all()  # the last 15 % of 12 epochs
@@ -138,13 +138,13 @@ def test_easy_samples_rest_hard_ones_never_and_nobody_starves() -> None:
 
 def test_without_skip_or_where_it_does_not_pay_nobody_rests() -> None:
     for changes in (
-        {"rests": False},
+        {"skips_samples": False},
         # All is cached and the body is cheap: a visit saved is next to nothing.
         {"cached": np.ones(400, bool), "costs": costs(1.0, 0.7, 0.5, body_ms=0.0001)},
     ):
         given_setting = setting(400, allowed=np.ones((400, 3), bool), **changes)
         scheduler = CostModel(given_setting)
-        assert scheduler.rest == NEVER
+        assert scheduler.skipping == NEVER
         assert all(seen.all() for seen in run(scheduler, LOSSES, 12))
 
 
@@ -196,13 +196,13 @@ def test_the_state_carries_on_also_in_the_middle_of_an_epoch(told: int) -> None:
 def test_expected_visits_match_what_happens() -> None:
     share = np.array([0.65, 0.35])
     losses = np.repeat([0.1, 2.0], (1000 * share).astype(int))
-    for rest in (USUAL_REST, HARD_REST):
+    for skipping in (USUAL_SKIPPING, HARD_SKIPPING):
         scheduler = CostModel(setting(1000, allowed=np.ones((1000, 3), bool)))
-        scheduler.rest = rest
+        scheduler.skipping = skipping
         happened = np.array(run(scheduler, losses, 12)).sum() / 1000
-        assert visits(12, rest) == pytest.approx(happened, rel=0.05)
+        assert visits(12, skipping) == pytest.approx(happened, rel=0.05)
     assert visits(12, NEVER) == 12
-    assert visits(1, USUAL_REST) == 1
+    assert visits(1, USUAL_SKIPPING) == 1
     assert full_epochs(12) == 2
 
 
@@ -225,37 +225,37 @@ def chosen_within(budget_ms: float, **changes: Any) -> CostModel:
     )
 
 
-def run_ms(level: int, epochs: int, rest: Rest) -> float:
+def run_ms(level: int, epochs: int, skipping: Skipping) -> float:
     load = Workload(costs(1.0, 0.7, 0.5), np.zeros(40, bool))
-    return load.run_ms(np.full(40, level), epochs, rest)
+    return load.run_ms(np.full(40, level), epochs, skipping)
 
 
 def test_a_budget_is_met_by_rest_then_by_levels_then_by_epochs() -> None:
-    enough = chosen_within(run_ms(1, 12, USUAL_REST))
-    assert (enough.rest, enough.levels[0], enough.epochs) == (USUAL_REST, 1, 12)
+    enough = chosen_within(run_ms(1, 12, USUAL_SKIPPING))
+    assert (enough.skipping, enough.levels[0], enough.epochs) == (USUAL_SKIPPING, 1, 12)
     assert enough.notes == ()
-    tighter = chosen_within(run_ms(1, 12, HARD_REST))
-    assert (tighter.rest, tighter.levels[0], tighter.epochs) == (HARD_REST, 1, 12)
-    cheaper = chosen_within(run_ms(2, 12, HARD_REST))
-    assert (cheaper.rest, cheaper.levels[0], cheaper.epochs) == (HARD_REST, 2, 12)
+    tighter = chosen_within(run_ms(1, 12, HARD_SKIPPING))
+    assert (tighter.skipping, tighter.levels[0], tighter.epochs) == (HARD_SKIPPING, 1, 12)
+    cheaper = chosen_within(run_ms(2, 12, HARD_SKIPPING))
+    assert (cheaper.skipping, cheaper.levels[0], cheaper.epochs) == (HARD_SKIPPING, 2, 12)
     assert cheaper.notes == (
         "the time budget needs levels of fidelity 0.8, below the floor: "
         "a loss of 2.5 points of accuracy is predicted",
     )
-    fewer = chosen_within(run_ms(2, 5, HARD_REST))
+    fewer = chosen_within(run_ms(2, 5, HARD_SKIPPING))
     assert (fewer.levels[0], fewer.epochs) == (2, 5)
     assert fewer.notes[1:] == ("the time budget is enough for 5 of 12 epochs",)
     assert chosen_within(1e-9).epochs == 1
 
 
 def test_without_skip_a_budget_does_not_make_anybody_rest() -> None:
-    assert chosen_within(run_ms(2, 12, NEVER), rests=False).rest == NEVER
+    assert chosen_within(run_ms(2, 12, NEVER), skips_samples=False).skipping == NEVER
 
 
 def test_an_unknown_loss_is_told_as_such() -> None:
     unknown = (Fallback(np.ones((40, 3), bool), 0.8, None),)
     scheduler = CostModel(
-        setting(allowed=STRICT, fallbacks=unknown, time_budget_ms=run_ms(2, 12, HARD_REST))
+        setting(allowed=STRICT, fallbacks=unknown, time_budget_ms=run_ms(2, 12, HARD_SKIPPING))
     )
     assert "an unknown loss of accuracy is predicted" in scheduler.notes[0]
 

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from pbc.bundle.ladder import Ladder
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
+from pbc.runtime.costs import Costs
 from pbc.runtime.engines import Executable
 from pbc.runtime.events import Event, Note
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.routing.bounds import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
-from pbc.runtime.routing.costs import Bench, Costs
+from pbc.runtime.routing.cost_profiler import CostProfiler
+from pbc.runtime.routing.fidelity_floor import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
 from pbc.runtime.runtime import Runtime
 from pbc.runtime.trainer import Trainer
 
@@ -55,7 +56,7 @@ def test_measuring_changes_nothing_but_the_clock(tmp_path: Path, kind: str) -> N
 def test_pinned_costs_decide(tmp_path: Path) -> None:
     path = tiny.costs(tmp_path / "costs.json")
     data = json.loads(path.read_text())
-    data["levels"][1]["prefix_ms"] = 0.01  # the dearer proxy by its number is the cheaper one here
+    data["levels"][1]["prefix_ms"] = 0.01  # by their numbers, the other proxy is cheaper
     path.write_text(json.dumps(data))
     run = trainer(tmp_path, "probe", costs=path, fidelity_floor=0.3)
     run.prepare()
@@ -109,7 +110,7 @@ def test_level_0_is_timed_in_the_larger_calls_too() -> None:
         sizes.append(count)
         return np.zeros((count, 3, 2, 2), np.float32)
 
-    measured = Bench(
+    measured = CostProfiler(
         executable=cast(Executable, Sleeps()), images=images, labels=np.zeros(64, np.int64),
         ladder=ladder, levels=[0, 1], batch=4, chunk=None, computed=10000, epochs=10000,
         prefix=True, bodies=False, width=3,

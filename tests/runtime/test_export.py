@@ -20,8 +20,8 @@ import tiny
 import tiny_onnx
 from onnx import numpy_helper
 
-from pbc import __version__
-from pbc.bundle import Bundle, bundle
+from pbc import __version__, bundle
+from pbc.bundle import Bundle
 from pbc.cli import main
 from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError
@@ -31,6 +31,7 @@ from pbc.runtime.output import export as export_module
 from pbc.runtime.output.export import export
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
+from pbc.util.sizes import size_text
 
 KINDS = ("probe", "whole")
 
@@ -155,7 +156,7 @@ def test_the_trained_parameters_alone(assets: Path, run: Run) -> None:
 def test_the_command(run: Run, tmp_path: Path) -> None:
     result = run("@probe")
     size = (tmp_path / "probe.onnx").stat().st_size
-    assert result.stdout == f"wrote probe.onnx ({size / 1e6:.1f} MB)\n"
+    assert result.stdout == f"wrote probe.onnx ({size_text(size)})\n"
     first = (tmp_path / "probe.onnx").read_bytes()
     run("@probe", "-o", "probe.onnx", "--level", "1")
     assert (tmp_path / "probe.onnx").read_bytes() != first

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from pbc.bench.tuning import RATES
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import UsageError
-from pbc.runtime.objective import LEARNING_RATES, Objective
+from pbc.runtime.objective import Objective, default_rate
 from pbc.runtime.options import TrainOptions
 
 
@@ -31,7 +32,7 @@ def test_what_no_optimizer_can_do_is_refused(values: dict[str, Any], message: st
 
 
 def test_options_without_a_rate_take_the_optimizers_own() -> None:
-    for optimizer, rate in LEARNING_RATES.items():
+    for optimizer, rate in ((name, default_rate(name)) for name in OPTIMIZERS):
         assert TrainOptions(optimizer=optimizer).objective == Objective(optimizer, rate)
     options = TrainOptions(
         learning_rate=0.5, momentum=0.25, weight_decay=0.125, label_smoothing=0.0625
@@ -40,8 +41,8 @@ def test_options_without_a_rate_take_the_optimizers_own() -> None:
 
 
 def test_the_bench_tunes_every_optimizer_around_its_own_rate() -> None:
-    assert RATES.keys() == LEARNING_RATES.keys()
-    assert all(rates[1] == LEARNING_RATES[name] for name, rates in RATES.items())
+    assert RATES.keys() == OPTIMIZERS.keys()
+    assert all(rates[1] == default_rate(name) for name, rates in RATES.items())
 
 
 def test_what_decides_a_result_is_of_its_identity() -> None:

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 import tiny_onnx
 
-from pbc import compiler
-from pbc.bundle import Bundle, bundle
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.runtime import self_test

@@ -22,13 +22,13 @@ import safetensors.numpy
 import tiny
 from killing import Killed, killed_until_done
 
-from pbc.bundle import bundle
+from pbc import bundle
 from pbc.cli import main
 from pbc.cli.display import epoch_line, level_shares
 from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError
 from pbc.runtime.events import EpochReport, Event, Report, StepReport
-from pbc.runtime.features import features
+from pbc.runtime.features import cache as feature_cache
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
@@ -184,7 +184,7 @@ def test_a_cache_that_holds_a_part_gives_what_none_gives(
         index = np.arange(samples)
         return np.where(index % 3 == 0, index // 3, -1)
 
-    monkeypatch.setattr(features, "assign_slots", every_third)
+    monkeypatch.setattr(feature_cache, "assign_slots", every_third)
     runtime = Runtime.open(assets / f"{kind}.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
     trained = []
@@ -233,24 +233,24 @@ def test_a_bundle_without_a_policy_or_aligned_levels(run: Run, tmp_path: Path) -
     assert "no proxy of fidelity 0.8: every sample" in result.stderr
 
 
-def test_skipping(run: Run) -> None:
+def test_skipped_updates(run: Run) -> None:
     paper = ["--epochs", "3", *LR, "--scheduler", "piebridge"]
     run("train", "@probe.pbc", "@photos", "-o", "a", *paper)
     run("train", "@probe.pbc", "@photos", "-o", "b", *paper, "--no-skip")
-    assert sum(line.get("skipped", 0) for line in metrics("a")) > 0
-    assert sum(line.get("skipped", 0) for line in metrics("b")) == 0
+    assert sum(line.get("skipped_updates", 0) for line in metrics("a")) > 0
+    assert sum(line.get("skipped_updates", 0) for line in metrics("b")) == 0
 
 
-def test_resting(run: Run) -> None:
+def test_skipped_samples(run: Run) -> None:
     epochs = ["--epochs", "12", *LR, "--cache", "off"]
     run("train", "@probe.pbc", "@photos", "-o", "a", *epochs)
     result = run("train", "@probe.pbc", "@photos", "-o", "b", *epochs, "--no-skip")
-    rested = [line["rested"] for line in metrics("a")[:-1]]
-    assert rested[0] == rested[10] == rested[11] == 0
-    assert sum(rested) > 30
-    assert all(sum(line["levels"]) + line["rested"] == 30 for line in metrics("a")[:-1])
-    assert "rested" not in result.stderr
-    assert not any(line["rested"] for line in metrics("b")[:-1])
+    skipped = [line["skipped_samples"] for line in metrics("a")[:-1]]
+    assert skipped[0] == skipped[10] == skipped[11] == 0
+    assert sum(skipped) > 30
+    assert all(sum(line["levels"]) + line["skipped_samples"] == 30 for line in metrics("a")[:-1])
+    assert "skipped" not in result.stderr
+    assert not any(line["skipped_samples"] for line in metrics("b")[:-1])
 
 
 def test_a_cache_without_a_prefix_is_off_and_says_so(run: Run) -> None:
@@ -324,7 +324,7 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
     killed_until_done(train, 3, (1, 14))
     assert theta(out) == theta(tmp_path / "whole")
     whole, resumed = metrics(tmp_path / "whole"), metrics(out)
-    for key in ("epoch", "loss", "levels", "steps", "skipped"):
+    for key in ("epoch", "loss", "levels", "steps", "skipped_updates", "skipped_samples"):
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
 
 
@@ -712,10 +712,10 @@ def test_forget(run: Run) -> None:
 def test_the_line_of_an_epoch() -> None:
     report = EpochReport(2, 0.12345, (3, 0, 1), 4, 1, 99.6, 1.0, {}, 0)
     assert epoch_line(report, 12) == (
-        "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  skipped 1/4"
+        "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  skipped 1/4 updates"
     )
-    rested = EpochReport(2, 0.12345, (3, 0, 1), 4, 0, 99.6, 1.0, {}, 0, rested=6)
-    assert epoch_line(rested, 12) == (
-        "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  rested 60%"
+    skipped = EpochReport(2, 0.12345, (3, 0, 1), 4, 0, 99.6, 1.0, {}, 0, skipped_samples=6)
+    assert epoch_line(skipped, 12) == (
+        "epoch 2/12  loss 0.1235  L0 75% L2 25%  100 samples/s  skipped 60% of samples"
     )
     assert level_shares((0, 0)) == ""

@@ -61,7 +61,7 @@ def compiled(folder: Path, strategy: str = "linear-probe", levels: int = 0) -> B
 
 
 def stop_after(cells: int) -> Callable[[str], None]:
-    """Return a receiver of lines that interrupts once so many epochs were told."""
+    """Return a receiver of lines that interrupts once N epochs (`cells`) were told."""
     told = 0
 
     def tell(line: str) -> None:

@@ -16,9 +16,10 @@ import sshd
 import tiny_onnx
 import wheelhouse
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.deploy import deployment
-from pbc.deploy.deployment import Options
+from pbc.deploy.deployment import DeployOptions
 from pbc.runtime import self_test
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 
@@ -71,7 +72,7 @@ class Device:
         write: Callable[..., Bundle] = write,
     ) -> None:
         self.board = board
-        self.options = Options(ssh_options=board.options, wheels=wheels, python=PYTHON)
+        self.options = DeployOptions(ssh_options=board.options, wheels=wheels, python=PYTHON)
         self._work = work
         self._write = write
         self._number = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from pbc import compiler
-from pbc.bundle import Bundle, bundle
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.ir.calibration import Calibration
 from pbc.ir.program import Program
@@ -25,7 +24,7 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.testing import make_program, retarget, run_passes
+from pbc.testing import make_program, retarget, run_passes, with_request
 
 
 class ConvNet(nn.Module):
@@ -158,7 +157,7 @@ def compiled(folder: Path, kind: Kind, strategy: str, engine: str) -> Bundle:
     path = folder / f"{kind.__name__}-{strategy}-{engine}.pbc".replace(":", "-")
     if path.exists():
         return Bundle.open(path)
-    program = replace(pruned(kind, strategy, levels=1), engine=engine)
+    program = with_request(pruned(kind, strategy, levels=1), engine=engine)
     program = run_passes(program, FoldBatchNorm(), DeriveTrainStep(), Lower())
     return bundle.write(path, *compiler.package(program))
 

@@ -10,8 +10,11 @@ import onnxruntime
 import torch
 from torch.fx import GraphModule
 
-from pbc.ir.program import Program, body, get_tensor, prefix, tensor_names
+from pbc.bundle.graph_name import BODY, PREFIX
+from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.program import Program
 from pbc.targets.onnxruntime.convert import Converter, inline, with_tensors
+from pbc.testing import graph_of
 
 
 def session(graph: GraphModule, model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -35,21 +38,21 @@ def run(
 
 
 def converted(program: Program, name: str, converter: Converter) -> onnxruntime.InferenceSession:
-    head = [p for p in (program.head.weight, program.head.bias) if p is not None]
-    open_head = program.class_count is None
-    graph = program.graphs[name]
-    return session(graph, converter(name, graph, None, head, open_head=open_head))
+    head = program.network.head.parameters
+    open_head = program.request.class_count is None
+    graph = graph_of(program, name)
+    return session(graph, converter(name.partition("/")[0], graph, None, head, open_head=open_head))
 
 
 def assert_logits(program: Program, level: int, tolerance: float) -> None:
     """Prefix and body in onnxruntime against the program, at several batch sizes."""
     converter = Converter()
-    names = [name for name in (prefix(level), body(level)) if name in program.graphs]
+    names = [str(role.at(level)) for role in (PREFIX, BODY) if role.at(level) in program.graphs]
     runners = [converted(program, name, converter) for name in names]
     theta = {name: value.detach().numpy() for name, value in program.parameters.items()}
     generator = torch.Generator().manual_seed(level)
     for batch in (1, 2, 5):
-        images = torch.randn(batch, *program.input.shape, generator=generator)
+        images = torch.randn(batch, *program.network.input.shape, generator=generator)
         values = {"x": images.numpy(), **theta}
         for runner in runners:
             values.update(run(runner, values))

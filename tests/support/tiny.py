@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.numpy
 from PIL import Image
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.data import InputSpec
 
 COLOURS = {"blue": (0.1, 0.2, 0.9), "green": (0.2, 0.9, 0.1), "red": (0.9, 0.1, 0.2)}
@@ -208,7 +209,7 @@ def contents(
         "batch": batch,
         "classes": list(classes) if classes is not None else None,
         "class_count": len(classes) if classes is not None else class_count,
-        "head": {"weight": "head.weight", "bias": "head.bias", "in_features": CHANNELS},
+        "head": {"head.weight": CHANNELS, "head.bias": CHANNELS},
         "parameters": parameters,
         "features": features,
         "cost_model": "macs",

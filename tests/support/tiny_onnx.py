@@ -18,7 +18,8 @@ import safetensors.numpy
 import tiny
 from onnx import TensorProto, helper, numpy_helper
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 WEIGHTS = "onnx/level-{}.safetensors"

@@ -10,6 +10,7 @@ from torch import nn
 
 from pbc import compiler
 from pbc.frontend import models, strategy
+from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.program import Program
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
@@ -39,15 +40,21 @@ def captured(model: str, shape: Shape) -> Captured:
     return Captured(source.module, compiler.start(source, options))
 
 
+def trained(chosen: strategy.Strategy, module: nn.Module, program: Program) -> frozenset[str]:
+    """What a strategy that inserts nothing trains of a module that was captured."""
+    network = TracedNetwork.of(module, program.network.head, program.network.example)
+    return chosen.trainable(network) | frozenset(program.network.head.parameters)
+
+
 def apply(text: str, model: str, shape: Shape) -> Captured:
     """The program of a strategy; only one that inserts something needs a capture of its own."""
     module, program = captured(model, shape)
     chosen = strategy.parse(text)
-    classifier = program.head.weight.removesuffix(".weight")
     if not isinstance(chosen, strategy.Adapters):
-        return Captured(module, retarget(program, text, chosen.trainable(module, classifier)))
+        return Captured(module, retarget(program, text, trained(chosen, module, program)))
     module = copy.deepcopy(module)
-    source = models.Source(model, module, program.input, classifier, models.RANDOM, None)
+    facts = program.network
+    source = models.Source(model, module, facts.input, facts.head, models.RANDOM, None)
     options = compiler.CompileOptions(target=TARGET, strategy=text, shape=shape)
     return Captured(module, compiler.start(source, options))
 

@@ -10,6 +10,7 @@ from math import prod
 
 import pytest
 import torch
+import zoo
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, settled
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -17,12 +18,9 @@ from torch.nn import functional
 
 from pbc.errors import PbcError
 from pbc.frontend import strategy
-from pbc.ir.program import (
+from pbc.ir.graph import (
     NAME,
     PARAMETER,
-    Program,
-    copy_graph,
-    feature_names,
     get_tensor,
     graph_inputs,
     graph_outputs,
@@ -32,10 +30,12 @@ from pbc.ir.program import (
     placeholders,
     tensor_names,
 )
+from pbc.ir.program import Program
+from pbc.ir.rewrite import copy_graph
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter
-from pbc.testing import make_program, retarget, run_passes
+from pbc.testing import graph_of, make_program, retarget, run_passes
 from pbc.training_graph.autodiff import (
     LABELS,
     LOGITS,
@@ -205,8 +205,7 @@ def split(kind: Kind, text: str) -> Program:
     if isinstance(chosen, strategy.Adapters):
         return prepared(make_program(settled(kind()), text))
     module, program = captured(kind)
-    classifier = program.head.weight.removesuffix(".weight")
-    return prepared(retarget(program, text, chosen.trainable(module, classifier)))
+    return prepared(retarget(program, text, zoo.trained(chosen, module, program)))
 
 
 def prepared(program: Program) -> Program:
@@ -214,14 +213,14 @@ def prepared(program: Program) -> Program:
 
 
 def head_axes(program: Program) -> dict[str, int]:
-    return {name: 0 for name in (program.head.weight, program.head.bias) if name is not None}
+    return dict.fromkeys(program.network.head.parameters, 0)
 
 
 @cache
 def derived(kind: Kind, text: str) -> Gradient:
     """The gradient of a body whose class count the device decides."""
     program = split(kind, text)
-    return differentiate(program.graphs["body/0"], head_axes(program))
+    return differentiate(graph_of(program, "body/0"), head_axes(program))
 
 
 # ---- values --------------------------------------------------------------------------------
@@ -230,13 +229,12 @@ def derived(kind: Kind, text: str) -> Gradient:
 def batch_of(program: Program, count: int, classes: int, smoothing: float) -> dict[str, Tensor]:
     """Everything that a step may read, by name, float64; no parameter is zero."""
     generator = torch.Generator().manual_seed(count)
-    images = torch.randn(count, *program.input.shape, generator=generator)
+    images = torch.randn(count, *program.network.input.shape, generator=generator)
     with torch.no_grad():
-        features = program.features(0, images)
-    names = feature_names(program.graphs["body/0"])
-    values = {name: value.double() for name, value in zip(names, features, strict=True)}
+        features = program.levels[0].features(images)
+    values = {name: value.double() for name, value in features.items()}
     head = head_axes(program)
-    for name in parameter_names(program.graphs["body/0"]):
+    for name in parameter_names(graph_of(program, "body/0")):
         value = program.parameters[name].detach()
         shape = (classes, *value.shape[1:]) if name in head else value.shape
         noise = 0.3 * torch.randn(shape, generator=generator)
@@ -246,10 +244,10 @@ def batch_of(program: Program, count: int, classes: int, smoothing: float) -> di
     return values
 
 
-def run(title: str, graph: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def run(graph: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
     with torch.no_grad():
         results = graph(*[values[name] for name in graph_inputs(graph)])
-    return dict(zip(graph_outputs(title, graph), results, strict=True))
+    return dict(zip(graph_outputs(graph), results, strict=True))
 
 
 def torch_step(body: GraphModule, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,7 +266,7 @@ def assert_steps(
     program: Program, gradient: Gradient, batches: Iterable[tuple[int, int, float]]
 ) -> None:
     """Compare the two at each batch size, class count and label smoothing."""
-    body = program.graphs["body/0"]
+    body = graph_of(program, "body/0")
     # torch's kernels of these compute with a sixth in float32, also in float64.
     rough = "hardswish" in body.code or "hardsigmoid" in body.code
     tolerance = 1e-6 if rough else 1e-9
@@ -276,9 +274,9 @@ def assert_steps(
     for count, classes, smoothing in batches:
         values = batch_of(program, count, classes, smoothing)
         expected = torch_step(exact, values)
-        found = run("forward/0", forward, values)
+        found = run(forward, values)
         assert found[LOGITS].shape == (count, classes)
-        found |= run("backward", backward, values | found)
+        found |= run(backward, values | found)
         assert {name for name in found if not name.startswith(SAVED)} == expected.keys()
         for name, value in expected.items():
             assert found[name].dtype == torch.float64
@@ -291,13 +289,13 @@ def assert_steps(
 @every_case
 def test_losses_and_every_gradient_are_autograd_s(kind: Kind, text: str) -> None:
     program, gradient = split(kind, text), derived(kind, text)
-    assert set(gradient.parameters) == set(parameter_names(program.graphs["body/0"]))
+    assert set(gradient.parameters) == set(parameter_names(graph_of(program, "body/0")))
     assert_steps(program, gradient, [(1, 7, 0.0), (2, 2, 0.1), (5, 7, 0.3)])
 
 
 def test_a_closed_head_keeps_its_classes() -> None:
     program = split(ConvNet, "full")
-    gradient = differentiate(program.graphs["body/0"])
+    gradient = differentiate(graph_of(program, "body/0"))
     assert_steps(program, gradient, [(1, 10, 0.1), (2, 10, 0.0), (5, 10, 0.1)])
     (logits,) = (node for node in gradient.forward.graph.nodes if node.name == logits_of(gradient))
     assert isinstance(logits.meta["val"].shape[0], torch.SymInt)
@@ -318,7 +316,7 @@ def test_a_batch_of_ten_is_not_taken_for_ten_classes() -> None:
 
 
 def saved_nodes(gradient: Gradient) -> dict[str, Node]:
-    names = graph_outputs("forward/0", gradient.forward)
+    names = graph_outputs(gradient.forward)
     nodes = gradient.forward.graph.output_node().args[0]
     assert isinstance(nodes, tuple)
     pairs = zip(names, nodes, strict=True)
@@ -336,8 +334,8 @@ def test_a_linear_probe_saves_next_to_nothing() -> None:
     for name, node in saved_nodes(gradient).items():
         assert values_per_sample(node) <= 4, name  # batch by classes
     # The features are given to both halves.
-    assert "mean" in graph_inputs(gradient.forward)
-    assert "mean" in graph_inputs(gradient.backward)
+    assert "feature_0" in graph_inputs(gradient.forward)
+    assert "feature_0" in graph_inputs(gradient.backward)
 
 
 MADE_FOR_NOTHING = {
@@ -481,7 +479,7 @@ def test_no_weight_is_copied_per_sample(kind: Kind, text: str) -> None:
     ("kind", "text"), [(ResidualNet, "adapters:2"), (AttentionNet, "bias"), (MobileNet, "bias")]
 )
 def test_frozen_tensors_are_the_body_s_own(kind: Kind, text: str) -> None:
-    body, gradient = split(kind, text).graphs["body/0"], derived(kind, text)
+    body, gradient = graph_of(split(kind, text), "body/0"), derived(kind, text)
     frozen = set(tensor_names(body))
     assert frozen
     for graph in (gradient.forward, gradient.backward):
@@ -492,7 +490,7 @@ def test_frozen_tensors_are_the_body_s_own(kind: Kind, text: str) -> None:
 
 
 def test_the_body_is_left_as_it_was() -> None:
-    body = split(MobileNet, "bias").graphs["body/0"]
+    body = graph_of(split(MobileNet, "bias"), "body/0")
     before = copy_graph(body)
     differentiate(body, head_axes(split(MobileNet, "bias")))
     assert body.code == before.code
@@ -521,11 +519,11 @@ class Gated(nn.Module):
 
 def test_a_parameter_that_the_loss_does_not_depend_on_is_left_out() -> None:
     program = prepared(make_program(settled(Gated()), "full"))
-    body = program.graphs["body/0"]
+    body = graph_of(program, "body/0")
     assert "gate" in parameter_names(body)
     gradient = differentiate(body, head_axes(program))
     assert set(gradient.parameters) == {"conv.weight", "conv.bias", "fc.weight", "fc.bias"}
-    assert graph_outputs("backward", gradient.backward) == list(gradient.parameters)
+    assert graph_outputs(gradient.backward) == list(gradient.parameters)
     # The gradients of the others are autograd's, which is None for this one.
     assert_steps(program, gradient, [(1, 4, 0.1), (3, 2, 0.1)])
 
@@ -636,7 +634,7 @@ def test_an_operator_without_a_gradient_is_named(kind: Kind, operator: str, reas
         match=rf"^operator {operator} has no gradient that could be derived: {reason}.*; replace "
         r"it in the model, freeze everything before it, or add a decomposition to \S+$",
     ) as caught:
-        differentiate(program.graphs["body/0"], head_axes(program))
+        differentiate(graph_of(program, "body/0"), head_axes(program))
     assert "\n" not in str(caught.value)
 
 
@@ -644,7 +642,7 @@ def test_what_torch_computes_by_writing_into_memory_is_refused() -> None:
     """A graph of functions would lose what was written."""
     program = split(Longest, "full")
     with pytest.raises(PbcError, match=r"aten.linalg_vector_norm.* apart into aten\.\w+_\b"):
-        differentiate(program.graphs["body/0"], head_axes(program))
+        differentiate(graph_of(program, "body/0"), head_axes(program))
 
 
 def test_an_operator_of_a_gradient_says_what_it_is_the_gradient_of() -> None:
@@ -659,18 +657,18 @@ def test_an_operator_of_a_gradient_says_what_it_is_the_gradient_of() -> None:
 
 def test_an_engine_that_lacks_an_operator_of_a_gradient_names_the_module() -> None:
     program = split(Warped, "full")
-    gradient = differentiate(program.graphs["body/0"], head_axes(program))
+    gradient = differentiate(graph_of(program, "body/0"), head_axes(program))
     with pytest.raises(
         PbcError,
         match=r"^operator aten.grid_sampler_2d_backward.default in the gradient of warp "
         rf"\(.*{HERE}\d+\) is not supported by the onnxruntime engine; freeze everything before "
         r"it, replace it in the model, or compile with another --engine$",
     ):
-        Converter()("update/0/sgd", gradient.backward)
+        Converter()("update", gradient.backward)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _, _ in REFUSED])
 def test_it_may_stand_in_what_is_frozen(kind: Kind) -> None:
     program = split(kind, "linear-probe")
-    gradient = differentiate(program.graphs["body/0"], head_axes(program))
+    gradient = differentiate(graph_of(program, "body/0"), head_axes(program))
     assert_steps(program, gradient, [(3, 4, 0.1)])

@@ -1,1 +1,1 @@
-"""What `pbc bench` found, for people: tables, charts, a page."""
+"""Results of `pbc bench` for people: tables, charts, a page."""

@@ -27,7 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Part:
-    """What one colour of a stacked bar stands for."""
+    """The name behind one colour of a stacked bar."""
 
     name: str
     colour: str
@@ -171,7 +171,7 @@ def shares(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[Part]) -
 
 @dataclass(frozen=True)
 class _Axis:
-    """Maps values to pixels; callable."""
+    """Map from values to pixels; callable."""
 
     low: float
     high: float

@@ -7,10 +7,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from pbc.bench.bench import Results
 from pbc.bench.report import charts, tables
 from pbc.bench.report.charts import Part, Series
-from pbc.bench.results import BASELINES, REFERENCE, Standing
+from pbc.bench.results import Results
+from pbc.bench.standings import BASELINES, REFERENCE, Standing
 from pbc.bench.sweep import Study
 from pbc.bundle.ladder import UNALIGNED
 
@@ -196,12 +196,12 @@ def _stages(results: Results) -> str:
 def _study(study: Study, rows: Sequence[Sequence[str]], results: Results) -> str:
     """Return a section; a rival has the colour that it has in all other charts."""
     known = [standing.rival for standing in results.standings]
-    everybody = list(dict.fromkeys([*known, *(point.rival for point in study.points)]))
+    rivals_seen = list(dict.fromkeys([*known, *(point.rival for point in study.points)]))
     rivals = dict.fromkeys(point.rival for point in study.points)
     place = {value: float(index) for index, value in enumerate(study.values)}
     accuracies, ratios = [], []
     for rival in rivals:
-        colour = _colour(everybody.index(rival))
+        colour = _colour(rivals_seen.index(rival))
         mine = [point for point in study.points if point.rival == rival]
         accuracies.append(
             Series(
@@ -228,7 +228,7 @@ def _facts(results: Results) -> str:
     for name, facts in results.about.items():
         shown = dict(facts)
         if name == "machine":
-            shown["peak memory of the process"] = tables.megabytes(results.peak_memory_bytes)
+            shown["peak memory of the process"] = tables.memory(results.peak_memory_bytes)
             shown["energy"] = results.energy
         rows = "".join(
             f"<dt>{escape(_WORDS.get(key, key.replace('_', ' ')))}</dt>"
@@ -242,8 +242,8 @@ def _facts(results: Results) -> str:
         for standing in results.standings
         if _variant(standing)
     )
-    contestants = f"<h3>variants that ran</h3><ul>{variants}</ul>" if variants else ""
-    return f'<div class="facts">{"".join(blocks)}</div>{contestants}'
+    listed_variants = f"<h3>variants that ran</h3><ul>{variants}</ul>" if variants else ""
+    return f'<div class="facts">{"".join(blocks)}</div>{listed_variants}'
 
 
 def _variant(standing: Standing) -> str:

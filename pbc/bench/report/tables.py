@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pbc.bench.bench import Results
-from pbc.bench.results import BASELINES, BUDGETS, FULL, REFERENCE, Reached, Spread, Standing
+from pbc.bench.results import Results
+from pbc.bench.standings import BASELINES, BUDGETS, FULL, REFERENCE, Reached, Spread, Standing
+from pbc.util.sizes import memory_text
 
 _OURS = ("pbc", "pbc-nocache", "piebridge")
 _SECONDS_PER_HOUR = 3600
@@ -49,8 +50,8 @@ def reached(found: Reached | None) -> str:
     return f"{seconds(found.seconds)} ({times}{part})" if times or part else seconds(found.seconds)
 
 
-def megabytes(count: int | None) -> str:
-    return f"{count / 2**20:.1f} MiB" if count else "-"
+def memory(count: int | None) -> str:
+    return memory_text(count) if count else "-"
 
 
 def levels(epoch: Sequence[float]) -> str:
@@ -84,7 +85,7 @@ def headline(results: Results) -> list[list[str]]:
             seconds(standing.seconds),
             *(ratio(standing.faster.get(name)) for name in BASELINES),
             reached(standing.to_reference),
-            megabytes(standing.facts.get("cache_bytes")),
+            memory(standing.facts.get("cache_bytes")),
             *([joules(standing.joules)] if energy else []),
         ]
         for standing in results.standings
@@ -156,7 +157,7 @@ def show(console: Console, results: Results, with_budgets: bool) -> None:
         f"{data['test_samples']}; {protocol['epochs']} epochs in turn, "
         f"{protocol['seeds']} seed(s), batch {protocol['batch']}, {protocol['optimizer']} at "
         f"{protocol['learning_rate']:g}, one process, "
-        f"peak memory of the process {megabytes(results.peak_memory_bytes)}",
+        f"peak memory of the process {memory(results.peak_memory_bytes)}",
         soft_wrap=True,
     )
     tables = [headline(results), stages(results), routing(results)]
@@ -173,7 +174,7 @@ def show(console: Console, results: Results, with_budgets: bool) -> None:
 
 
 def aligned(rows: list[list[str]]) -> Table:
-    """A table of plain cells, the first row its header; numbers are flush right."""
+    """Return a table of plain cells, the first row its header; numbers are flush right."""
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -191,7 +192,7 @@ def ours(results: Results) -> Standing | None:
 def artifact_csv(results: Results) -> str:
     """Return the table of PieBridge's artifact appendix: hours and accuracy in per cent.
 
-    Columns Ours, PET, FTAll; a column whose rival did not play is empty. A third row tells the
+    Columns Ours, PET, FTAll; a column whose rival did not run is empty. A third row tells the
     epochs where a rival ran fewer than planned, so that its time is extrapolated.
     """
     columns = {

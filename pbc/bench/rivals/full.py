@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbc.bench import Arrays, EpochTimes, Setting
+from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.bench.rivals import order
 from pbc.data import Samples
 from pbc.frontend import original as network
@@ -21,7 +21,7 @@ _EVALUATED_AT_ONCE = 64
 class Full:
     """Full training in PyTorch: all parameters learn, batch norms and dropout in training mode."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RivalSetting) -> None:
         bundle, options = setting.runtime.bundle, setting.options
         self._setting = setting
         theta = initial_parameters(bundle, len(setting.samples.classes), options.seed)

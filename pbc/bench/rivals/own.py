@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pbc.bench import Arrays, EpochTimes, Setting
+from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.data import Samples
 from pbc.runtime.events import Event, Note
 from pbc.runtime.output.checkpoint import Checkpoint
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.util.atomic import replace_bytes
 
 
@@ -21,7 +21,7 @@ class Pbc:
 
     changes: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RivalSetting) -> None:
         options = dataclasses.replace(setting.options, **self.changes)
         self._checkpoint: Path = Output(setting.folder).checkpoint
         self._notes: list[str] = []

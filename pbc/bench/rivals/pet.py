@@ -2,68 +2,36 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pbc.bench import Arrays, EpochTimes, Setting
+from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.bench.rivals import order
+from pbc.bench.rivals.variants import choose
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.frontend import original as network
-from pbc.frontend.original import Call, Features
+from pbc.frontend.original import Features
 from pbc.runtime.meter import Meter
 from pbc.runtime.parameters import initial_parameters
 
-_TIMED_CALLS = 5
 _FILL_SIZES = (32, 64)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How the network runs: `frozen` (None without a prefix) and `body`, and what this is called.
-
-    size: samples per call that it is for.
-    """
-
-    name: str
-    size: int
-    frozen: Call | None
-    body: Call
-
-    @property
-    def label(self) -> str:
-        """Return what tells it apart."""
-        return f"{self.name} in calls of {self.size}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The variants that run here, the fastest per sample first, and what a reader should know."""
-
-    variants: tuple[Variant, ...]
-    notes: tuple[str, ...]
 
 
 class Pet:
     """PET in PyTorch: the frozen part every time, eager or compiled, whichever is faster here.
 
     Eval mode, channels_last, `torch.no_grad` on the frozen prefix. The constructor chooses the
-    variant: what is done there counts in nobody's seconds and joules.
+    variant: what is done there counts in no rival's seconds and joules.
     """
 
     bfloat16: ClassVar[bool] = False
     needs_prefix: ClassVar[bool] = False
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RivalSetting) -> None:
         bundle = setting.runtime.bundle
         self._setting = setting
         classes = len(setting.samples.classes)
@@ -77,7 +45,7 @@ class Pet:
         self._optimizer = network.optimizer(setting.objective, list(self._theta.values()))
         self._meter = Meter()
         self._epoch = 0
-        choice = _choice(self._parts, self._sizes(), self.bfloat16, setting.torch_compile)
+        choice = choose(self._parts, self._sizes(), self.bfloat16, setting.torch_compile)
         self._variants, self._notes = choice.variants, list(choice.notes)
         self._variant = self._variants[0]
 
@@ -172,7 +140,7 @@ class PetCache(Pet):
 
     needs_prefix: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: RivalSetting) -> None:
         super().__init__(setting)
         self._cache: tuple[_Rows, ...] | None = None
 
@@ -237,88 +205,6 @@ def _nhwc(value: Tensor) -> Tensor:
     return value.permute(0, 2, 3, 1)
 
 
-def _nothing_frozen(setting: Setting) -> str:
+def _nothing_frozen(setting: RivalSetting) -> str:
     strategy = setting.runtime.bundle.manifest["strategy"]
     return f"with {strategy} nothing is frozen before the first trainable layer"
-
-
-# ---- which variant is the fastest ----------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=8)
-def _choice(
-    parts: network.Parts, sizes: tuple[int, ...], bfloat16: bool, may_compile: bool
-) -> Choice:
-    """Choose once per process among eager and compiled, at each size, outside of measured time.
-
-    Compiled code is for calls of one size; what is left at the end runs eagerly, since compiling
-    for it takes longer than it will ever save.
-    """
-    frozen = None if parts.frozen is None else network.without_gradient(parts.frozen, bfloat16)
-    variants = [Variant("eager", size, frozen, parts.body) for size in sizes]
-    notes = [] if may_compile else ["torch.compile was not tried"]
-    for eager in tuple(variants) if may_compile else ():
-        compiled = _compiled(parts, eager, bfloat16)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                _pass(parts, compiled, _noise(parts, compiled.size))
-        except Exception as error:  # no C++ compiler, an operator that it cannot do: torch's own
-            notes.append(network.not_compiled(error))
-            break
-        variants.append(compiled)
-    if len(variants) == 1:
-        return Choice(tuple(variants), tuple(notes))
-    milliseconds = _milliseconds(parts, variants)
-    what = "forward and backward" if parts.frozen is None else "the frozen prefix"
-    times = ", ".join(
-        f"{variant.label}: {milliseconds[variant.label]:.3g} ms" for variant in variants
-    )
-    ranked = sorted(variants, key=lambda variant: milliseconds[variant.label])
-    notes.append(f"{what} per sample: {times}; the fastest ran")
-    return Choice(tuple(ranked), tuple(notes))
-
-
-def _milliseconds(parts: network.Parts, variants: Sequence[Variant]) -> dict[str, float]:
-    """Return the best time per sample of each variant, by label."""
-    images = {variant.size: _noise(parts, variant.size) for variant in variants}
-    best = {variant.label: math.inf for variant in variants}
-    for _ in range(_TIMED_CALLS):
-        for variant in variants:  # in turn: what else runs here slows all alike
-            start = perf_counter()
-            _pass(parts, variant, images[variant.size])
-            spent = 1000 * (perf_counter() - start) / variant.size
-            best[variant.label] = min(best[variant.label], spent)
-    return best
-
-
-def _compiled(parts: network.Parts, eager: Variant, bfloat16: bool) -> Variant:
-    """Compile the frozen prefix, or the whole network where there is none."""
-
-    def for_size(compiled: Call, other: Call) -> Call:
-        # Images come first among the inputs of both.
-        return lambda images, *rest: (compiled if len(images) == eager.size else other)(
-            images, *rest
-        )
-
-    if parts.frozen is None or eager.frozen is None:
-        body = for_size(torch.compile(parts.body, dynamic=False), parts.body)
-        return Variant("torch.compile", eager.size, None, body)
-    frozen = torch.compile(parts.frozen, dynamic=False)
-    chosen = for_size(network.without_gradient(frozen, bfloat16), eager.frozen)
-    return Variant("torch.compile", eager.size, chosen, parts.body)
-
-
-def _noise(parts: network.Parts, size: int) -> Tensor:
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(size, *parts.shape, generator=random)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def _pass(parts: network.Parts, variant: Variant, images: Tensor) -> None:
-    """Run what differs between variants: the prefix, or forward and backward of the network."""
-    if variant.frozen is not None:
-        variant.frozen(images)
-        return
-    theta = {name: value.clone().requires_grad_() for name, value in parts.theta.items()}
-    network.logits(parts, variant.body, (images,), theta).sum().backward()

@@ -1,4 +1,4 @@
-"""What an engine is: the two protocols between the runtime and what executes a bundle.
+"""The two protocols between the runtime and the engine that executes a bundle.
 
 Everything that crosses this border is a numpy array by name, so that the runtime knows no engine.
 Images and 4-D features are [B, C, H, W]; an engine may return, and accepts, views of NHWC memory.
@@ -21,13 +21,13 @@ class Executable(Protocol):
     """A loaded bundle that runs and trains; levels are loaded when they are first used."""
 
     def policy(self, views: np.ndarray) -> np.ndarray:
-        """f32[B, C, h, w] to the predicted fidelity of levels 1…N, f32[B, N]."""
+        """Return the predicted fidelity of levels 1…N, f32[B, N], of f32[B, C, h, w] views."""
 
     def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        """f32[B, C, H, W] to the features that the body reads; {"x": images} without a prefix."""
+        """Return the features of f32[B, C, H, W] that the body reads; without a prefix, as `x`."""
 
     def logits(self, level: int, features: Arrays) -> np.ndarray:
-        """f32[B, classes] at the current parameters; nothing is kept for a backward."""
+        """Return f32[B, classes] at the current parameters; keep nothing for a backward."""
 
     def start(self, parameters: Arrays, objective: Objective) -> None:
         """Set the trainable parameters; begin with a fresh state of the objective's optimizer."""
@@ -35,7 +35,7 @@ class Executable(Protocol):
     def forward(
         self, level: int, features: Arrays, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Per-sample losses f32[B] and logits f32[B, classes]; keeps what `update` needs.
+        """Return losses f32[B] and logits f32[B, classes]; keep what `update` needs.
 
         The losses are those of the smoothed labels.
         """
@@ -62,4 +62,4 @@ class Engine(Protocol):
         """Name everything whose change could change a result's last bit, for cache keys."""
 
     def load(self, bundle: Bundle, *, threads: int | None = None) -> Executable:
-        """Make the bundle executable, on so many threads or as many as the engine likes."""
+        """Make the bundle executable; threads: None for as many as the engine likes."""

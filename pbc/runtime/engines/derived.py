@@ -1,4 +1,4 @@
-"""Training by derived steps: what an engine's executable does, whatever runs its graphs.
+"""Training by derived steps, whatever runs their graphs: an engine brings `_run` and its tensors.
 
 A step is two graphs: `forward/k` returns the losses and what its backward needs,
 `update/k/<optimizer>` takes that and returns new parameters.
@@ -13,21 +13,11 @@ from typing import Any
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.bundle.graph_name import BODY, FORWARD, POLICY, PREFIX, update
+from pbc.bundle.optimizers import EPSILON, NEW, OPTIMIZERS, bias_corrections, state_names
 from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays
 from pbc.runtime.objective import Objective
-
-ALIGNMENT = 64
-
-# What a row of zeros is called for each parameter, by the optimizer.
-_MOMENTS: Mapping[str, tuple[str, ...]] = {
-    "sgd": ("momentum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-_BETAS = (0.9, 0.999)
-_EPSILON = 1e-8
-_NEW = "new/"
 
 
 class DerivedExecutable(ABC):
@@ -62,25 +52,24 @@ class DerivedExecutable(ABC):
         """Copy a tensor of reals in."""
 
     def policy(self, views: np.ndarray) -> np.ndarray:
-        return _copied(self._run("policy", {"view": views})["fidelity"])
+        return _copied(self._run(str(POLICY), {"view": views})["fidelity"])
 
     def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
-        graph = f"prefix/{level}"
-        if graph not in self._bundle.manifest["graphs"]:
+        graph = PREFIX.at(level)
+        if not self._bundle.has_graph(graph):
             return {"x": images}
-        outputs = self._run(graph, {"x": images})
+        outputs = self._run(str(graph), {"x": images})
         return {name: _copied(value) for name, value in outputs.items()}
 
     def logits(self, level: int, features: Arrays) -> np.ndarray:
-        return _copied(self._run(f"body/{level}", {**features, **self._theta})["logits"])
+        return _copied(self._run(str(BODY.at(level)), {**features, **self._theta})["logits"])
 
     def start(self, parameters: Arrays, objective: Objective) -> None:
         self._objective = objective
         self._theta = {name: self._kept(value) for name, value in parameters.items()}
         self._moments = {
-            f"{moment}/{name}": self._kept(np.zeros_like(value, np.float32))
-            for moment in _MOMENTS[objective.optimizer]
-            for name, value in parameters.items()
+            state: self._kept(np.zeros_like(parameters[parameter], np.float32))
+            for state, parameter in state_names(objective.optimizer, parameters)
         }
         self._steps = 0
         self._pending = None
@@ -90,13 +79,13 @@ class DerivedExecutable(ABC):
     ) -> tuple[np.ndarray, np.ndarray]:
         # What the last forward kept goes first: it is as large as what this one makes.
         self._pending = None
-        self._require(f"update/{level}/{self._objective.optimizer}")
+        self._require(self._update_name(level))
         inputs: dict[str, Any] = {
             **{name: self._feature(value) for name, value in features.items()},
             "labels": labels.astype(np.int64, copy=False),
             "label_smoothing": _scalar(self._objective.label_smoothing),
         }
-        outputs = self._run(f"forward/{level}", {**inputs, **self._theta})
+        outputs = self._run(str(FORWARD.at(level)), {**inputs, **self._theta})
         losses, logits = _copied(outputs["losses"]), _copied(outputs["logits"])
         self._pending = level, {**inputs, **outputs}
         return losses, logits
@@ -106,20 +95,24 @@ class DerivedExecutable(ABC):
         (level, values), self._pending = self._pending, None
         self._steps += 1
         outputs = self._run(
-            f"update/{level}/{self._objective.optimizer}",
+            self._update_name(level),
             {**values, **self._scalars(), **self._theta, **self._moments},
         )
         # New tensors replace the old: one buffer as input and output gives wrong results.
         for name, value in outputs.items():
-            own = name.removeprefix(_NEW)
+            own = name.removeprefix(NEW)
             (self._moments if own in self._moments else self._theta)[own] = value
+
+    def _update_name(self, level: int) -> str:
+        return str(update(self._objective.optimizer).at(level))
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: _copied(value) for name, value in self._theta.items()}
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         state = {name: _copied(value) for name, value in self._moments.items()}
-        return state if self._objective.optimizer == "sgd" else {"step": self._step(), **state}
+        counts = OPTIMIZERS[self._objective.optimizer].counts_steps
+        return {"step": self._step(), **state} if counts else state
 
     def load_optimizer_state(self, state: Arrays) -> None:
         own = self.optimizer_state()
@@ -132,35 +125,16 @@ class DerivedExecutable(ABC):
         return np.array(self._steps, np.int64)
 
     def _scalars(self) -> dict[str, np.ndarray]:
-        """Return what an update graph may ask for beside tensors.
-
-        The corrections are computed in float64: in float32, `1 - 0.999**t` has lost four digits.
-        """
-        mean, square = (1 - beta**self._steps for beta in _BETAS)
+        """Return what an update graph may ask for beside tensors."""
+        mean, square = bias_corrections(self._steps)
         return {
             "learning_rate": _scalar(self._objective.learning_rate),
             "weight_decay": _scalar(self._objective.weight_decay),
             "momentum": _scalar(self._objective.momentum),
-            "epsilon": _scalar(_EPSILON),
+            "epsilon": _scalar(EPSILON),
             "mean_correction": _scalar(mean),
             "square_correction": _scalar(square),
         }
-
-
-def aligned(value: np.ndarray) -> np.ndarray:
-    """Return the array in C order, writable, at an address that sums do not depend on.
-
-    A vectorised sum begins at the first aligned value: from another address it may add in another
-    order, and training would not go on to the same bits after a restart.
-    """
-    flags = value.flags
-    if flags.c_contiguous and flags.writeable and value.ctypes.data % ALIGNMENT == 0:
-        return value
-    memory = np.empty(value.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    copy: np.ndarray = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy
 
 
 def _copied(value: Any) -> np.ndarray:

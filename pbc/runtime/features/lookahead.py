@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pbc.runtime.features.features import Features, joined
+from pbc.runtime.features.source import Features, joined
 
 Request = tuple[np.ndarray, np.ndarray]
 

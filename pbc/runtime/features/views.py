@@ -30,7 +30,7 @@ class Crop:
     mirrored: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """uint8[H, W, 3] to the same shape."""
+        """Return the crop of uint8[H, W, 3], in the same shape."""
         height, width = image.shape[:2]
         left, top, right, bottom = self.box
         pixels = (left * width, top * height, right * width, bottom * height)
@@ -69,7 +69,7 @@ class Views:
         return rows
 
     def shown(self, epochs: int) -> np.ndarray:
-        """Return int64[m], ascending: the rows that so many epochs show; all from `count` on."""
+        """Return int64[m], ascending: the rows that the first epochs show, all from `count` on."""
         everybody = np.arange(len(self.samples))
         views = range(min(epochs, self.count))
         return np.unique(np.concatenate([self.rows(epoch, everybody) for epoch in views]))

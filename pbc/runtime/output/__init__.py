@@ -1,1 +1,1 @@
-"""What a run leaves: the personal model, its checkpoint, metrics and exports."""
+"""Output of a run: the personal model, its checkpoint, metrics and exports."""

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from pbc.errors import PbcError
 from pbc.util.atomic import replace_bytes
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Checkpoint:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["format"] != str(FORMAT):
                 raise PbcError(
-                    f"{path} has checkpoint format {metadata['format']}; this pbc reads {FORMAT}"
+                    f"{path} has checkpoint format {metadata['format']}; this pbc reads {FORMAT}: "
+                    "start again with --overwrite"
                 )
             return cls(json.loads(metadata["facts"]), arrays)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
@@ -65,10 +66,11 @@ def join(parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]
     }
 
 
-def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def difference(then: Mapping[str, Any], now: Mapping[str, Any], epochs: int) -> str | None:
     """Say in what the run of a checkpoint differs from the one that wants to resume it.
 
-    Both hold `bundle` and `data` (digests) and `options` (values by name).
+    Both hold `bundle` and `data` (digests) and `options` (values by name), the checkpoint's too the
+    `epoch` that it is in and the `rounds` that were begun: no total of epochs bounds those.
     """
     for name in ("bundle", "data"):
         if then[name] != now[name]:
@@ -77,4 +79,6 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         before = then["options"].get(name)
         if before != value:
             return f"it was started with {name} {before}, not {value}"
+    if then["epoch"] > epochs and not then["rounds"]:
+        return f"{then['epoch']} epochs are done already, not {epochs}"
     return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines import Executable
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
-from pbc.runtime.output.output import Output
+from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import labelled_as
 from pbc.util.atomic import replace_bytes
 
 
 @dataclass(frozen=True)
 class Personal:
-    """What `pbc train` left in its output folder, loaded and ready."""
+    """A personal model, loaded from its folder and ready."""
 
     bundle: Bundle
     model: dict[str, Any]
@@ -89,12 +90,32 @@ def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarr
 
 
 def write_model(
-    output: Output, bundle: Bundle, theta: Mapping[str, np.ndarray], facts: Mapping[str, Any]
+    output: Output,
+    bundle: Bundle,
+    theta: Mapping[str, np.ndarray],
+    *,
+    classes: Sequence[str],
+    batch: int,
+    samples: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    fidelity_floor: float | None = None,
+    metrics: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write the trained parameters, then model.json with `facts`: its presence says all is there.
+    """Write bundle and trained parameters, then model.json with the facts: then all is there.
 
-    facts: `classes`, `batch` and what else is worth knowing about the run.
+    classes: names by label. batch: samples per call when it is evaluated. samples: it was trained
+    on, 0 if not here. options, fidelity_floor, metrics: of the run, for whoever reads model.json.
     """
+    output.adopt(bundle)
     replace_bytes(output.trainable, safetensors.numpy.save(dict(theta)))
-    model = {"format": 1, "bundle": bundle.digest, **facts}
+    model = {
+        "format": 1,
+        "bundle": bundle.digest,
+        "classes": list(classes),
+        "samples": samples,
+        "batch": batch,
+        "options": dict(options),
+        "fidelity_floor": fidelity_floor,
+        "metrics": dict(metrics),
+    }
     replace_bytes(output.model, (json.dumps(model, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The audit: how faithful the chosen proxies are on the user's own photos.
+"""The audit of the chosen proxies: their fidelity on the user's own photos.
 
 A ladder's fidelity was measured on calibration images, which may look like nothing that the user
 has. A few of the samples that a level is to serve run at level 0 too, and where the fidelity found
@@ -27,7 +27,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Finding:
-    """A level's fidelity on so many of the samples routed to it, with its standard error."""
+    """A level's fidelity on N samples routed to it, with its standard error."""
 
     level: int
     samples: int
@@ -85,7 +85,7 @@ def audit(
 
 
 def cosines(proxy: np.ndarray, original: np.ndarray) -> np.ndarray:
-    """f64[b]: cosines per sample, after centring and scaling as level 0's channels are spread."""
+    """Return a cosine per sample, f64[b], centred and scaled as level 0's channels are spread."""
     axis = 1 if original.ndim in (2, 4) else original.ndim - 1  # tokens have their channels last
     others = tuple(at for at in range(original.ndim) if at != axis)
     mean = original.mean(axis=others, keepdims=True, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Where a bundle and a user's bounds let samples run: the floor, and the levels above it."""
+"""Levels at which a bundle and a user's bounds let samples run: those above the floor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ import numpy as np
 from pbc.bundle.ladder import Ladder
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.audit import Finding
-from pbc.runtime.routing.bounds import fidelity_floor, lost_at
-from pbc.runtime.routing.router import Routing, routable, route
+from pbc.runtime.routing.fidelity_floor import fidelity_floor, lost_at
 from pbc.runtime.schedulers import Fallback
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The outcome for n samples.
+
+    levels: int64[n], each sample's difficulty: the cheapest level it tolerates.
+    allowed: bool[n, levels], every level at which it may run.
+    """
+
+    levels: np.ndarray
+    allowed: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -97,3 +108,24 @@ class Routes:
             if usable[level.level] and level.fidelity is not None and level.fidelity < self.floor
         }
         return sorted(fidelities, reverse=True)
+
+
+def routable(ladder: Ladder, floor: float, max_level: int | None = None) -> np.ndarray:
+    """Return bool[levels]: level 0, and what is aligned and faithful enough on held-out images."""
+    fidelities = [level.fidelity for level in ladder.levels]
+    faithful = [fidelity is not None and fidelity >= floor for fidelity in fidelities]
+    within = np.arange(len(ladder)) <= (len(ladder) if max_level is None else max_level)
+    return np.array([True, *faithful[1:]]) & within
+
+
+def route(predicted: np.ndarray, usable: np.ndarray, floor: float) -> Routing:
+    """Send each sample to the largest level that it and the ladder allow.
+
+    predicted: f[n, N], the fidelity of levels 1…N that each sample can be trusted to have.
+    usable: bool[levels], see `routable`.
+    """
+    allowed = np.ones((len(predicted), len(usable)), dtype=bool)
+    allowed[:, 1:] = predicted >= floor
+    allowed &= usable
+    cheapest = len(usable) - 1 - allowed[:, ::-1].argmax(axis=1)
+    return Routing(cheapest.astype(np.int64), allowed)

@@ -1,8 +1,8 @@
-"""What a scheduler is: it decides which samples run together, at which level, and who learns.
+"""Schedulers: they decide which samples run together, at which level, and which are learnt from.
 
-A scheduler is an entry point of the group `pbc.schedulers`: a class that is made from a `Setting`.
-It is pure bookkeeping on numpy arrays; its decisions depend on nothing but the setting, the epoch
-and the losses it was told, so that a run can be repeated to the bit.
+A scheduler is an entry point of the group `pbc.schedulers`: a class that is made from a
+`SchedulerInput`. It is pure bookkeeping on numpy arrays; its decisions depend on nothing but its
+input, the epoch and the losses it was told, so that a run can be repeated to the bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from pbc.runtime.routing.costs import Costs
+from pbc.runtime.costs import Costs
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Fallback:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a scheduler has to work with.
+class SchedulerInput:
+    """All that a scheduler decides by.
 
     levels: int64[n], the cheapest level by number at which each sample may start.
     allowed: bool[n, levels], where a sample may be moved; its own level is always allowed.
@@ -40,7 +40,7 @@ class Setting:
         None: never.
     grouped: whether a mini-batch must run at one level.
     epochs: of the whole run.
-    rests: whether samples may be left out of an epoch.
+    skips_samples: whether samples may be left out of an epoch.
     cached: bool[n], of which samples the cache holds the features, at the level of the first
         epoch: a move would compute them again. None: of none.
     views: how many views of each sample there are.
@@ -56,7 +56,7 @@ class Setting:
     alpha: float | None
     grouped: bool
     epochs: int = 1
-    rests: bool = True
+    skips_samples: bool = True
     cached: np.ndarray | None = None
     views: int = 1
     costs: Costs | None = None
@@ -64,7 +64,7 @@ class Setting:
     fallbacks: tuple[Fallback, ...] = ()
 
     def is_cached(self) -> np.ndarray:
-        """Return bool[n] whether or not there is a cache."""
+        """Return bool[n], all False without a cache."""
         if self.cached is None:
             return np.zeros(len(self.levels), dtype=bool)
         return self.cached
@@ -84,7 +84,7 @@ class Scheduler(Protocol):
     cost_aware: whether it decides by measured costs. The runtime then measures them, looks ahead
         with the prefix, and audits the levels that were chosen.
     levels: int64[n], where every sample runs. epochs: how many there will be, at most the
-        setting's. notes: what the user should know about the decisions.
+        input's. notes: what the user should know about the decisions.
     """
 
     cost_aware: ClassVar[bool]
@@ -99,16 +99,25 @@ class Scheduler(Protocol):
         """
 
     def observe(self, batch: Batch, losses: np.ndarray) -> bool:
-        """Take note of f32[b] losses; True if the batch's backward is to run."""
+        """Take note of f32[b] losses; return whether the batch's backward is to run."""
 
     def finish_epoch(self) -> None:
         """Let what was learnt take effect."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return all that the setting does not say, for a checkpoint."""
+        """Return all that the input does not say, for a checkpoint."""
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from what `state` returned."""
 
     def carry(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up what the state of a stream's block before knows beyond that block's samples."""
+
+
+class SchedulerClass(Protocol):
+    """Makes schedulers; the object of an entry point in the group `pbc.schedulers`."""
+
+    cost_aware: bool
+
+    def __call__(self, given: SchedulerInput) -> Scheduler:
+        """Decide what is decided once, before the first epoch."""

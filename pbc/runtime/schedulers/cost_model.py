@@ -1,4 +1,4 @@
-"""The scheduler that decides by measured costs: who runs where, who rests, what a budget buys."""
+"""The scheduler that decides by measured costs: levels, skipped samples, what a budget buys."""
 
 from __future__ import annotations
 
@@ -8,57 +8,57 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.routing.estimate import NEVER, Rest, Workload, cheapest, full_epochs
-from pbc.runtime.schedulers import Batch, Setting
+from pbc.runtime.schedulers import Batch, SchedulerInput
+from pbc.runtime.schedulers.estimate import NEVER, Skipping, Workload, cheapest, full_epochs
 
 # Measured on MobileNetV3, Caltech-101, 3 seeds: 0.6 to 0.7 of the visits at the accuracy of all.
-USUAL_REST = Rest(0.7, 2)
+USUAL_SKIPPING = Skipping(0.7, 2)
 # For a time budget: half of the visits, for a few tenths of a point.
-HARD_REST = Rest(0.9, 3)
-# Resting that saves less of the run than this is left alone.
+HARD_SKIPPING = Skipping(0.9, 3)
+# Skipping that saves less of the run than this is left alone.
 _LEAST_SAVED = 0.03
 
 
 class CostModel:
-    """Run each sample at the allowed level of lowest measured cost, and let easy ones rest.
+    """Run each sample at the allowed level of lowest measured cost, and skip easy ones.
 
     An epoch's mini-batches are the samples in a random order, as plain training has them; where
     every level has a body of its own they are grouped by level instead. A sample whose last known
-    loss is below the mean of all last known losses rests with a fixed probability: it is not even
-    decoded. The first epoch and the last 15 % visit everything, and nobody rests more than two
-    epochs in a row (InfoBatch, Qin et al., ICLR 2024, without its rescaling of gradients).
+    loss is below the mean of all last known losses is skipped with a fixed probability: it is not
+    even decoded. The first epoch and the last 15 % visit everything, and none is skipped more than
+    two epochs in a row (InfoBatch, Qin et al., ICLR 2024, without its rescaling of gradients).
 
-    With a time budget that the predicted run would overrun, samples rest more; then levels below
-    the fidelity floor are used; then there are fewer epochs.
+    With a time budget that the predicted run would overrun, more samples are skipped; then levels
+    below the fidelity floor are used; then there are fewer epochs.
     """
 
     cost_aware: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting) -> None:
-        choice = _choose(setting)
+    def __init__(self, given: SchedulerInput) -> None:
+        choice = _choose(given)
         self.levels: np.ndarray = choice.levels
         self.epochs = choice.epochs
         self.notes: Sequence[str] = choice.notes
-        self.rest = choice.rest
-        self._setting = setting
+        self.skipping = choice.skipping
+        self._given = given
         self._allowed = choice.allowed
         self._sample_ms = choice.sample_ms
         count = len(self.levels)
         # What was known when the epoch began, and what it has told so far.
         self._losses = np.full(count, np.nan)
         self._told = self._losses.copy()
-        self._rested = np.zeros(count, dtype=np.int64)
-        self._resting = np.zeros(count, dtype=bool)
+        self._in_a_row = np.zeros(count, dtype=np.int64)
+        self._skipped = np.zeros(count, dtype=bool)
 
     def plan(self, epoch: int) -> list[Batch]:
-        setting = self._setting
-        random = np.random.Generator(np.random.PCG64([setting.seed, epoch]))
+        given = self._given
+        random = np.random.Generator(np.random.PCG64([given.seed, epoch]))
         order = random.permutation(len(self.levels))
-        self._resting = self._who_rests(epoch, random)
-        order = order[~self._resting[order]]
-        if not setting.grouped:
-            cuts = range(0, len(order), setting.batch)
-            return [Batch(0, order[start : start + setting.batch]) for start in cuts]
+        self._skipped = self._skipped_in(epoch, random)
+        order = order[~self._skipped[order]]
+        if not given.grouped:
+            cuts = range(0, len(order), given.batch)
+            return [Batch(0, order[start : start + given.batch]) for start in cuts]
         full, short = self._grouped(order)
         return [full[index] for index in random.permutation(len(full))] + short
 
@@ -68,45 +68,45 @@ class CostModel:
 
     def finish_epoch(self) -> None:
         self._losses[:] = self._told
-        self._rested[self._resting] += 1
-        self._rested[~self._resting] = 0
+        self._in_a_row[self._skipped] += 1
+        self._in_a_row[~self._skipped] = 0
 
     def state(self) -> dict[str, np.ndarray]:
         return {
             "losses": self._losses.copy(),
             "told": self._told.copy(),
-            "rested": self._rested.copy(),
+            "in_a_row": self._in_a_row.copy(),
         }
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self._losses[:] = state["losses"]
         self._told[:] = state["told"]
-        self._rested[:] = state["rested"]
+        self._in_a_row[:] = state["in_a_row"]
 
     def carry(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up nothing: losses are of samples that do not come again."""
 
-    def _who_rests(self, epoch: int, random: np.random.Generator) -> np.ndarray:
+    def _skipped_in(self, epoch: int, random: np.random.Generator) -> np.ndarray:
         full = epoch == 0 or epoch >= self.epochs - full_epochs(self.epochs)
-        if self.rest == NEVER or full:
+        if self.skipping == NEVER or full:
             return np.zeros(len(self.levels), dtype=bool)
-        drawn = random.random(len(self.levels)) < self.rest.rate
+        drawn = random.random(len(self.levels)) < self.skipping.rate
         known = self._losses[~np.isnan(self._losses)]
         easy = self._losses < known.mean() if len(known) else np.zeros_like(drawn)
-        resting: np.ndarray = easy & drawn & (self._rested < self.rest.in_a_row)
-        return resting
+        skipped: np.ndarray = easy & drawn & (self._in_a_row < self.skipping.in_a_row)
+        return skipped
 
     def _grouped(self, order: np.ndarray) -> tuple[list[Batch], list[Batch]]:
         """Cut into mini-batches of one level each: full ones, and at most one that is short.
 
-        What remains of a level joins the next dearer one at which it may run; at the latest, that
-        is level 0.
+        What remains of a level joins the next more expensive one at which it may run, which is
+        level 0 at the latest.
         """
-        batch, per_level = self._setting.batch, self._sample_ms.sum(axis=0)
-        dearer = sorted(range(1, len(per_level)), key=lambda level: per_level[level])
+        batch, per_level = self._given.batch, self._sample_ms.sum(axis=0)
+        ascending = sorted(range(1, len(per_level)), key=lambda level: per_level[level])
         full: list[Batch] = []
         left = np.empty(0, dtype=np.int64)
-        for level in [*dearer, 0]:
+        for level in [*ascending, 0]:
             may = self._allowed[left, level]
             own = order[self.levels[order] == level]
             if level and not len(own):
@@ -132,39 +132,39 @@ class _Choice:
     allowed: np.ndarray
     sample_ms: np.ndarray
     levels: np.ndarray
-    rest: Rest
+    skipping: Skipping
     epochs: int
     notes: tuple[str, ...] = ()
 
 
-def _choose(setting: Setting) -> _Choice:
-    """Decide levels, resting and epochs by their predicted times."""
-    costs = setting.costs
+def _choose(given: SchedulerInput) -> _Choice:
+    """Decide levels, skipping and epochs by their predicted times."""
+    costs = given.costs
     assert costs is not None, "a cost-aware scheduler is given costs"
-    load = Workload(costs, setting.is_cached(), setting.views)
+    load = Workload(costs, given.is_cached(), given.views)
 
     def run_ms(choice: _Choice) -> float:
-        return load.run_ms(choice.levels, choice.epochs, choice.rest)
+        return load.run_ms(choice.levels, choice.epochs, choice.skipping)
 
-    def choose(allowed: np.ndarray, rest: Rest) -> _Choice:
-        sample_ms = load.sample_ms(setting.epochs, rest)
-        return _Choice(allowed, sample_ms, cheapest(allowed, sample_ms), rest, setting.epochs)
+    def choose(allowed: np.ndarray, skipping: Skipping) -> _Choice:
+        sample_ms = load.sample_ms(given.epochs, skipping)
+        return _Choice(allowed, sample_ms, cheapest(allowed, sample_ms), skipping, given.epochs)
 
-    choice = choose(setting.allowed, NEVER)
-    resting = choose(setting.allowed, USUAL_REST)
-    if setting.rests and run_ms(resting) <= (1 - _LEAST_SAVED) * run_ms(choice):
-        choice = resting
-    budget = setting.time_budget_ms
+    choice = choose(given.allowed, NEVER)
+    usual = choose(given.allowed, USUAL_SKIPPING)
+    if given.skips_samples and run_ms(usual) <= (1 - _LEAST_SAVED) * run_ms(choice):
+        choice = usual
+    budget = given.time_budget_ms
     if budget is None or run_ms(choice) <= budget:
         return choice
     notes: list[str] = []
-    if setting.rests:
-        choice = choose(setting.allowed, HARD_REST)
+    if given.skips_samples:
+        choice = choose(given.allowed, HARD_SKIPPING)
     lowered = None
-    for fallback in setting.fallbacks:
+    for fallback in given.fallbacks:
         if run_ms(choice) <= budget:
             break
-        cheaper = choose(fallback.allowed, choice.rest)
+        cheaper = choose(fallback.allowed, choice.skipping)
         if run_ms(cheaper) < run_ms(choice):
             choice, lowered = cheaper, fallback
     if lowered is not None:
@@ -176,6 +176,6 @@ def _choose(setting: Setting) -> _Choice:
         )
     while choice.epochs > 1 and run_ms(choice) > budget:
         choice = replace(choice, epochs=choice.epochs - 1)
-    if choice.epochs < setting.epochs:
-        notes.append(f"the time budget is enough for {choice.epochs} of {setting.epochs} epochs")
+    if choice.epochs < given.epochs:
+        notes.append(f"the time budget is enough for {choice.epochs} of {given.epochs} epochs")
     return replace(choice, notes=tuple(notes))

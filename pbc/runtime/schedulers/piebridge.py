@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.schedulers import Batch, Setting
+from pbc.runtime.schedulers import Batch, SchedulerInput
 
 EMA_WEIGHT = 2 / (10 + 1)
 
@@ -25,27 +25,27 @@ class PieBridge:
 
     cost_aware: ClassVar[bool] = False
 
-    def __init__(self, setting: Setting) -> None:
-        self.levels: np.ndarray = setting.levels.copy()
-        self.epochs = setting.epochs
+    def __init__(self, given: SchedulerInput) -> None:
+        self.levels: np.ndarray = given.levels.copy()
+        self.epochs = given.epochs
         self.notes: Sequence[str] = ()
-        self._setting = setting
+        self._given = given
         self._moving = np.zeros(len(self.levels), dtype=bool)
         self._ema = math.nan
 
     def plan(self, epoch: int) -> list[Batch]:
-        setting = self._setting
-        random = np.random.Generator(np.random.PCG64([setting.seed, epoch]))
+        given = self._given
+        random = np.random.Generator(np.random.PCG64([given.seed, epoch]))
         order = random.permutation(len(self.levels))
-        levels = self.levels if setting.grouped else np.zeros_like(self.levels)
-        full, short = group(levels[order], setting.batch)
+        levels = self.levels if given.grouped else np.zeros_like(self.levels)
+        full, short = group(levels[order], given.batch)
         batches = [Batch(level, order[at]) for level, at in full]
         shuffled = [batches[index] for index in random.permutation(len(batches))]
         return shuffled + [Batch(level, order[at]) for level, at in short]
 
     def observe(self, batch: Batch, losses: np.ndarray) -> bool:
         loss = float(losses.mean())
-        before, alpha = self._ema, self._setting.alpha
+        before, alpha = self._ema, self._given.alpha
         if math.isnan(before):
             self._ema = loss
             return True
@@ -56,10 +56,10 @@ class PieBridge:
         return False
 
     def finish_epoch(self) -> None:
-        allowed = self._setting.allowed
+        allowed = self._given.allowed
         moving = np.flatnonzero(self._moving)
         cheaper = np.minimum(self.levels[moving] + 1, allowed.shape[1] - 1)
-        able = allowed[moving, cheaper] & ~self._setting.is_cached()[moving]
+        able = allowed[moving, cheaper] & ~self._given.is_cached()[moving]
         self.levels[moving[able]] = cheaper[able]
         self._moving[:] = False
 

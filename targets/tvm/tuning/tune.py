@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pbc.ir.program import POLICY, Program
+from pbc.bundle.graph_name import FORWARD, PREFIX
+from pbc.ir.program import Program
 from pbc.ir.work import TRIALS
-from pbc.lower.lowering import Candidate
-from pbc.lower.visit import PREFIX_BATCHES, at_level_0
-from pbc.lower.weights import level_of
+from pbc.lower.iteration import PREFIX_BATCHES, IterationTimer
 from pbc.target import Target
 from pbc.targets.tvm.tuning.records import Record, Records
 
@@ -58,8 +57,8 @@ def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, A
     from pbc.targets.tvm.tuning.search import Search
 
     start = time.monotonic()
-    where = platform_of(program.target)
-    records = Records(None if program.work is None else program.work / TRIALS)
+    where = platform_of(program.request.target)
+    records = Records(None if program.request.work is None else program.request.work / TRIALS)
     search = Search(where, records)
     libraries = _libraries(lowering, program, search)
     search.run(seconds)
@@ -87,7 +86,7 @@ def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, A
     }
     notes: tuple[str, ...] = (
         f"tuned {search.faster} of {search.functions} functions in {found['seconds']:.0f} s "
-        f"({search.trials} trials): a training visit takes {after / before:.2f} of its time",
+        f"({search.trials} trials): a training iteration takes {after / before:.2f} of its time",
     )
     if records.damaged:
         lines, were = ("line", "was") if records.damaged == 1 else ("lines", "were")
@@ -102,24 +101,26 @@ def _libraries(lowering: TvmLowering, program: Program, search: Search) -> list[
     from pbc.targets.tvm.tuning.search import Use
 
     libraries: list[_Library] = []
+    request = program.request
     for names in lowering.groups(program).values():
-        if POLICY in names:
+        level = names[0].level
+        if level is None:  # the policy is no part of a training iteration
             continue
         module, _ = lowering.converted(program, {function_of(n): program.graphs[n] for n in names})
         if any(structural_equal(module, other.module) for other in libraries):
             continue
-        is_prefix = names[0].startswith("prefix/")
-        updates = [name for name in names if name.startswith("update/")]
-        visited = [name for name in names if name.startswith(("prefix/", "forward/"))] or names
+        is_prefix = names[0].role == PREFIX
+        updates = [name for name in names if name.optimizer is not None]
+        iterated = [name for name in names if name.role in (PREFIX, FORWARD)] or names
         calls = PREFIX_BATCHES[-1] if is_prefix else 1
-        classes = CLASSES if program.class_count is None else program.class_count
+        classes = CLASSES if request.class_count is None else request.class_count
         uses = {
-            function_of(name): Use(times / calls, calls * program.batch, classes)
-            for group, times in ((visited, 1.0), (updates, 1 / max(1, len(updates))))
+            function_of(name): Use(times / calls, calls * request.batch, classes)
+            for group, times in ((iterated, 1.0), (updates, 1 / max(1, len(updates))))
             for name in group
         }
         number = search.add(module, uses)
-        libraries.append(_Library(module, level_of(names[0]), is_prefix, number))
+        libraries.append(_Library(module, level, is_prefix, number))
     return libraries
 
 
@@ -161,19 +162,22 @@ class _Comparison:
         return [record for record in known if record is not None]
 
     def _measured(self, level: int, libraries: Sequence[_Library]) -> Iterator[Record]:
-        visits = {}
+        timers = {}
         for better, lowering in self._sides.items():
             for library in libraries:
                 lowering.keep(self._where, library.module, self.content(library, better))
-            visits[better] = lowering.visit(self._program, _candidate(self._program, level))
+            graphs = self._program.levels[level]
+            timers[better] = IterationTimer(
+                lowering.runner(self._program, graphs), self._program, graphs
+            )
         for turn in range(ROUNDS):
-            for visit in visits.values():
-                visit.measure(warm_up=turn == 0)
+            for timer in timers.values():
+                timer.measure(warm_up=turn == 0)
         for library in libraries:
             plain, fast = (
-                visits[better].prefix_seconds()
+                timers[better].prefix_seconds()
                 if library.is_prefix
-                else visits[better].step_seconds()
+                else timers[better].step_seconds()
                 for better in (False, True)
             )
             if not self.tuned(library).faster:
@@ -182,12 +186,3 @@ class _Comparison:
             record = Record(key, WHOLE, key, fast, plain)
             self._records.add(record)
             yield record
-
-
-def _candidate(program: Program, level: int) -> Candidate:
-    graphs = {
-        at_level_0(name): graph
-        for name, graph in program.graphs.items()
-        if name != POLICY and level_of(name) == level
-    }
-    return Candidate(graphs, {})

@@ -3,7 +3,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -17,20 +16,13 @@ from torch.fx import GraphModule
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import EXAMPLE_BATCH
-from pbc.ir.program import (
-    NAME,
-    graph_inputs,
-    graph_outputs,
-    output_node,
-    placeholders,
-    tensor_names,
-)
+from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, tensor_names
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter, check, multiply_once, unresolved
-from pbc.testing import make_program, run_passes
+from pbc.testing import graph_of, make_program, run_passes, with_request
 
 aten = torch.ops.aten
 
@@ -46,14 +38,14 @@ aten = torch.ops.aten
 )
 def test_onnxruntime_computes_what_the_graphs_do(kind: Kind, strategy: str) -> None:
     program = run_passes(pruned(kind, strategy), FoldBatchNorm())
-    for level in program.levels:
+    for level in range(len(program.levels)):
         assert_logits(program, level, 1e-5)
 
 
 def test_a_model_as_text() -> None:
     program = pruned(ConvNet, "norm")
-    graph = program.graphs["body/0"]
-    model = Converter()("body/0", graph, None, ("fc.weight", "fc.bias"), open_head=True)
+    graph = graph_of(program, "body/0")
+    model = Converter()("body", graph, None, ("fc.weight", "fc.bias"), open_head=True)
     text = onnx.printer.to_text(model)
     inputs, _, rest = text.partition(") => ")
     assert inputs.splitlines() == [
@@ -62,7 +54,7 @@ def test_a_model_as_text() -> None:
         '   opset_import: ["" : 20],',
         '   producer_name: "pbc"',
         ">",
-        'body (float[batch,16,16,16] conv2d, float[16] "bn1.weight", float[16] "bn1.bias", '
+        'body (float[batch,16,16,16] feature_0, float[16] "bn1.weight", float[16] "bn1.bias", '
         'float[24] "bn2.weight", float[24] "bn2.bias", float[classes,24] "fc.weight", '
         'float[classes] "fc.bias", float[16] "bn1.running_mean", float[16] "bn1.running_var", '
         'float[24,16,3,3] "conv2.weight", float[24] "conv2.bias", float[24] "bn2.running_mean", '
@@ -82,16 +74,16 @@ def test_a_model_as_text() -> None:
 
 
 def test_an_open_head_takes_any_number_of_classes() -> None:
-    graph = pruned(ConvNet).graphs["body/0"]
+    graph = graph_of(pruned(ConvNet), "body/0")
     head = ("fc.weight", "fc.bias")
     values: dict[str, np.ndarray] = {
         name: np.ones((7, 24), np.float32) for name in graph_inputs(graph)
     }
     values["fc.bias"] = np.arange(7, dtype=np.float32)
-    values["mean"] = np.ones((3, 24), np.float32)
-    opened = session(graph, Converter()("body/0", graph, None, head, open_head=True))
+    values["feature_0"] = np.ones((3, 24), np.float32)
+    opened = session(graph, Converter()("body", graph, None, head, open_head=True))
     assert np.array_equal(run(opened, values)["logits"], np.full((3, 7), 24) + np.arange(7))
-    closed = session(graph, Converter()("body/0", graph, None, head))
+    closed = session(graph, Converter()("body", graph, None, head))
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="7"):
         run(closed, values)
 
@@ -106,26 +98,26 @@ def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.onnx, "export", counted)
     program = run_passes(pruned(ConvNet), FoldBatchNorm())
-    graph = program.graphs["prefix/0"]
-    other = run_passes(pruned(ConvNet), FoldBatchNorm()).graphs["prefix/0"]
+    graph = graph_of(program, "prefix/0")
+    other = graph_of(run_passes(pruned(ConvNet), FoldBatchNorm()), "prefix/0")
     for tensor in other.parameters():
         tensor.data = tensor.data + 1
     converter = Converter()
-    one = converter("prefix/0", graph)
-    same = converter("prefix/7", other, [f"{name}!" for name in tensor_names(other)])
+    one = converter("prefix", graph)
+    same = converter("prefix", other, [f"{name}!" for name in tensor_names(other)])
     assert len(calls) == 1
     assert [value.name for value in same.graph.input[1:]] == [
         f"{value.name}!" for value in one.graph.input[1:]
     ]
     assert same.graph.name == "prefix"  # levels of one content have one file's bytes
-    images = {"x": program.example.numpy()}
-    same.CopyFrom(converter("prefix/0", other))
+    images = {"x": program.network.example.numpy()}
+    same.CopyFrom(converter("prefix", other))
     for number, (model, source) in enumerate(((one, graph), (same, other))):
         with torch.no_grad():
-            expected = source(program.example)[0].numpy()
-        got = run(session(source, model), images)["mean"]
+            expected = source(program.network.example)[0].numpy()
+        got = run(session(source, model), images)["feature_0"]
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-4), number
-    converter("prefix/1", program.graphs["prefix/1"])  # other widths
+    converter("prefix", graph_of(program, "prefix/1"))  # other widths
     assert len(calls) == 2
 
 
@@ -193,7 +185,7 @@ def test_outputs_have_names_of_their_own() -> None:
         "weight": np.eye(6, dtype=np.float32),
     }
     got = run(session(graph, model), values)
-    assert list(got) == graph_outputs("handed", graph) == ["saved/y", "new/weight", "copy", "x"]
+    assert list(got) == graph_outputs(graph) == ["saved/y", "new/weight", "copy", "x"]
     for name, wanted in zip(got, ["x", "weight", "x", "x"], strict=True):
         assert np.array_equal(got[name], values[wanted]), name
 
@@ -202,19 +194,18 @@ def test_outputs_have_names_of_their_own() -> None:
     ("kind", "strategy"), [(ConvNet, "linear-probe"), (ResidualNet, "last-k:1")]
 )
 def test_a_derived_step_moves_as_its_graphs_do(kind: Kind, strategy: str) -> None:
-    program = replace(pruned(kind, strategy, levels=0), engine="onnxruntime")
+    program = with_request(pruned(kind, strategy, levels=0), engine="onnxruntime")
     program = DeriveTrainStep()(run_passes(program, FoldBatchNorm()))
     generator = torch.Generator().manual_seed(0)
     values = {name: value.detach() for name, value in program.parameters.items()}
     with torch.no_grad():
-        names = [node.name for node in placeholders(program.graphs["body/0"])]
-        values.update(zip(names, program.features(0, program.example), strict=False))
+        values.update(program.levels[0].features(program.network.example))
     values["labels"] = torch.tensor([3, 8])
     for scalar in ("label_smoothing", "learning_rate", "momentum", "weight_decay"):
         values[scalar] = torch.tensor(0.1)
     converter = Converter()
     for name in ("forward/0", "update/0/sgd"):
-        graph = program.graphs[name]
+        graph = graph_of(program, name)
         for given in graph_inputs(graph):
             if given.startswith("momentum/"):
                 like = values[given.partition("/")[2]]
@@ -223,12 +214,13 @@ def test_a_derived_step_moves_as_its_graphs_do(kind: Kind, strategy: str) -> Non
         got = run(converted(program, name, converter), arrays)
         with torch.no_grad():
             expected = graph(*(values[given] for given in graph_inputs(graph)))
-        outputs = dict(zip(graph_outputs(name, graph), expected, strict=True))
+        outputs = dict(zip(graph_outputs(graph), expected, strict=True))
         assert list(got) == list(outputs)
         for key, value in outputs.items():
             assert np.allclose(got[key], value.numpy(), rtol=1e-5, atol=1e-5), key
         values.update(outputs)
-    assert not torch.equal(values["new/" + program.head.weight], values[program.head.weight])
+    weight = next(iter(program.network.head.parameters))
+    assert not torch.equal(values["new/" + weight], values[weight])
 
 
 # ---- what cannot be converted --------------------------------------------------------------
@@ -255,12 +247,12 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_line() -> None:
         match=r"operator aten.special_bessel_j0.default .*test_onnx_graph.py\", line \d+\) is not "
         r"supported by the onnxruntime engine; replace it in the model, or compile with another",
     ):
-        Converter()("prefix/0", program.graphs["prefix/0"])
+        Converter()("prefix", graph_of(program, "prefix/0"))
 
 
 def test_a_model_that_cannot_run_is_found_out() -> None:
-    graph = pruned(ConvNet).graphs["body/0"]
-    model = Converter()("body/0", graph)
+    graph = graph_of(pruned(ConvNet), "body/0")
+    model = Converter()("body", graph)
     check(model)
     model.graph.node[-1].op_type = "Gmem"
     with pytest.raises(onnx.checker.ValidationError, match="Gmem"):
@@ -268,8 +260,8 @@ def test_a_model_that_cannot_run_is_found_out() -> None:
 
 
 def test_what_a_model_reads_and_lacks() -> None:
-    graph = pruned(ConvNet).graphs["prefix/0"]
-    model = Converter()("prefix/0", graph)
+    graph = graph_of(pruned(ConvNet), "prefix/0")
+    model = Converter()("prefix", graph)
     assert unresolved(model.graph) == []
     del model.graph.input[1:]
     assert unresolved(model.graph) == tensor_names(graph)

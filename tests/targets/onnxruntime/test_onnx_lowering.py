@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned, settled
 
-from pbc import compiler
-from pbc.bundle import Bundle, bundle
+from pbc import bundle, compiler
+from pbc.bundle import Bundle
+from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError
 from pbc.ir.program import Program
 from pbc.lower.engine_choice import choose_engine
-from pbc.lower.lowering import Candidate
 from pbc.lower.weights import ALIGNMENT, TensorStore, byte_ranges, safetensors_bytes
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
@@ -30,15 +30,23 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.runtime.features.features import level_key
+from pbc.runtime.features.keys import level_key
 from pbc.target import load_target
 from pbc.targets.onnxruntime.convert import source
 from pbc.targets.onnxruntime.lowering import INLINE_BYTES, THETA, OnnxRuntimeLowering
-from pbc.testing import assert_same, assert_unchanged, make_program, run_passes
+from pbc.testing import (
+    assert_same,
+    assert_unchanged,
+    graph_of,
+    make_program,
+    run_passes,
+    rungs,
+    with_request,
+)
 
 
 def on_onnxruntime(program: Program) -> Program:
-    return replace(FoldBatchNorm()(program), engine="onnxruntime")
+    return with_request(FoldBatchNorm()(program), engine="onnxruntime")
 
 
 @cache
@@ -129,7 +137,7 @@ def test_what_the_manifest_says() -> None:
 def test_small_tensors_stay_in_the_model_and_large_ones_lie_outside() -> None:
     program = lowered(AttentionNet, "norm")
     files = program.artifacts
-    for level in program.levels:
+    for level in range(len(program.levels)):
         model = onnx.load_model_from_string(files[f"onnx/body-{level}.onnx"])
         for tensor in model.graph.initializer:
             place = source(tensor)
@@ -145,7 +153,7 @@ def test_small_tensors_stay_in_the_model_and_large_ones_lie_outside() -> None:
 
 def test_levels_of_equal_tensors_share_their_bytes() -> None:
     program = reduced()
-    assert [level.resolution for level in program.ladder.levels] == [None, (48, 48), (32, 32)]
+    assert [level.resolution for level in rungs(program).levels] == [None, (48, 48), (32, 32)]
     sizes = {name: len(data) for name, data in program.artifacts.items()}
     assert [name for name in sizes if name.endswith(".safetensors")] == ["onnx/level-0.safetensors"]
     manifest, _ = compiler.package(program)
@@ -162,9 +170,9 @@ def test_levels_of_equal_tensors_share_their_bytes() -> None:
 def test_onnxruntime_runs_an_unpacked_bundle(tmp_path: Path, kind: Kind, strategy: str) -> None:
     program = lowered(kind, strategy)
     manifest, folder = unpacked(tmp_path, program)
-    images = program.example.repeat(2, 1, 1, 1)[:3]
+    images = program.network.example.repeat(2, 1, 1, 1)[:3]
     theta = {name: value.detach().numpy() for name, value in program.parameters.items()}
-    for level in program.levels:
+    for level in range(len(program.levels)):
         values = {"x": images.numpy(), **theta}
         for name in (f"prefix/{level}", f"body/{level}"):
             path = folder / manifest["graphs"][name]
@@ -177,12 +185,11 @@ def test_onnxruntime_runs_an_unpacked_bundle(tmp_path: Path, kind: Kind, strateg
 def test_a_reduced_resolution_level_runs() -> None:
     program = reduced()
     lowering = OnnxRuntimeLowering()
-    for level in program.levels:
-        graph = program.graphs[f"prefix/{level}"]
-        session = lowering.session(program, f"prefix/{level}", graph)
-        (features,) = session.run(None, {"x": program.example.numpy()})
+    for level in range(len(program.levels)):
+        session = lowering.session(program, PREFIX, graph_of(program, f"prefix/{level}"))
+        (features,) = session.run(None, {"x": program.network.example.numpy()})
         with torch.no_grad():
-            (expected,) = program.features(level, program.example)
+            (expected,) = program.levels[level].features(program.network.example).values()
         assert np.allclose(features, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -192,7 +199,7 @@ def test_a_reduced_resolution_level_runs() -> None:
 def test_an_export_needs_nothing_but_its_tensors_appended(kind: Kind, strategy: str) -> None:
     program = lowered(kind, strategy)
     manifest, files = package(kind, strategy)
-    for level in program.levels:
+    for level in range(len(program.levels)):
         export = manifest["export"][str(level)]
         base = files[export["file"]]
         named = {tensor.name for tensor in onnx.load_model_from_string(base).graph.initializer}
@@ -207,7 +214,7 @@ def test_an_export_needs_nothing_but_its_tensors_appended(kind: Kind, strategy: 
             appended.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
         merged = base + appended.SerializeToString()
         onnx.checker.check_model(merged, full_check=True)
-        images = program.example.repeat(2, 1, 1, 1)[:3]
+        images = program.network.example.repeat(2, 1, 1, 1)[:3]
         got = run(merged, {"x": images.numpy()})
         expected = logits(program, level, images)
         assert list(got) == ["logits", "probabilities"]
@@ -221,7 +228,7 @@ def test_a_derived_step_is_lowered_too(tmp_path: Path) -> None:
     manifest, folder = unpacked(tmp_path, program)
     assert manifest["graphs"]["update/1/sgd"] == "onnx/update-1-sgd.onnx"
     values: dict[str, np.ndarray] = {
-        "x": program.example.numpy(),
+        "x": program.network.example.numpy(),
         "labels": np.array([3, 8]),
         **{name: value.detach().numpy() for name, value in program.parameters.items()},
         **{name: np.array(0.1, np.float32) for name in ("learning_rate", "label_smoothing")},
@@ -231,7 +238,7 @@ def test_a_derived_step_is_lowered_too(tmp_path: Path) -> None:
     for name in ("prefix/1", "forward/1", "update/1/sgd"):
         values.update(run(folder / manifest["graphs"][name], values))
     theta = {n: p.detach().clone().requires_grad_() for n, p in program.parameters.items()}
-    features = program.features(1, program.example)[0].detach()
+    features = program.levels[1].features(program.network.example)["feature_0"].detach()
     loss = torch.nn.functional.cross_entropy(
         features @ theta["fc.weight"].t() + theta["fc.bias"],
         torch.tensor([3, 8]),
@@ -247,18 +254,9 @@ def test_a_derived_step_is_lowered_too(tmp_path: Path) -> None:
 
 def test_latency_is_measured_per_candidate() -> None:
     program = DeriveTrainStep()(on_onnxruntime(pruned(ConvNet)))
-    kinds = ("prefix/{}", "body/{}")
-    candidates = [
-        Candidate(
-            {kind.format(0): program.graphs[kind.format(level)] for kind in kinds},
-            dict.fromkeys(("prefix/0", "body/0"), "float32"),
-        )
-        for level in program.levels
-    ]
-    step = {name: program.graphs[name] for name in ("prefix/0", "forward/0", "update/0/sgd")}
-    candidates.append(Candidate(step, dict.fromkeys(step, "float32")))
+    trials = [replace(level, forward=None, updates={}) for level in program.levels]
     text = program.text()
-    measured = OnnxRuntimeLowering().latency_ms(program, candidates)
+    measured = OnnxRuntimeLowering().latency_ms(program, [*trials, program.levels[0]])
     assert len(measured) == 4
     assert min(measured) > 0
     assert max(measured) < float("inf")
@@ -270,10 +268,10 @@ def test_latency_is_measured_per_candidate() -> None:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "pytorch"])
 def test_a_level_s_key_covers_the_weights_it_reads(tmp_path: Path, engine: str) -> None:
-    program = replace(FoldBatchNorm()(pruned(ResidualNet)), engine=engine)
+    program = with_request(FoldBatchNorm()(pruned(ResidualNet)), engine=engine)
     manifest, files = compiler.package(Lower()(program))
     assert all(name in files for names in manifest["weights"].values() for name in names)
-    assert manifest["weights"].keys() == program.graphs.keys()
+    assert manifest["weights"].keys() == {str(name) for name in program.graphs}
     keys = []
     for number, changed in enumerate([None, 0, 1, 2]):
         touched = dict(files)
@@ -281,8 +279,8 @@ def test_a_level_s_key_covers_the_weights_it_reads(tmp_path: Path, engine: str) 
             (name,) = (n for n in files if n.endswith(f"level-{changed}.safetensors"))
             touched[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
         written = bundle.write(tmp_path / f"{number}.pbc", manifest, touched)
-        key = level_key(written, program.input, "engine 1", "float32")
-        keys.append([key(level) for level in program.levels])
+        key = level_key(written, program.network.input, "engine 1", "float32")
+        keys.append([key(level) for level in range(len(program.levels))])
     same = [[one == other for one, other in zip(row, keys[0], strict=True)] for row in keys[1:]]
     # Level 0's file holds what the others share with it.
     assert same == [[False, False, False], [True, False, True], [True, True, False]]
@@ -291,7 +289,7 @@ def test_a_level_s_key_covers_the_weights_it_reads(tmp_path: Path, engine: str) 
 def test_an_older_bundle_s_key_covers_all_its_files(tmp_path: Path) -> None:
     manifest, files = package(ConvNet, "linear-probe")
     manifest = {key: value for key, value in manifest.items() if key != "weights"}
-    spec = lowered(ConvNet, "linear-probe").input
+    spec = lowered(ConvNet, "linear-probe").network.input
     one = bundle.write(tmp_path / "one.pbc", manifest, files)
     other = bundle.write(tmp_path / "other.pbc", manifest, {**files, "dims.json": b"{}"})
     keys = [level_key(b, spec, "engine 1", "float32")(0) for b in (one, other)]

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pbc.runtime.engines.onnxruntime.engine import session_options
+from pbc.runtime.engines.onnxruntime.session import session_options
 from pbc.runtime.engines.onnxruntime.weights import Place, moved, outside, share
 
 WIDTH = 64

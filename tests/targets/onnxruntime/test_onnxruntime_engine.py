@@ -20,18 +20,20 @@ import tiny_onnx
 from killing import killed_until_done
 from onnx import helper
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.engines.artifacts import Artifacts
-from pbc.runtime.engines.onnxruntime import engine as engine_module
-from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine, session_options
+from pbc.runtime.engines.onnxruntime import loader as loader_module
+from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
+from pbc.runtime.engines.onnxruntime.session import providers, session_options
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.events import Report
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
+from pbc.util.artifacts import Artifacts
 from pbc.util.processor import cpu_identity
 
 LABELS = np.array([0, 1, 2, 1, 0])
@@ -40,7 +42,7 @@ LABELS = np.array([0, 1, 2, 1, 0])
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of optimised graphs for each test."""
-    engine_module._tell_once.cache_clear()
+    loader_module._tell_once.cache_clear()
     monkeypatch.setenv("PBC_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -309,7 +311,7 @@ def test_a_run_killed_at_many_steps_resumes_to_the_same_bits(
     resumed = killed_until_done(train, 3, (1, 14))
     model = "trainable.safetensors"
     assert (out / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
-    for key in ("epoch", "loss", "levels", "steps", "skipped"):
+    for key in ("epoch", "loss", "levels", "steps", "skipped_updates"):
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
 
 
@@ -373,7 +375,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
 PEAKS = """
 import sys
 import numpy as np
-from pbc.profile.stages import peak_bytes
+from pbc.profile.memory import peak_bytes
 from pbc.bundle import Bundle
 from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from pbc.runtime.objective import Objective
@@ -452,7 +454,7 @@ def test_an_entry_that_cannot_be_loaded_is_made_again(tmp_path: Path, cache: Pat
     graph.write_bytes(good[:100])
     assert load(tmp_path).prefix(0, images())["flat"].tobytes() == expected.tobytes()
     assert graph.read_bytes() == good
-    # Whole as it is sealed, but nothing that onnxruntime can read.
+    # Whole by its complete marker, but nothing that onnxruntime can read.
     key = graph.parent.name
     store = Artifacts(cache)
     store.discard(key)
@@ -565,7 +567,7 @@ def test_execution_providers_are_those_of_the_target_that_are_here(
     available = ["AzureExecutionProvider", "CPUExecutionProvider"]
     if available != onnxruntime.get_available_providers():
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available[1:])
-    assert engine_module._providers(source) == tuple(
+    assert providers(source) == tuple(
         name for name in available if name in onnxruntime.get_available_providers()
     )
     expected = load(tmp_path / "cpu").prefix(0, images())["flat"]
@@ -620,15 +622,15 @@ def test_repacked_weights_lie_where_kernels_can_read_them(tmp_path: Path) -> Non
     opset = [onnx.helper.make_opsetid("", 20)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "m")
     bundle = tiny_onnx.write(tmp_path / "tiny.pbc")
-    loader = engine_module._Loader(bundle, 1)
+    loader = loader_module.GraphLoader(bundle, 1)
     loader._unpack = lambda name, folder: tmp_path / "m"  # type: ignore[method-assign]
     made = tmp_path / "made"
     made.mkdir()
     loader._open(tmp_path / "m", loader._saving("products", made, prepacked=True))
-    if not engine_module._misaligned((made / "graph.onnx").read_bytes()):
+    if not loader_module._misaligned((made / "graph.onnx").read_bytes()):
         pytest.skip("this onnxruntime aligns what it saves")
     loader._make("products", made)
-    assert not engine_module._misaligned((made / "graph.onnx").read_bytes())
+    assert not loader_module._misaligned((made / "graph.onnx").read_bytes())
     batch = random.normal(size=(8, 25)).astype(np.float32)
     for found, weight in zip(
         loader._optimised("products", made).run(None, {"x": batch}), weights.values(), strict=True

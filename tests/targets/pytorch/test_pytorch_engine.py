@@ -13,11 +13,14 @@ import tiny
 import torch
 from torch import nn
 
-from pbc.bundle import Bundle, bundle
+from pbc import bundle
+from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.engines.pytorch.engine import OPS, PyTorchEngine, _function
+from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.engines.pytorch.graph import parse
+from pbc.runtime.engines.pytorch.ops import OPS
+from pbc.runtime.engines.pytorch.resolved_graph import _function
 from pbc.runtime.objective import Objective
 
 
@@ -258,8 +261,8 @@ def test_dead_values_are_freed_and_outputs_are_not() -> None:
     ]
     graph = parse(tiny.graph(["x"], {"c": "c", "d": "d"}, {}, nodes), OPS, "g")
     names = {slot.index: name for name, slot in graph.inputs.items()}
-    names.update({step.output.index: step.name for step in graph.steps})
-    assert [[names[slot.index] for slot in step.dead] for step in graph.steps] == [
+    names.update({call.output.index: call.name for call in graph.calls})
+    assert [[names[slot.index] for slot in call.dead] for call in graph.calls] == [
         ["x"],
         [],
         ["a", "b"],

@@ -20,7 +20,6 @@ from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli import main
 from pbc.errors import PbcError
-from pbc.ir.program import prefix
 from pbc.runtime.engines.tvm import cuda_kernels, nvrtc
 from pbc.runtime.engines.tvm import devices as tvm_devices
 from pbc.runtime.engines.tvm.devices import CPU, Device
@@ -30,6 +29,7 @@ from pbc.runtime.parameters import initial_parameters
 from pbc.target import load_target
 from pbc.targets.tvm.cuda import cubin, cubin_elf
 from pbc.targets.tvm.lowering import TvmLowering
+from pbc.testing import with_request
 
 tvm = pytest.importorskip("tvm")
 
@@ -150,21 +150,22 @@ def test_a_compiler_without_nvrtc_refuses_before_anything_takes_long(
     with pytest.raises(PbcError, match=r"pip install 'pbc\[cuda\]'"):
         compiler.start("no model is looked at", options)
     pi = replace(options, target="raspberry-pi-4b", engine="tvm")
-    assert compiler.start(f"{source(tmp_path)}:factory", pi).engine == "tvm"
+    assert compiler.start(f"{source(tmp_path)}:factory", pi).request.engine == "tvm"
 
 
 @pytest.mark.parametrize(
     "target", [*(f"cuda-sm_{sm}" for sm in (53, 62, 72, 87, 90)), "jetson-agx-thor"]
 )
 def test_kernels_for_every_architecture(target: str, tmp_path: Path) -> None:
-    program = split(ConvNet)
-    graphs = {name: graph for name, graph in program.graphs.items() if name == prefix(0)}
-    program = replace(program, graphs=graphs, engine="tvm", target=load_target(target))
+    program = with_request(split(ConvNet), engine="tvm", target=load_target(target))
     lowering = TvmLowering()
-    path = tmp_path / "prefix.so"
-    path.write_bytes(lowering.lower(program)["tvm/prefix-0.so"])
-    (kernels,) = cubin.require(path, int(program.target.tags["sm"]))
-    assert f"{len(cubin_elf.kernels(kernels.cubin))} kernels are compiled" in lowering.notes()[0]
+    files, count = lowering.lower(program), 0
+    for part in ("prefix", "body"):
+        path = tmp_path / f"{part}.so"
+        path.write_bytes(files[f"tvm/{part}-0.so"])
+        (kernels,) = cubin.require(path, int(program.request.target.tags["sm"]))
+        count += len(cubin_elf.kernels(kernels.cubin))
+    assert lowering.notes()[0].startswith(f"{count} kernels are compiled")
 
 
 # ---- where tensors are: TVM's second CPU stands for a GPU ------------------------------------

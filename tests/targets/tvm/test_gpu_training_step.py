@@ -12,7 +12,7 @@ from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import CHECK, Lower
 from pbc.target import load_target
-from pbc.testing import run_passes
+from pbc.testing import run_passes, with_request
 from pbc.training_graph.step_check import TOLERANCE
 
 tvm = pytest.importorskip("tvm")
@@ -41,7 +41,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def test_every_kernel_of_a_step_computes_what_torch_does(rules: set[str]) -> None:
-    program = replace(
+    program = with_request(
         split(ConvNet, "norm"), engine="tvm", target=load_target("generic-x86-64")
     )  # fmt: skip
     program = run_passes(program, FoldBatchNorm(), DeriveTrainStep(), Lower())

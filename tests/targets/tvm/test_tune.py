@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ pytest.importorskip("tvm")
 import tvm
 
 from pbc import cli, compiler
+from pbc.bundle.graph_name import PREFIX
 from pbc.errors import UsageError
-from pbc.ir.program import Program, prefix
+from pbc.ir.program import Program
 from pbc.ir.work import TRIALS, clear
 from pbc.lower.engine_choice import require_tuning
 from pbc.passes.derive_train_step import DeriveTrainStep
@@ -35,7 +36,7 @@ from pbc.targets.tvm.lowering import TvmLowering
 from pbc.targets.tvm.tuning.records import Record, Records
 from pbc.targets.tvm.tuning.trial import Trials
 from pbc.targets.tvm.tuning.tune import WHOLE
-from pbc.testing import run_passes
+from pbc.testing import graph_of, run_passes, with_request
 from pbc.util.progress import reporting_to
 
 RECORD = Record("a", {"tile": [4, 2]}, "c0de", 1.0, 2.0)
@@ -162,7 +163,7 @@ def test_a_candidate_that_hangs_is_ended(trials: Trials) -> None:
 
 @cache
 def derived() -> Program:
-    program = replace(pruned(ConvNet, levels=1), engine="tvm", target=load_target("host"))
+    program = with_request(pruned(ConvNet, levels=1), engine="tvm", target=load_target("host"))
     return run_passes(program, FoldBatchNorm(), DeriveTrainStep())
 
 
@@ -173,7 +174,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Each counts as faster, whatever it was: what is built of it must be right all the same.
     """
     folder = tmp_path_factory.mktemp("work")
-    program = replace(derived(), work=folder)
+    program = with_request(derived(), work=folder)
     seen: set[str] = set()
 
     def stop(stage: str, fraction: float, text: str) -> None:
@@ -191,7 +192,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lowered(work: Path) -> Program:
     """Made of these trials alone, and of one comparison of the libraries, an honest one."""
-    return Lower(tune=0.0)(replace(derived(), work=work))
+    return Lower(tune=0.0)(with_request(derived(), work=work))
 
 
 def records(folder: Path) -> list[Any]:
@@ -245,7 +246,7 @@ def test_what_was_measured_is_used_and_computes_the_same(
     kept = records(tmp_path)
     with (tmp_path / TRIALS).open("a") as file:
         file.write('{"key": \n')
-    program = replace(derived(), work=tmp_path)
+    program = with_request(derived(), work=tmp_path)
     fast, plain = TvmLowering(), TvmLowering()
     found = fast.tune(program, 0.0)
     assert records(tmp_path) == kept
@@ -256,8 +257,7 @@ def test_what_was_measured_is_used_and_computes_the_same(
     assert level["after_ms"] == pytest.approx(level["before_ms"] / 2, abs=0.01)
     images = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
     mine, others = (
-        side.loaded(program, side.together(program, prefix(0)))[prefix(0)].run({"x": images})
-        for side in (fast, plain)
+        side.runner(program, program.levels[0]).run(PREFIX, {"x": images}) for side in (fast, plain)
     )
     for name, value in others.items():
         np.testing.assert_allclose(mine[name].numpy(), value.numpy(), rtol=1e-4, atol=1e-5)
@@ -270,7 +270,7 @@ def test_each_choice_computes_the_same(trials: Trials) -> None:
 
     where = this_machine()
     lowering = TvmLowering()
-    module, _ = lowering.converted(derived(), {"prefix": derived().graphs[prefix(0)]})
+    module, _ = lowering.converted(derived(), {"prefix": graph_of(derived(), "prefix/0")})
     tunable = schedule_cpu.tunable
     plain = scheduled(module, where)
     prepared = tunable.prepare(legalized(module, where))

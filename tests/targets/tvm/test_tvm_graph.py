@@ -18,11 +18,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.program import get_tensor, graph_inputs, output_names
+from pbc.ir.graph import get_tensor, graph_inputs, output_names
 from pbc.runtime.engines.tvm.library import Graph as Runner
 from pbc.runtime.engines.tvm.library import Library
 from pbc.targets.tvm.build import build, this_machine
 from pbc.targets.tvm.convert import convert
+from pbc.testing import graph_of
 
 aten = torch.ops.aten
 
@@ -345,12 +346,13 @@ def test_what_frozen_tensors_alone_decide_is_computed_once() -> None:
 
 def test_an_open_head_takes_any_number_of_classes() -> None:
     program = pruned(ConvNet)
-    graph = program.graphs["body/0"]
-    head = [program.head.weight, program.head.bias]
+    graph = graph_of(program, "body/0")
+    head = list(program.network.head.parameters)
     (runner,) = loaded({"body": graph}, head=head, open_head=True).values()
-    features = torch.rand(3, program.head.in_features)
+    width = program.network.head.parameters[head[0]]
+    features = torch.rand(3, width)
     for classes in (2, 7):
-        weight, bias = tensors((classes, program.head.in_features), (classes,))
+        weight, bias = tensors((classes, width), (classes,))
         run(graph, runner, (features, weight, bias))
 
 

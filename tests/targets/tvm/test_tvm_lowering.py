@@ -14,13 +14,13 @@ from networks import ConvNet, pruned
 from pbc import compiler
 from pbc.errors import PbcError
 from pbc.ir.program import Program
-from pbc.lower.lowering import Candidate
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import CHECK, Lower
 from pbc.target import Target, load_target
 from pbc.targets.tvm.build import platform_of
 from pbc.targets.tvm.lowering import CALLS, TvmLowering
+from pbc.testing import with_request
 from pbc.training_graph.step_check import TOLERANCE
 
 AARCH64, X86_64 = 183, 62
@@ -28,7 +28,7 @@ AARCH64, X86_64 = 183, 62
 
 @cache
 def lowered() -> Program:
-    program = replace(
+    program = with_request(
         pruned(ConvNet, levels=1), engine="tvm", target=load_target("raspberry-pi-4b")
     )
     return Lower()(DeriveTrainStep()(FoldBatchNorm()(program)))
@@ -83,11 +83,9 @@ def test_the_lowered_step_is_checked_on_the_host_s_build() -> None:
 
 def test_latency_is_measured_of_a_level_and_of_a_trial() -> None:
     program = lowered()
-    kinds = ("prefix/{}", "forward/{}", "update/{}/sgd")
-    level = {kind.format(0): program.graphs[kind.format(1)] for kind in kinds}
-    trial = {name: program.graphs[name] for name in ("prefix/0", "body/0")}
+    trial = replace(program.levels[0], forward=None, updates={})
     text = program.text()
-    measured = TvmLowering().latency_ms(program, [Candidate(g, {}) for g in (level, trial)])
+    measured = TvmLowering().latency_ms(program, [program.levels[1], trial])
     assert len(measured) == 2
     assert all(0 < latency < float("inf") for latency in measured)
     assert program.text() == text

@@ -29,7 +29,7 @@ _WORTH = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie."""
+    """The place of a tensor's bytes."""
 
     file: str
     offset: int
@@ -114,7 +114,7 @@ def share(graph: Path, weights: Path, source: Path) -> None:
 
 
 def _is_readable(weight: Weight) -> bool:
-    """Whether numpy can view the bytes where they lie."""
+    """Return whether numpy can view the bytes where they lie."""
     return bool(weight.dtype) and weight.place.offset % np.dtype(weight.dtype).itemsize == 0
 
 

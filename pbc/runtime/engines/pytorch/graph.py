@@ -1,4 +1,4 @@
-"""Read the declarative graph of a bundle: JSON in, a checked list of steps over numbered slots out.
+"""Read the declarative graph of a bundle: JSON in, a checked list of calls over numbered slots out.
 
     {"format": 2, "precision": "float32", "inputs": ["x"], "outputs": {"flatten": "flatten"},
      "tensors": {"c0": "weights/level-0.safetensors#features.0.0.weight"},
@@ -41,7 +41,7 @@ _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a value lies while the graph runs."""
+    """The place of a value while the graph runs."""
 
     index: int
 
@@ -57,8 +57,8 @@ Argument: TypeAlias = "bool | int | float | str | Slot | DType | list[Argument] 
 
 
 @dataclass(frozen=True)
-class Step:
-    """One operator call; the slots in `dead` are not read by any later step."""
+class OperatorCall:
+    """One operator call; the slots in `dead` are not read by any later call."""
 
     name: str
     op: str
@@ -69,18 +69,18 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Graph:
-    """Steps in order over `slot_count` slots; `tensors` maps a slot to (file, key)."""
+class DeclaredGraph:
+    """Operator calls in order over `slot_count` slots; `tensors` maps a slot to (file, key)."""
 
     precision: str
     inputs: dict[str, Slot]
     outputs: dict[str, Slot]
     tensors: dict[Slot, tuple[str, str]]
-    steps: tuple[Step, ...]
+    calls: tuple[OperatorCall, ...]
     slot_count: int
 
 
-def parse(data: Any, ops: frozenset[str], where: str) -> Graph:
+def parse(data: Any, ops: frozenset[str], where: str) -> DeclaredGraph:
     """Check a decoded JSON graph and number its values; raises PbcError, naming `where`."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -122,11 +122,11 @@ def parse(data: Any, ops: frozenset[str], where: str) -> Graph:
         outputs[name] = slots[source]
     dead = _dead_after([_slots([*args, *kwargs.values()]) for _, _, args, kwargs, _ in calls])
     kept = set(outputs.values()) | set(tensors)
-    steps = tuple(
-        Step(*call, tuple(slot for slot in slots_dead if slot not in kept))
+    resolved = tuple(
+        OperatorCall(*call, tuple(slot for slot in slots_dead if slot not in kept))
         for call, slots_dead in zip(calls, dead, strict=True)
     )
-    return Graph(data["precision"], inputs, outputs, tensors, steps, len(slots))
+    return DeclaredGraph(data["precision"], inputs, outputs, tensors, resolved, len(slots))
 
 
 def _expect_keys(data: Any, keys: set[str], where: str) -> None:
@@ -162,7 +162,7 @@ def _slots(arguments: list[Argument]) -> set[Slot]:
 
 
 def _dead_after(reads: list[set[Slot]]) -> list[list[Slot]]:
-    """For every step the slots that it is the last to read."""
+    """Return for every call the slots that it is the last to read."""
     seen: set[Slot] = set()
     dead: list[list[Slot]] = []
     for read in reversed(reads):

@@ -21,9 +21,10 @@ import numpy as np
 import safetensors.numpy
 
 from pbc.bundle import Bundle
+from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError
-from pbc.runtime.engines.artifacts import Artifacts, default_folder
-from pbc.runtime.engines.derived import DerivedExecutable, aligned
+from pbc.runtime.engines.alignment import aligned
+from pbc.runtime.engines.derived import DerivedExecutable
 from pbc.runtime.engines.tvm.devices import CPU, GPU, Device, use_gpu
 from pbc.runtime.engines.tvm.library import (
     Graph,
@@ -35,6 +36,7 @@ from pbc.runtime.engines.tvm.library import (
     tensor,
     use_threads,
 )
+from pbc.util.artifacts import Artifacts, default_folder
 from pbc.util.processor import cores, cpu_identity, missing_flags
 
 _FORMAT = 1
@@ -166,7 +168,7 @@ class _Loader:
         if name in self._bundle.manifest["graphs"] and name in self._calls:
             return
         reason = ""
-        if name.startswith(("forward/", "update/")):
+        if GraphName.parse(name).trains:
             reason = ": it cannot train with these options; compile the model again"
         raise PbcError(f"{self._bundle.path} has no graph {name}{reason}")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pbc.errors import PbcError
-from pbc.runtime.engines.derived import aligned
+from pbc.runtime.engines.alignment import aligned
 from pbc.runtime.engines.tvm.devices import CPU, Device, in_numpy
 
 RUNTIME_VARIABLE = "PBC_TVM_RUNTIME"

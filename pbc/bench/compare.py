@@ -1,0 +1,224 @@
+"""`pbc bench` as a function: a bundle and photos in, results out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pbc import plugins
+from pbc.bench import photos, sweep, tuning
+from pbc.bench.about import about_bundle, about_machine
+from pbc.bench.cells import Work
+from pbc.bench.energy import find_meter
+from pbc.bench.match import GROUP, MatchPlan, run_match
+from pbc.bench.notes import bench_notes, left_out
+from pbc.bench.options import BenchOptions
+from pbc.bench.results import Results
+from pbc.bench.standings import standings
+from pbc.data import Samples
+from pbc.errors import PbcError
+from pbc.runtime.allocator import keep_freed_memory
+from pbc.runtime.meter import peak_memory_bytes
+from pbc.runtime.output.folder import Output
+from pbc.runtime.parameters import labelled_as, labelled_for
+from pbc.runtime.runtime import Runtime
+from pbc.util.extras import missing
+
+_QUICK_EPOCHS = 5
+_QUICK_TRAIN, _QUICK_TEST = 240, 120
+
+Tell = Callable[[str], None]
+
+
+def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell: Tell) -> Results:
+    """Run the match that the options describe, keeping every cell in `folder`.
+
+    tell: takes a line whenever there is news. Raises PbcError for what the user can fix, and
+    KeyboardInterrupt as it comes: what was finished is kept.
+    """
+    runtime = Runtime.open(bundle)
+    for name in options.rivals:
+        plugins.find(GROUP, name)
+    options, not_installed = _installed(options)
+    for line in not_installed:
+        tell(line)
+    sweep.check(options.sweeps, runtime, options.policy_bundles)
+    # A setting of the whole process: every rival is timed with it.
+    keep_freed_memory()
+    train, test, origin = photos.train_and_test(data, options.test, runtime.spec, lambda *_: None)
+    train = labelled_for(runtime.bundle, train)
+    test = labelled_as(train.classes, test)
+    options = _quick(options) if options.quick else options
+    batch = options.train.batch or int(runtime.bundle.manifest["batch"])
+    if options.quick:
+        train = _few(train, _QUICK_TRAIN, batch)
+        test = _few(test, _QUICK_TEST, 1)
+    on_disk = [
+        name for name, part in (("training", train), ("test", test)) if not photos.in_memory(part)
+    ]
+    if options.train.threads is not None:
+        runtime.engine.load(runtime.bundle, threads=options.train.threads)  # for every rival
+    work = Work(folder)
+    with Output(folder).locked():
+        identity = _identity(runtime, train, test, options, batch)
+        work.begin(identity, resume=options.resume, overwrite=options.overwrite)
+        rate = _rate(runtime, train, options, batch, work, tell)
+        chosen = replace(options.train, batch=batch, learning_rate=rate.value)
+        plan = MatchPlan(
+            options.rivals,
+            options.seeds,
+            chosen,
+            options.epochs_of,
+            options.rate_of,
+            options.weights,
+            options.torch_compile,
+        )
+        # An engine that runs on a GPU says so; none that pbc brings does.
+        meter = find_meter(uses_gpu=getattr(runtime.engine, "uses_gpu", False))
+        outcome = run_match(plan, runtime, train, test, work, meter, tell)
+        studies = [
+            sweep.study(name, plan, runtime, train, test, work, options.policy_bundles, tell)
+            for name in options.sweeps
+        ]
+    ranked = standings(plan, outcome)
+    if not ranked:
+        raise PbcError(f"no rival could run: {'; '.join(left_out(outcome.left_out))}")
+    about = {
+        "bundle": about_bundle(runtime, bundle, len(train.classes)),
+        "data": {
+            "name": data.name,
+            "train_samples": len(train),
+            "test_samples": len(test),
+            "classes": len(train.classes),
+            "test_photos": origin,
+        },
+        "protocol": {
+            "seeds": plan.seeds,
+            "epochs": chosen.epochs,
+            "batch": batch,
+            "optimizer": chosen.optimizer,
+            **({"momentum": chosen.momentum} if chosen.optimizer == "sgd" else {}),
+            "weight_decay": chosen.weight_decay,
+            "label_smoothing": chosen.label_smoothing,
+            "learning_rate": rate.value,
+            "learning_rate_from": rate.reason,
+            "rates_of_their_own": dict(plan.rate_of),
+            "quick": options.quick,
+        },
+        "machine": about_machine(options.train.threads),
+    }
+    notes = [
+        *bench_notes(runtime, ranked, options),
+        *(
+            f"not all {name} photos stay decoded in 4 GiB of memory: every rival decodes the "
+            "others whenever it reads them"
+            for name in on_disk
+        ),
+        *sweep.notes(options.sweeps, runtime, options.policy_bundles),
+        *not_installed,
+        *left_out(outcome.left_out),
+    ]
+    return Results(
+        about,
+        runtime.bundle.manifest["levels"],
+        ranked,
+        studies,
+        [cell for cells in outcome.cells.values() for cell in cells],
+        notes,
+        peak_memory_bytes(),
+        meter.name,
+    )
+
+
+def _installed(options: BenchOptions) -> tuple[BenchOptions, list[str]]:
+    """Leave out the rivals whose packages are not installed, with a line per package."""
+    without: dict[str, list[str]] = {}
+    for name in options.rivals:
+        needs = _needs(name)
+        if needs is not None and not options.optional:
+            raise PbcError(f"rival {name} needs {needs}, or leave it out of --rivals")
+        if needs is not None:
+            without.setdefault(needs, []).append(name)
+    lines = [
+        f"{', '.join(names)} are left out: they need {needs}"
+        if len(names) > 1
+        else f"{names[0]} is left out: it needs {needs}"
+        for needs, names in without.items()
+    ]
+    gone = {name for names in without.values() for name in names}
+    remaining = tuple(name for name in options.rivals if name not in gone)
+    if not remaining:
+        raise PbcError(f"no rival could run: {'; '.join(lines)}")
+    return replace(options, rivals=remaining), lines
+
+
+def _needs(rival: str) -> str | None:
+    """Return the package that a rival's module misses, and how to install it."""
+    try:
+        plugins.load(GROUP, rival)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "pbc":
+            raise  # not a package that could be installed
+        return missing(error) or f"{error.name}, which is not installed"
+    except PbcError:
+        return None  # a broken plugin: the match tells why it is left out
+    return None
+
+
+def _quick(options: BenchOptions) -> BenchOptions:
+    """Shorten: one seed, few epochs, one epoch of full training unless told otherwise."""
+    epochs = min(options.train.epochs, _QUICK_EPOCHS)
+    full = {"full": 1} if "full" in options.rivals else {}
+    return replace(
+        options,
+        seeds=1,
+        train=replace(options.train, epochs=epochs),
+        epochs_of={**full, **options.epochs_of},
+    )
+
+
+def _few(samples: Samples, most: int, multiple: int) -> Samples:
+    """Return at most `most` samples, all classes alike, a whole multiple of `multiple`."""
+    if len(samples) <= most:
+        return samples
+    per_class = max(1, most // len(samples.classes))
+    some = photos.first_of_each(samples, per_class, seed=0)
+    whole = len(some) // multiple * multiple
+    return photos.subset(some, np.linspace(0, len(some) - 1, whole).astype(int)) if whole else some
+
+
+def _rate(
+    runtime: Runtime, train: Samples, options: BenchOptions, batch: int, work: Work, tell: Tell
+) -> tuning.Rate:
+    """Return the learning rate: as told, as found before the interruption, or tuned now."""
+    if options.train.learning_rate is not None:
+        return tuning.Rate(options.train.learning_rate, "as told")
+    known = work.remembered("learning-rate")
+    if known is None:
+        found = tuning.tune(runtime, train, options.train, batch, tell)
+        known = {"value": found.value, "reason": found.reason}
+        work.remember("learning-rate", known)
+        tell(f"learning rate {found.value:g}: {found.reason}")
+    return tuning.Rate(known["value"], known["reason"])
+
+
+def _identity(
+    runtime: Runtime, train: Samples, test: Samples, options: BenchOptions, batch: int
+) -> dict[str, Any]:
+    """Return all that decides the results of a match; more seeds and sweeps may be added to one."""
+    return {
+        "bundle": runtime.bundle.digest,
+        "train": train.digest(),
+        "test": test.digest(),
+        "rivals": list(options.rivals),
+        "epochs": options.train.epochs,
+        "batch": batch,
+        "epochs_of": dict(options.epochs_of),
+        "lr_of": dict(options.rate_of),
+        "torch_compile": options.torch_compile,
+        "options": {**options.train.deciding(), "batch": batch},
+    }

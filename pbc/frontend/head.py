@@ -1,0 +1,351 @@
+"""The head: which parameters make the class scores, found by data flow; resized, or added."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbc.errors import PbcError
+from pbc.frontend.trace import LAYOUT, Operator, Trace, Value
+from pbc.ir.program import Head
+
+OPEN_CLASSES = 10
+"""How many classes an added head has until training says."""
+
+# Elementwise operators that map each score by itself and the order of scores mostly to itself.
+_SCALES = frozenset({"neg", "dropout", "native_dropout", "hardtanh", "clamp_min", "clamp", "pow"})
+_ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus", "exp"})
+_PROBABILITIES = frozenset({"_softmax", "softmax", "_log_softmax", "log_softmax", "sigmoid"})
+_BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
+_REDUCTIONS = frozenset({
+    "mean", "sum", "amax", "amin", "max", "logsumexp", "norm", "linalg_vector_norm",
+    "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "max_pool2d_with_indices",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """A head, how many classes it has, and what the user should know of it."""
+
+    head: Head
+    classes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why the outputs of a network are not the scores of a classifier, in words."""
+
+    reason: str
+
+
+def find(trace: Trace) -> Found | Missing:
+    """Follow the class axis of the outputs back to the parameters whose first axis it is.
+
+    Scores are what linear layers or 1×1 convolutions make: as they are, averaged over heads,
+    positions or tokens, scaled, through softmax; their weights may be normalised or given by
+    parts. Raises PbcError where such a parameter is also read by another part of the network.
+    """
+    result = trace.result
+    if result is None:
+        return Missing(f"it returns {_described(trace.output)}")
+    if len(result.shape) != 2:
+        return Missing(f"it puts out {list(result.shape)} for two images, not class scores")
+    walk = _Walk()
+    try:
+        walk.scores(result, 1)
+    except _Lost as lost:
+        return Missing(str(lost))
+    if not walk.widths:
+        return Missing("its outputs are made by no linear layer")
+    if _depends_on(walk.data, walk.seen):
+        return Missing("its outputs are a residual sum")
+    _check_not_shared(trace, walk)
+    return Found(Head(walk.head()), result.shape[1], tuple(walk.notes))
+
+
+class _Lost(Exception):
+    """The class axis leads somewhere else than to a head."""
+
+
+@dataclass
+class _Walk:
+    """The way back from the scores.
+
+    parameters: found so far, with the width of the layer that reads each, None for what is added
+    or multiplied afterwards. widths, data: of the layers
+    found. seen: the operators on the way.
+    """
+
+    parameters: dict[str, int | None] = field(default_factory=dict)
+    widths: list[int] = field(default_factory=list)
+    data: list[Value] = field(default_factory=list)
+    seen: set[Operator] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    _done: set[tuple[int, int]] = field(default_factory=set)
+
+    def head(self) -> dict[str, int]:
+        return {name: width or self.widths[0] for name, width in self.parameters.items()}
+
+    def scores(self, value: Value, axis: int, pooled: bool = False) -> None:
+        """Follow scores to their layers. pooled: they are averaged over positions afterwards."""
+        operator = value.made_by
+        if operator is None:
+            raise _Lost("its outputs are its inputs")
+        if value.constant:
+            raise _Lost("its outputs do not depend on the image")
+        if (id(value), axis) in self._done:
+            return
+        self._done.add((id(value), axis))
+        self.seen.add(operator)
+        word, args = operator.word, operator.args
+        if word in ("addmm", "baddbmm") and axis == 1:
+            self._layer(operator, args[1], args[2], 1, args[0])
+        elif word in ("mm", "matmul") and axis == len(value.shape) - 1:
+            self._layer(operator, args[0], args[1], len(args[1].shape) - 1, None)
+        elif word == "linear" and axis == len(value.shape) - 1:
+            self._layer(operator, args[0], args[1], 0, args[2] if len(args) > 2 else None)
+        elif word in ("convolution", "mkldnn_convolution") and axis == 1:
+            if any(size != 1 for size in args[1].shape[2:]) and any(
+                size != 1 for size in value.shape[2:]
+            ):
+                raise _Lost(self._at(operator, "a convolution over neighbouring positions"))
+            self._layer(operator, args[0], args[1], 0, args[2])
+        elif word in _PROBABILITIES:
+            self._probabilities(operator)
+            self.scores(args[0], axis, pooled)
+        elif word in _ACTIVATIONS and not pooled:
+            raise _Lost(self._at(operator, f"{word}: features, not scores"))
+        elif word in _BINARY:
+            for operand in operator.inputs:
+                at = axis - len(value.shape) + len(operand.shape)
+                if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
+                    continue  # no class axis: a temperature, a scale for each image
+                if operand.constant:
+                    self._parameter(operand, at, None)
+                else:
+                    self.scores(operand, at, pooled)
+        elif word in ("cat", "stack"):
+            for operand in args[0]:
+                self.scores(operand, _before(operator, operand, value, axis), pooled)
+        elif word in LAYOUT | _SCALES | _ACTIVATIONS | _REDUCTIONS:
+            before = _before(operator, args[0], value, axis)
+            reduced = word in _REDUCTIONS
+            self.scores(args[0], before, pooled or reduced)
+        else:
+            raise _Lost(self._at(operator, f"`{word}`"))
+
+    def _layer(
+        self, operator: Operator, data: Value, weight: Value, axis: int, bias: Value | None
+    ) -> None:
+        if not weight.constant:
+            raise _Lost(self._at(operator, f"`{operator.word}` of two features"))
+        width = math.prod(weight.shape) // weight.shape[axis]
+        self.widths.append(width)
+        self.data.append(data)
+        self._parameter(weight, axis, width)
+        if isinstance(bias, Value):
+            self._parameter(bias, len(bias.shape) - 1, width)
+
+    def _parameter(self, value: Value, axis: int, width: int | None) -> None:
+        """Follow a weight back through what it is computed from, to what is stored."""
+        if value.name is not None:
+            if axis != 0:
+                raise PbcError(
+                    f"the classes are axis {axis} of the head's {value.name} "
+                    f"{list(value.shape)}; pbc trains heads whose classes are the first axis, as "
+                    "in torch.nn.Linear"
+                )
+            self.parameters.setdefault(value.name, width)
+            return
+        operator = value.made_by
+        if operator is None:
+            raise _Lost(f"its outputs are tied to a constant of {value.shape[axis]} entries")
+        self.seen.add(operator)
+        if operator.word == "_weight_norm_interface":
+            for operand in operator.inputs:
+                self._parameter(operand, axis, width)
+            return
+        for operand in operator.inputs:
+            try:
+                before = _before(operator, operand, value, axis)
+            except _Lost:
+                continue
+            if operand.shape[before] == value.shape[axis]:
+                self._parameter(operand, before, width)
+
+    def _probabilities(self, operator: Operator) -> None:
+        word = operator.word.lstrip("_")
+        if word == "log_softmax":
+            note = "the model ends in log_softmax, which the loss takes once more: no difference"
+        else:
+            note = (
+                f"the model puts out probabilities ({word}): the loss takes them as scores, as "
+                "torch would; train on what comes before to learn faster"
+            )
+        self.notes.append(note)
+
+    def _at(self, operator: Operator, what: str) -> str:
+        place = f" in {operator.module}" if operator.module else ""
+        return f"its outputs come from {what}{place}"
+
+
+def _before(operator: Operator, operand: Value, result: Value, axis: int) -> int:
+    """Which axis of an operand becomes this axis of the result; raises _Lost where none does."""
+    word, args, kwargs = operator.word, operator.args, operator.kwargs
+    rank = len(operand.shape)
+    if word == "t":
+        return rank - 1 - axis
+    if word == "transpose":
+        one, other = (int(dim) % rank for dim in args[1:3])
+        return {one: other, other: one}.get(axis, axis)
+    if word == "permute":
+        return int(args[1][axis]) % rank
+    if word == "expand" or word in _BINARY:
+        before = axis - len(result.shape) + rank
+        if before < 0:
+            raise _Lost("its outputs are one number repeated")
+        return before
+    if word in ("select", "unbind"):
+        dim = int(args[1] if len(args) > 1 else 0) % rank
+        return axis + (axis >= dim)
+    if word in ("unsqueeze", "stack"):
+        dim = int(args[1] if len(args) > 1 else 0) % len(result.shape)
+        if axis == dim:
+            raise _Lost(f"its outputs are put together by `{word}`")
+        return axis - (axis > dim)
+    if len(result.shape) == rank and word not in ("view", "reshape", "_unsafe_view"):
+        if operand.shape[axis] != result.shape[axis]:
+            raise _Lost(
+                f"its {result.shape[axis]} outputs are put together by `{word}` of "
+                f"{operand.shape[axis]} and others"
+            )
+        return axis
+    if word in _REDUCTIONS:
+        dims = args[1] if len(args) > 1 else kwargs.get("dim")
+        if word in ("norm", "linalg_vector_norm"):
+            dims = args[2] if len(args) > 2 else kwargs.get("dim")
+        gone = {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims or 0])}
+        left = [dim for dim in range(rank) if dim not in gone]
+        return left[axis]
+    # A view: the axis before which as many elements lie, and of the same size.
+    wanted, size = math.prod(result.shape[:axis]), result.shape[axis]
+    for before in range(rank):
+        if math.prod(operand.shape[:before]) == wanted and operand.shape[before] == size:
+            return before
+    raise _Lost(f"its outputs are regrouped by `{word}`")
+
+
+def _depends_on(values: list[Value], operators: set[Operator]) -> bool:
+    """Whether a layer reads what was followed as scores: then these are features like others."""
+    waiting, reached = list(values), set(values)
+    while waiting:
+        made = waiting.pop().made_by
+        if made is None:
+            continue
+        if made in operators and not all(value.constant for value in made.results):
+            return True
+        new = [value for value in made.inputs if value not in reached]
+        reached.update(new)
+        waiting += new
+    return False
+
+
+def _check_not_shared(trace: Trace, walk: _Walk) -> None:
+    """Refuse a head that another part of the network reads too: it could not change its size."""
+    derived: dict[Value, str] = {}
+    for operator in trace.operators:
+        heads = {v.name or derived.get(v) for v in operator.inputs}
+        read = sorted(name for name in heads if name is not None and name in walk.parameters)
+        if not read:
+            continue
+        if all(value.constant for value in operator.results):
+            derived.update(dict.fromkeys(operator.results, read[0]))
+        elif operator not in walk.seen:
+            raise PbcError(
+                f"the head's {read[0]} is also read by `{operator.word}` in "
+                f"{operator.module or 'the network itself'}; a head that changes its size cannot "
+                "be shared with another layer"
+            )
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, dict):
+        keys = ", ".join(map(str, list(output)[:5]))
+        return f"a {type(output).__name__} with {keys or 'nothing in it'}"
+    return f"a {type(output).__name__}"
+
+
+def resize(module: nn.Module, head: Head, classes: int) -> None:
+    """Give every parameter of the head new values for this many classes, in place.
+
+    Drawn uniformly from ±1/sqrt(width), as torch.nn.Linear does. Counts that the layers and the
+    network keep of their classes follow.
+    """
+    for name, width in head.parameters.items():
+        old = module.get_parameter(name)
+        bound = 1 / math.sqrt(width)
+        new = torch.empty(classes, *old.shape[1:]).uniform_(-bound, bound)
+        replace_parameter(module, name, new)
+
+
+def replace_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a parameter of another first axis in this one's place, everywhere it is registered."""
+    old = module.get_parameter(name)
+    before, after = len(old), len(value)
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for owner in module.modules():
+        for leaf, parameter in list(owner._parameters.items()):
+            if parameter is old:
+                setattr(owner, leaf, new)
+                for count in ("out_features", "out_channels"):
+                    if getattr(owner, count, None) == before:
+                        setattr(owner, count, after)
+    for owner in module.modules():
+        known = getattr(owner, "num_classes", None)
+        if isinstance(known, int) and known == before:
+            setattr(owner, "num_classes", after)  # noqa: B010, a name that nn.Module does not have
+
+
+def add(module: nn.Module, example: Tensor, trace: Trace, reason: str) -> tuple[Head, str]:
+    """Add a linear head to a backbone, in place, on its pooled features.
+
+    Returns the head and a note. Raises PbcError where the outputs are no features: more or less
+    than one tensor [batch, channels], [batch, tokens, channels] or [batch, channels, h, w].
+    """
+    result = trace.result
+    if result is None or not 2 <= len(result.shape) <= 4 or result.shape[0] != len(example):
+        raise PbcError(
+            f"the model has no classifier that pbc could find ({reason}), and puts out nothing to "
+            "put one on: one tensor [batch, channels], [batch, tokens, channels] or "
+            "[batch, channels, height, width]"
+        )
+    name = "head"
+    while hasattr(module, name):
+        name = f"added_{name}"
+    width = result.shape[2] if len(result.shape) == 3 else result.shape[1]
+    module.add_module(name, nn.Linear(width, OPEN_CLASSES))
+    module.register_forward_hook(lambda owner, inputs, x: getattr(owner, name)(pooled(x)))
+    return (
+        Head({f"{name}.weight": width, f"{name}.bias": width}),
+        f"the model has no classifier ({reason}): a linear head, {name}, was added on its "
+        f"{width} {_POOLED[len(result.shape)]}",
+    )
+
+
+_POOLED = {
+    2: "features",
+    3: "channels, averaged over tokens",
+    4: "channels, averaged over positions",
+}
+
+
+def pooled(features: Tensor) -> Tensor:
+    """[batch, channels]: the mean over tokens or positions, where there are any."""
+    if features.dim() == 2:
+        return features
+    return features.mean(1) if features.dim() == 3 else features.mean((2, 3))

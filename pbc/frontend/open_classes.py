@@ -1,0 +1,52 @@
+"""Open classes: a captured graph computes for any number of classes, as training will have it."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pbc.errors import PbcError
+from pbc.ir.graph import shape_of
+from pbc.ir.program import Head
+
+aten = torch.ops.aten
+
+_SIZED = (aten.reshape.default, aten.view.default, aten.expand.default)
+
+
+def open_classes(graph: GraphModule, head: Head) -> None:
+    """Replace the class count by -1 in the sizes that the scores are brought to, in place.
+
+    Flattening a convolution's scores and normalising a head's weight name the count that the model
+    was captured with. Raises PbcError where a size is also another axis's, so that only a known
+    count can be compiled.
+    """
+    derived: set[Node] = set()
+    count = 0
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and node.target in head.parameters:
+            derived.add(node)
+            count = shape_of(node)[0]
+        elif node.op == "call_function" and derived & set(node.all_input_nodes):
+            derived.add(node)
+            if node.target in _SIZED:
+                _open(node, count)
+    graph.recompile()
+
+
+def _open(node: Node, count: int) -> None:
+    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    equal = [axis for axis, size in enumerate(sizes) if size == count]
+    if not equal:
+        return
+    if len(equal) == 1 and (node.target is aten.expand.default or -1 not in sizes):
+        before = shape_of(source)[equal[0] - len(sizes)]  # type: ignore[arg-type]
+        if node.target is not aten.expand.default or before == count:
+            sizes[equal[0]] = -1
+            node.args = (source, sizes, *node.args[2:])
+            return
+    raise PbcError(
+        f"the number of classes, {count}, is written into `{node.name}` "
+        f"({[str(size) for size in sizes]}) in a way that it cannot be left open; give --classes, "
+        "or --data to count them"
+    )

@@ -1,0 +1,98 @@
+"""Unwrapping: the network inside what training loops put around it, with one tensor as output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from pbc.errors import PbcError
+
+# Attributes under which wrappers of torch hold what they wrap.
+_HELD = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "AveragedModel": "module",
+}
+# What networks call their outputs, best first.
+_OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
+
+
+def unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network that is to be captured, and notes of what was taken off.
+
+    Wrappers of torch go, also those inside; torch.compile in place is undone; so does a module
+    without a forward of its own that holds one network. Raises PbcError for a scripted or traced
+    module, whose Python code is gone.
+    """
+    taken: list[str] = []
+    for path, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            place = f", its {path}," if path else ""
+            raise PbcError(
+                f"{name}{place} is a scripted or traced module (torch.jit), which cannot be "
+                "captured; return the nn.Module that it was made of"
+            )
+    module = _without_wrapper(module, taken)
+    for owner in list(module.modules()):
+        for child_name, child in list(owner.named_children()):
+            held = _without_wrapper(child, taken)
+            if held is not child:
+                setattr(owner, child_name, held)
+    for inner in module.modules():
+        if inner._compiled_call_impl is not None:
+            inner._compiled_call_impl = None
+            taken.append("torch.compile")
+    return module, tuple(f"{kind} around {name} was taken off" for kind in dict.fromkeys(taken))
+
+
+def _without_wrapper(module: nn.Module, taken: list[str]) -> nn.Module:
+    while True:
+        kind = type(module)
+        held = getattr(module, _HELD.get(kind.__name__, ""), None)
+        if held is None and kind.forward is nn.Module.forward:
+            weighted = [c for c in module.children() if next(c.parameters(), None) is not None]
+            held = weighted[0] if len(weighted) == 1 and not _is_list(module) else None
+        if not isinstance(held, nn.Module):
+            return module
+        taken.append(kind.__name__)
+        module = held
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a module gets its sizes from its first input."""
+    return any(isinstance(inner, LazyModuleMixin) for inner in module.modules())
+
+
+def with_tensor_output(module: nn.Module, output: Any) -> str | None:
+    """Make a network that returns a structure return one tensor of it, in place; which one.
+
+    output: what it returned: a mapping or an object with `logits` (or the features of a backbone),
+    or a tuple of one. Returns None, and changes nothing, where there is none of these.
+    """
+    for key in _OUTPUTS:
+        if isinstance(_item(output, key), Tensor):
+            module.register_forward_hook(partial(_take, key))
+            return key
+    if isinstance(output, (tuple, list)) and len(output) == 1 and isinstance(output[0], Tensor):
+        module.register_forward_hook(lambda owner, inputs, x: x[0])
+        return "the only element"
+    return None
+
+
+def _take(key: str, owner: nn.Module, inputs: Any, output: Any) -> Any:
+    return _item(output, key)
+
+
+def _item(output: Any, key: str) -> Any:
+    return output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)

@@ -1,0 +1,141 @@
+"""Run a declared graph with torch's own operators, its frozen tensors resolved once."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pbc.errors import PbcError
+from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
+
+# Graphs are exported from contiguous tensors and run on channels_last ones, where a view can be
+# impossible; a reshape is a view wherever that works.
+_RENAMED = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+}
+_CONVOLUTIONS = frozenset(
+    ("aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default")
+)
+
+_Values = list[Any]
+
+
+class ResolvedGraph:
+    """A graph with its operators and frozen tensors resolved once.
+
+    tensor: (file, key) to a frozen tensor.
+    """
+
+    def __init__(self, graph: DeclaredGraph, tensor: Callable[[str, str], Tensor]) -> None:
+        weights = {
+            call.args[1]
+            for call in graph.calls
+            if call.op in _CONVOLUTIONS and len(call.args) > 1
+            if isinstance(call.args[1], Slot)
+        }
+        # None leaves all as it is.
+        self._lower: torch.dtype | None = None
+        if graph.precision != "float32":
+            self._lower = getattr(torch, graph.precision)
+        self._initial: _Values = [None] * graph.slot_count
+        for slot, (file, key) in graph.tensors.items():
+            value = _rounded(self._lower, tensor(file, key))
+            if slot in weights and value.dim() == 4:
+                value = value.contiguous(memory_format=torch.channels_last)
+            self._initial[slot.index] = value
+        self._inputs = [(name, slot.index) for name, slot in graph.inputs.items()]
+        self._outputs = [(name, slot.index) for name, slot in graph.outputs.items()]
+        self._calls = [_resolve(call) for call in graph.calls]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name; inputs it does not read are ignored."""
+        values = self._initial.copy()
+        for name, index in self._inputs:
+            values[index] = _rounded(self._lower, inputs[name])
+        for function, fill, kwargs, output, dead in self._calls:
+            values[output] = function(*fill(values), **kwargs)
+            for index in dead:
+                values[index] = None
+        if self._lower is None:
+            return {name: values[index] for name, index in self._outputs}
+        return {name: values[index].float() for name, index in self._outputs}
+
+
+def _rounded(precision: torch.dtype | None, value: Tensor) -> Tensor:
+    """Round a tensor of reals; any other stays."""
+    return value if precision is None or not value.is_floating_point() else value.to(precision)
+
+
+_Fill = Callable[[_Values], list[Any]]
+_Call = tuple[Callable[..., Any], _Fill, dict[str, Any], int, tuple[int, ...]]
+
+
+def _resolve(call: OperatorCall) -> _Call:
+    dead = tuple(slot.index for slot in call.dead)
+    function = _function(call.op)
+    kwargs = {key: _constant(value) for key, value in call.kwargs.items()}
+    if any(_reads(value) for value in call.kwargs.values()):
+        return _with_keywords(function, call), lambda values: [values], {}, call.output.index, dead
+    return function, _filler(call.args), kwargs, call.output.index, dead
+
+
+def _function(op: str) -> Callable[..., Any]:
+    module, _, name = _RENAMED.get(op, op).partition(".")
+    if module == "operator":
+        function: Callable[..., Any] = getattr(operator, name)
+        return function
+    packet, _, overload = name.partition(".")
+    try:
+        function = getattr(getattr(torch.ops.aten, packet), overload)
+    except AttributeError as error:
+        raise PbcError(f"torch {torch.__version__} has no operator {op}") from error
+    return function
+
+
+def _with_keywords(function: Callable[..., Any], call: OperatorCall) -> Callable[[_Values], Any]:
+    """Call with values among the keywords: rare, so it needs no shortcut."""
+    fill, names = _filler(call.args), tuple(call.kwargs)
+    fill_keywords = _filler(list(call.kwargs.values()))
+    return lambda values: function(
+        *fill(values), **dict(zip(names, fill_keywords(values), strict=True))
+    )
+
+
+def _filler(template: list[Argument]) -> _Fill:
+    """Return the function from all values to the argument list."""
+    constants = [_constant(argument) for argument in template]
+    direct = [(at, slot.index) for at, slot in enumerate(template) if isinstance(slot, Slot)]
+    nested = [
+        (at, _filler(argument))
+        for at, argument in enumerate(template)
+        if isinstance(argument, list) and _reads(argument)
+    ]
+
+    def fill(values: _Values) -> list[Any]:
+        arguments = constants.copy()
+        for at, index in direct:
+            arguments[at] = values[index]
+        for at, inner in nested:
+            arguments[at] = inner(values)
+        return arguments
+
+    return fill
+
+
+def _reads(argument: Argument) -> bool:
+    if isinstance(argument, list):
+        return any(_reads(item) for item in argument)
+    return isinstance(argument, Slot)
+
+
+def _constant(argument: Argument) -> Any:
+    if isinstance(argument, list):
+        return [_constant(item) for item in argument]
+    if isinstance(argument, DType):
+        return getattr(torch, argument.name)
+    return None if isinstance(argument, Slot) else argument

@@ -1,0 +1,143 @@
+"""The folder of a personal model: its files, and the lock of whoever writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pbc.bundle import Bundle
+from pbc.errors import PbcError
+from pbc.util.atomic import cannot_write, replacing
+
+
+@dataclass(frozen=True)
+class Output:
+    """`OUT/`: the model to keep, and beside it what was derived from the user's photos."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        """Facts: which bundle, classes, options, results; written last."""
+        return self.root / "model.json"
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle that the model personalises, a hard link where possible."""
+        return self.root / "bundle.pbc"
+
+    @property
+    def trainable(self) -> Path:
+        """The trained parameters, head included."""
+        return self.root / "trainable.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State from which a killed run goes on."""
+        return self.root / "checkpoint.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per epoch."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def costs(self) -> Path:
+        """Costs of a sample at each level on this device; `--costs` reads it."""
+        return self.root / "costs.json"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of cached features."""
+        return self.root / "cache"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.root / "tensorboard"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and keep every other run out of it; a killed run's lock is free."""
+        lock = self.root / ".lock"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise PbcError(cannot_write(lock, error)) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise PbcError(f"another run is training in {self.root}; wait for it") from error
+            for path in self.root.glob(".*.tmp"):  # a write that a kill cut short
+                _remove(path)
+            yield
+        finally:
+            os.close(handle)
+
+    def clear(self, *, overwrite: bool) -> None:
+        """Make room for a new run; refuses to remove one that is here unless told to."""
+        if not overwrite and (self.checkpoint.exists() or self.model.exists()):
+            raise PbcError(
+                f"{self.root} holds a run already: --resume goes on with it, "
+                "--overwrite starts again, -o names another folder"
+            )
+        # Gone first: a folder is never half of one run and half of another.
+        for path in (self.model, self.checkpoint, self.trainable):
+            path.unlink(missing_ok=True)
+
+    def adopt(self, bundle: Bundle) -> None:
+        """Put the bundle beside the model; a hard link costs no space, a copy works everywhere."""
+        if self._has(bundle):
+            return
+        try:
+            _remove(self.bundle)
+            if bundle.path.is_dir():
+                shutil.copytree(bundle.path, self.bundle)
+                return
+            try:
+                os.link(bundle.path.resolve(), self.bundle)
+            except OSError:  # another file system, or one without links
+                with replacing(self.bundle, mode=0o644) as file, bundle.path.open("rb") as source:
+                    shutil.copyfileobj(source, file)
+        except OSError as error:
+            raise PbcError(cannot_write(self.bundle, error)) from error
+
+    def _has(self, bundle: Bundle) -> bool:
+        if not self.bundle.exists():
+            return False
+        if self.bundle.samefile(bundle.path):
+            return True
+        try:
+            return Bundle.open(self.bundle).digest == bundle.digest
+        except PbcError:  # what a kill left of a copy
+            return False
+
+    def is_run(self) -> bool:
+        """Say whether a training run wrote into this folder."""
+        return any(path.exists() for path in (self.model, self.checkpoint, self.root / ".lock"))
+
+    def forget(self, *, model: bool) -> list[Path]:
+        """Remove what was derived from the user's photos, the model too if asked; say what."""
+        private = [self.cache, self.checkpoint, self.metrics, self.tensorboard]
+        kept = [self.model, self.trainable, self.bundle, self.costs, self.root / ".lock"]
+        wanted = [*private, *(kept if model else ())]
+        gone = [path for path in wanted if path.exists()]
+        for path in gone:
+            _remove(path)
+        if model and self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
+        return gone
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

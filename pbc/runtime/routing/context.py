@@ -1,0 +1,64 @@
+"""All that a decision about a run may depend on, in one value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pbc import plugins
+from pbc.bundle import Bundle
+from pbc.bundle.ladder import Ladder
+from pbc.data import Samples
+from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.events import Note, Report
+from pbc.runtime.features.views import Views
+from pbc.runtime.meter import Meter
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.folder import Output
+from pbc.runtime.routing.routes import Routes
+from pbc.runtime.schedulers import SchedulerClass
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A bundle, samples, options, and where time and notes go.
+
+    progress: told (stage, done, total); may raise to stop.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    executable: Executable
+    samples: Samples
+    options: TrainOptions
+    batch: int
+    meter: Meter
+    output: Output
+    report: Report
+    progress: Callable[[str, int, int], None]
+
+    @functools.cached_property
+    def ladder(self) -> Ladder:
+        """The bundle's levels."""
+        return self.bundle.ladder
+
+    @functools.cached_property
+    def routes(self) -> Routes:
+        """The levels that bundle and options leave open."""
+        return Routes(self.bundle.manifest, self.ladder, self.options)
+
+    @functools.cached_property
+    def views(self) -> Views:
+        """The samples' views."""
+        return Views(self.samples, self.options.views, self.options.seed)
+
+    @functools.cached_property
+    def scheduler_class(self) -> SchedulerClass:
+        """The scheduler that the options name; raises UsageError for an unknown one."""
+        found: SchedulerClass = plugins.load("pbc.schedulers", self.options.scheduler)
+        return found
+
+    def note(self, text: str) -> None:
+        """Report a line that the user should read."""
+        self.report(Note(text))

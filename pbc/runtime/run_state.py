@@ -1,0 +1,51 @@
+"""The state of a run between two iterations, beside its parameters and decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pbc.runtime.loop import Totals
+
+
+@dataclass
+class RunState:
+    """Counts and sums of a run.
+
+    epoch, step: what is done, whole epochs and iterations of the epoch under way. rounds: begun.
+    totals: of the epoch under way. spent_seconds: of the epochs that are done. late: whether the
+    time budget ended the run.
+    """
+
+    totals: Totals
+    epoch: int = 0
+    step: int = 0
+    rounds: int = 0
+    spent_seconds: float = 0.0
+    late: bool = False
+
+    @classmethod
+    def at_start(cls, levels: int) -> RunState:
+        """Return the state of a run that did nothing, on a ladder of `levels`."""
+        return cls(Totals.zero(levels))
+
+    def begin_epoch_again(self) -> None:
+        """Forget what was done of the epoch under way."""
+        self.step, self.totals = 0, Totals.zero(len(self.totals.visits))
+
+    def end_epoch(self, seconds: float) -> None:
+        """Count the epoch under way, which took `seconds` with the preparation before it."""
+        self.epoch += 1
+        self.spent_seconds += seconds
+        self.begin_epoch_again()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> RunState:
+        """Read what `facts` gave, among others."""
+        names = ("epoch", "step", "rounds", "spent_seconds", "late")
+        return cls(Totals(**facts["totals"]), **{name: facts[name] for name in names})

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pbc.errors import PbcError
+from pbc.frontend.weights import named_as
+
+NAMES = ("stem.weight", "fc.weight", "fc.bias", "norm.num_batches_tracked")
+PATH = Path("w.safetensors")
+
+
+def state(*prefixes: str, **more: str) -> dict[str, torch.Tensor]:
+    names = [prefix + name for prefix in prefixes for name in NAMES]
+    return {name: torch.zeros(1) for name in (*names, *more.values())}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "model.", "backbone.", "state_dict.", "state_dict.model.module."],
+)
+def test_what_stands_in_front_of_all_names_is_taken_off(prefix: str) -> None:
+    got, notes = named_as(NAMES, state(prefix), PATH)
+    assert sorted(got) == sorted(NAMES)
+    assert all("taken off" in note for note in notes)
+    assert notes
+
+
+def test_wrappers_inside_are_taken_off() -> None:
+    got, notes = named_as(NAMES, {"stem.module.weight": torch.zeros(1), **state("")}, PATH)
+    assert "stem.module.weight" in got  # two tensors would get one name: left for the check
+    assert notes == ()
+    inside = {name.replace("stem.", "stem.module."): t for name, t in state("").items()}
+    got, notes = named_as(NAMES, inside, PATH)
+    assert sorted(got) == sorted(NAMES)
+    assert "module." in notes[0]
+
+
+def test_what_is_beside_the_network_is_left_out_and_said() -> None:
+    got, (note,) = named_as(NAMES, state("model.", a="epoch", b="optimizer.step"), PATH)
+    assert sorted(got) == sorted(NAMES)
+    assert note == (
+        "'model.' was taken off the names in w.safetensors; "
+        "2 tensors without it were left out, 'epoch' first"
+    )
+
+
+def test_names_that_fit_stay() -> None:
+    for names in (NAMES, tuple("model." + name for name in NAMES)):
+        given = {name: torch.zeros(1) for name in names}
+        assert named_as(names, given, PATH) == (given, ())
+    given = state("", a="surprise")
+    assert named_as(NAMES, given, PATH) == (given, ())
+
+
+def test_a_path_may_be_missing_in_front() -> None:
+    got, (note,) = named_as([f"net.body.{name}" for name in NAMES], state(""), PATH)
+    assert sorted(got) == sorted(f"net.body.{name}" for name in NAMES)
+    assert note == "'net.body.' was put before the names in w.safetensors"
+
+
+def test_two_networks_in_a_file_are_refused() -> None:
+    with pytest.raises(PbcError, match=r"names under 'student\.' and 'teacher\.'; expected one"):
+        named_as(NAMES, state("student.", "teacher."), PATH)

@@ -1,0 +1,76 @@
+"""What is fed, and what is counted, when a training iteration is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from networks import ConvNet, pruned
+
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName, update
+from pbc.ir.graph import graph_inputs, graph_outputs
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.lower import iteration
+from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, latencies_ms
+from pbc.passes.derive_train_step import DeriveTrainStep
+from pbc.testing import with_request
+
+SGD = update("sgd")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return DeriveTrainStep()(with_request(pruned(ConvNet), engine="onnxruntime"))
+
+
+class Recorder:
+    """Keeps what it is fed; time passes by the graph, and for the prefix by the image."""
+
+    def __init__(
+        self, level: LevelGraphs, clock: list[float], pace: Mapping[GraphName, float]
+    ) -> None:
+        self._graphs, self._clock, self._pace = level.graphs, clock, pace
+        self.fed: list[tuple[GraphName, dict[str, Any]]] = []
+
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return graph_inputs(self._graphs[role])
+
+    def run(self, role: GraphName, values: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: values[name] for name in self.inputs(role)}
+        self.fed.append((role, given))
+        self._clock[0] += self._pace[role] * (len(given["x"]) if role == PREFIX else 1)
+        outputs = graph_outputs(self._graphs[role])
+        return {name: np.full(3, len(self.fed), np.float32) for name in outputs}
+
+
+def test_a_timer_feeds_each_graph_what_it_reads(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, batch = [0.0], program.request.batch
+    monkeypatch.setattr(iteration.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
+    level = program.levels[0]
+    runner = Recorder(level, clock, {PREFIX: 0.25, FORWARD: 3.0, SGD: 1.0})
+    (found,) = latencies_ms([IterationTimer(runner, program, level)])
+    # A quarter of a second per image, and four for the step.
+    assert found == pytest.approx((batch * 0.25 + 4) * 1000)
+    roles = [role for role, _ in runner.fed]
+    assert roles == [PREFIX, *([PREFIX] * len(PREFIX_BATCHES) + [FORWARD, SGD]) * ROUNDS]
+    sizes = [len(given["x"]) for _, given in runner.fed[1:4]]
+    assert sizes == [batch * times for times in PREFIX_BATCHES]
+    fed = next(given for role, given in runner.fed if role == SGD)
+    theta = program.parameters["fc.weight"]
+    np.testing.assert_array_equal(fed["momentum/fc.weight"], np.zeros(theta.shape, np.float32))
+    assert fed["learning_rate"].shape == ()
+    np.testing.assert_array_equal(fed["fc.weight"], theta.detach().numpy())
+
+
+def test_a_step_that_is_not_derived_is_the_body(program: Program) -> None:
+    level = LevelGraphs(program.levels[0].body)
+    runner = Recorder(level, [0.0], {BODY: 1.0})
+    timed = IterationTimer(runner, program, level)
+    timed.measure(warm_up=False)
+    assert [role for role, _ in runner.fed] == [BODY]
+    assert timed.prefix_seconds() == 0

@@ -1,0 +1,167 @@
+"""One cell of the zoo's table: a network compiled by a strategy for an engine, beside plain torch."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import eager
+import numpy as np
+import torch
+from catalogue import Network, build
+from eager import Trained
+
+import pbc
+from pbc.compiler import CompileOptions
+from pbc.errors import PbcError
+from pbc.runtime.objective import Objective
+from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.runtime import Runtime
+
+CLASSES = 5
+BATCH = 4
+TARGET = "generic-x86-64"
+"""Not this machine: nothing is timed, and a cell gives the same result everywhere."""
+
+LOGITS_TOLERANCE = 1e-4
+"""Of the largest score."""
+MOVE_TOLERANCE = 1e-3
+"""Of the largest move in a parameter."""
+# A parameter that moves less than this share of the farthest moved by rounding alone.
+_LEAST_MOVE = 1e-5
+# Where float32 itself is worse than the tolerances, an engine may be this much worse than torch.
+_ROUNDING_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process does. levels: how many proxies are asked for, beside the network itself."""
+
+    network: Network
+    strategy: str
+    engine: str
+    levels: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """An outcome, and the reason where it is not `right`.
+
+    outcome: right, refused, wrong, traceback or limit (time or memory). trace: of a traceback.
+    """
+
+    outcome: str
+    reason: str = ""
+    trace: str = ""
+
+
+def run(cell: Cell) -> Result:
+    """Compile, train two steps, compare; whatever is raised becomes the outcome."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            reason = _compare(cell, Path(folder))
+    except PbcError as error:
+        return Result("refused", str(error))
+    except Exception as error:
+        reason = _described(error)
+        if isinstance(error, MemoryError) or "memory" in reason or "bad_alloc" in reason:
+            return Result("limit", f"memory: {reason}")
+        return Result("traceback", reason, traceback.format_exc())
+    return Result("wrong", reason) if reason else Result("right")
+
+
+def _compare(cell: Cell, folder: Path) -> str:
+    """How the bundle differs from torch, in words; empty where it does not."""
+    name, shape = cell.network.name, cell.network.shape
+    module = eager.randomise(build(name, cell.network.size_pixels), shape)
+    weights = folder / "weights.safetensors"
+    eager.save(module, weights)
+    options = CompileOptions(
+        target=TARGET,
+        engine=cell.engine,
+        weights=str(weights),
+        strategy=cell.strategy,
+        classes=CLASSES,
+        shape=shape,
+        batch=BATCH,
+        levels=cell.levels,
+    )
+    bundle = pbc.compile(name, folder / "zoo.pbc", options)
+
+    theta = initial_parameters(bundle, CLASSES, seed=0)
+    if changed := eager.differing(module, theta):
+        return f"the bundle starts from other values of {changed[0]} than its weights file has"
+    random = np.random.default_rng(0)
+    images = random.standard_normal((BATCH, *shape), dtype=np.float32)
+    labels = np.arange(BATCH, dtype=np.int64) % CLASSES
+    rate = eager.learning_rate(module, theta, images, labels)
+    found = _trained(bundle.path, theta, images, labels, rate)
+
+    single = eager.train(module, theta, images, labels, rate, torch.float32)
+    if not (reason := _difference(found, single)):
+        return ""
+    # A ReLU or a maximum whose inputs are equal but for rounding goes either way: float64 decides.
+    double = eager.train(module, theta, images, labels, rate, torch.float64)
+    return _difference(found, double, single) and reason
+
+
+def _trained(
+    path: Path,
+    theta: Mapping[str, np.ndarray],
+    images: np.ndarray,
+    labels: np.ndarray,
+    learning_rate: float,
+) -> Trained:
+    """What the bundle's engine makes of the steps."""
+    runtime = Runtime.open(path)
+    executable = runtime.engine.load(runtime.bundle, threads=1)
+    executable.start(theta, Objective("sgd", learning_rate, momentum=eager.MOMENTUM))
+    for _ in range(eager.STEPS):
+        executable.forward(0, executable.prefix(0, images), labels)
+        executable.update()
+    logits = executable.logits(0, executable.prefix(0, images))
+    after = executable.parameters()
+    moves = {name: value.astype(np.float64) - theta[name] for name, value in after.items()}
+    return Trained(logits.astype(np.float64), moves)
+
+
+def _difference(found: Trained, expected: Trained, other: Trained | None = None) -> str:
+    """The first of the scores and parameters that is off; no more than `other` is, where given."""
+    if found.moves.keys() != expected.moves.keys():
+        return f"the engine trains other parameters: {found.moves.keys() ^ expected.moves.keys()}"
+    farthest = max(float(np.abs(move).max()) for move in expected.moves.values())
+    error = _relative(found.logits, expected.logits)
+    allowed = LOGITS_TOLERANCE
+    if other is not None:
+        allowed = max(allowed, _ROUNDING_FACTOR * _relative(other.logits, expected.logits))
+    if not error <= allowed:
+        return f"the scores are off by {error:.1e}"
+    for name, move in expected.moves.items():
+        error = _relative(found.moves[name], move, _LEAST_MOVE * farthest)
+        allowed = MOVE_TOLERANCE
+        if other is not None:
+            rounding = _relative(other.moves[name], move, _LEAST_MOVE * farthest)
+            allowed = max(allowed, _ROUNDING_FACTOR * rounding)
+        if not error <= allowed:
+            return f"{name} moves otherwise, by {error:.1e}"
+    return ""
+
+
+def _relative(value: np.ndarray, expected: np.ndarray, least: float = 0.0) -> float:
+    """The largest difference, as a share of the largest expected value; NaN where there is one."""
+    if value.shape != expected.shape:
+        return float("inf")
+    difference = float(np.abs(value - expected).max())
+    return difference / max(float(np.abs(expected).max()), least, np.finfo(np.float64).tiny)
+
+
+def _described(error: BaseException) -> str:
+    """The error in a line, and the innermost place in pbc that it passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f for f in frames if "/pbc/" in f.filename or "/passes/" in f.filename]
+    where = f" at {Path(places[-1].filename).name}:{places[-1].name}" if places else ""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}{where}"
