@@ -11,16 +11,25 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 
-.PHONY: demo test check test-device clean
+.PHONY: demo test check lint types tests test-device clean
 
 demo: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
 
-test check: $(installed)
+# Types are checked beside the tests: each of their workers waits now and then.
+test check: $(installed) lint
+	@$(MAKE) --no-print-directory --jobs=2 tests types
+
+lint: $(installed)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
+
+types: $(installed)
 	$(bin)/mypy
-	$(bin)/pytest -n $(JOBS)
+
+# Neighbours go to the same worker, so that what a file's tests share is made once.
+tests: $(installed)
+	$(bin)/pytest -n $(JOBS) --dist worksteal
 
 test-device: $(installed)
 	$(bin)/python tests/emulated/arm64.py

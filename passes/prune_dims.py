@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pbc.ir.dim_rules import dims_of
-from pbc.ir.dims import Dims, atoms
-from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.dims import Dims
 from pbc.ir.levels import Keep, LevelGraphs, LevelPlan
 from pbc.ir.program import Program
 from pbc.ir.slice_graph import slice_graph
+from pbc.proxies import importance
 from pbc.proxies.resolution import reduced
 
 
@@ -34,16 +34,23 @@ class PruneDims:
     its aligned neighbour. Node names, inputs and outputs stay as they are at level 0; a level of a
     lower resolution begins with a node that reduces the images. Does nothing when only level 0 is
     planned.
+
+    importance: the criterion that says which indices stay, of `pbc.proxies.importance.CRITERIA`.
     """
 
+    importance: str = importance.MAGNITUDE
     stage: ClassVar[str] = "prune"
+
+    def __post_init__(self) -> None:
+        """Refuse a criterion that there is not."""
+        importance.require(self.importance)
 
     def __call__(self, program: Program) -> Program:
         program = program.copy()
         if not program.plans:
             return program
         dims, levels = dims_of(program), list(program.levels)
-        scores = magnitude(levels[0], dims)
+        scores = importance.scores(program, dims, self.importance)
         for plan in program.plans:
             levels.append(proxy(levels[0], plan, dims, nested(plan, levels[-1].keep, scores)))
         return replace(program, levels=tuple(levels), plans=())
@@ -68,32 +75,6 @@ def proxy(original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep) -> Lev
         precision=plan.precision,
         resolution=plan.resolution,
     )
-
-
-def magnitude(original: LevelGraphs, dims: Dims) -> dict[str, Tensor]:
-    """Importance of every index of every independent dimension, float32 [size].
-
-    The squared norm of the weights that belong to an index, summed over the matrices and kernels
-    that share the dimension, each tensor's norms first divided by their mean (DepGraph, Fang et
-    al., CVPR 2023, «group-level importance»; Torch-Pruning's GroupMagnitudeImportance).
-    """
-    tensors = {
-        name: get_tensor(graph, name) for graph in original.frozen for name in tensor_names(graph)
-    }
-    scores = {}
-    for dimension in dims.independent():
-        score = torch.zeros(dimension.size)
-        for slot in dimension.slots:
-            tensor = tensors[slot.tensor]
-            if tensor.dim() < 2:
-                continue
-            parts = [variable.size for variable in atoms(dims.tensors[slot.tensor][slot.axis])]
-            by_index = tensor.detach().float().square().movedim(slot.axis, 0)
-            by_index = by_index.reshape(*parts, -1).movedim(slot.part, 0)
-            norms = by_index.reshape(dimension.size, -1).sum(1)
-            score += norms / norms.mean().clamp_min(1e-12)
-        scores[dimension.name] = score
-    return scores
 
 
 def largest(score: Tensor, count: int, among: list[int] | None) -> list[int]:

@@ -42,9 +42,10 @@ class CompileOptions:
     (see pbc.frontend.blocks).
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
     left open. shape: channels, height, width; None is the model's own. levels counts proxies.
-    axes: what a level may give up; see pbc.passes.plan_levels. cost: a profile of the device, to
-    plan even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0
-    takes what earlier calls for this output found.
+    axes: what a level may give up; see pbc.passes.plan_levels. importance: the criterion that says
+    which channels of it stay; see pbc.proxies.importance. cost: a profile of the device, to plan
+    even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0 takes
+    what earlier calls for this output found.
     passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
     command: for the provenance.
     """
@@ -58,6 +59,7 @@ class CompileOptions:
     levels: int = 4
     min_cost: float = 0.3
     axes: tuple[str, ...] = ("precision", "resolution", "width")
+    importance: str = "magnitude"
     cost: Path | None = None
     engine: str | None = None
     calibration: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,12 @@ import pytest
 
 # Threads that find the cores busy only wait for each other; set before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.compile would start a pool of processes for a handful of kernels; each loads torch first.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Captures make many objects that stay; looking for rubbish among them each time takes longer than
+# what the rubbish would.
+gc.set_threshold(200_000, 20, 50)
 
 pytest_plugins = ["skips"]
 

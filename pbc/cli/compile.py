@@ -76,6 +76,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     help="What a cheaper level may give up.",
 )
 @click.option(
+    "--importance",
+    default="magnitude",
+    show_default=True,
+    metavar="NAME",
+    help="Which channels stay: by magnitude, group-norm, taylor, hessian, bn-scale or fpgm.",
+)
+@click.option(
     "--cost",
     type=click.Path(path_type=Path),
     metavar="FILE",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pbc.data import InputSpec
-from pbc.errors import PbcError, UsageError, suggest
+from pbc.errors import PbcError, UsageError, reason_of, suggest
 from pbc.frontend import head
 from pbc.frontend.torchvision_shim import import_torchvision, shim_imports
 from pbc.frontend.trace import trace
@@ -152,8 +152,9 @@ def run(call: Callable[[], T], name: str, shape: tuple[int, int, int]) -> T:
     except PbcError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PbcError(f"{name} does not run on inputs of shape {list(shape)}: {reason}") from error
+        raise PbcError(
+            f"{name} does not run on inputs of shape {list(shape)}: {reason_of(error)}"
+        ) from error
 
 
 def _torchvision(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import tiny
 from killing import killed_until_done
 
 from pbc import compiler
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, write
 from pbc.data import ImageFolder
+from pbc.ir import pipeline
+from pbc.ir.calibration import Calibration
+from pbc.ir.pipeline import PassPipeline
 from pbc.runtime.events import Report
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
+from pbc.testing import with_request
 
 ENGINES = ("onnxruntime", "pytorch")
 LEVELS = 2
@@ -33,22 +38,28 @@ def bundles(
     calibration.mkdir()
     for photo in sorted((examples / "calibration").iterdir())[::10]:
         (calibration / photo.name).symlink_to(photo)
+    # Costs by counting, on a target that is not this machine: the same plan for both.
+    options = compiler.CompileOptions(
+        target="generic-x86-64",
+        engine=ENGINES[0],
+        weights=str(examples / "weights" / "mobilenet_v3_large.safetensors"),
+        strategy=request.param,
+        data=examples / "photos" / "train",
+        shape=(3, 128, 128),
+        levels=LEVELS - 1,
+        axes=("width",),
+        align_steps=2,
+    )
+    program = compiler.start("mobilenet_v3_large", options)
+    data = Calibration.open(calibration, program.network.input, options.seed)
+    passes = pipeline.build(vars(options)).passes
+    # What the engines share is made once: the proxy, and all before the training step.
+    last = [step.stage for _, step in passes].index("derive")
+    shared = PassPipeline(passes[:last]).run(replace(program, calibration=data))
     found = {}
     for engine in ENGINES:
-        # Costs by counting, on a target that is not this machine: the same plan for both.
-        options = compiler.CompileOptions(
-            target="generic-x86-64",
-            engine=engine,
-            weights=str(examples / "weights" / "mobilenet_v3_large.safetensors"),
-            strategy=request.param,
-            data=examples / "photos" / "train",
-            calibration=calibration,
-            shape=(3, 128, 128),
-            levels=LEVELS - 1,
-            axes=("width",),
-            align_steps=2,
-        )
-        found[engine] = compiler.compile("mobilenet_v3_large", root / f"{engine}.pbc", options)
+        lowered = PassPipeline(passes[last:]).run(with_request(shared, engine=engine))
+        found[engine] = write(root / f"{engine}.pbc", *compiler.package(lowered))
     return found
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import AttentionNet, ConvNet, ResidualNet
+from networks import AttentionNet, ConvNet, Kind, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
@@ -15,16 +17,17 @@ from pbc.proxies.resolution import macs, reduced, reducible
 from pbc.testing import graph_of, make_program
 
 
-def frozen(module: nn.Module, strategy: str = "linear-probe", pixels: int = 32) -> GraphModule:
+@cache
+def frozen(kind: Kind, strategy: str = "linear-probe", pixels: int = 32) -> GraphModule:
     passes = (MarkTrainable(), SplitPrefix())
-    program = make_program(module.eval(), strategy, (3, pixels, pixels), passes=passes)
+    program = make_program(kind().eval(), strategy, (3, pixels, pixels), passes=passes)
     return graph_of(program, "prefix/0")
 
 
 @settings(max_examples=15, deadline=None)
 @given(size=st.sampled_from([8, 16, 24, 31]), batch=st.integers(1, 5))
 def test_outputs_keep_their_names_and_shapes(size: int, batch: int) -> None:
-    graph = frozen(ConvNet())
+    graph = frozen(ConvNet)
     smaller = reduced(graph, (size, size))
     assert graph_outputs(smaller) == graph_outputs(graph)
     images = torch.randn(batch, 3, 32, 32)
@@ -32,20 +35,20 @@ def test_outputs_keep_their_names_and_shapes(size: int, batch: int) -> None:
 
 
 def test_the_same_resolution_changes_nothing() -> None:
-    graph = frozen(ConvNet())
+    graph = frozen(ConvNet)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(reduced(graph, (32, 32))(images), graph(images))
 
 
 def test_it_is_the_network_on_smaller_images() -> None:
-    graph = frozen(ConvNet())
+    graph = frozen(ConvNet)
     images = torch.randn(3, 3, 32, 32)
     small = nn.functional.interpolate(images, (16, 16), mode="bilinear", align_corners=False)
     torch.testing.assert_close(reduced(graph, (16, 16))(images), graph(small))
 
 
 def test_a_feature_map_comes_back_to_its_size() -> None:
-    graph = frozen(ResidualNet(), "last-k:1")
+    graph = frozen(ResidualNet, "last-k:1")
     smaller = reduced(graph, (16, 16))
     images = torch.randn(2, 3, 32, 32)
     (before,), (after,) = graph(images), smaller(images)
@@ -54,12 +57,12 @@ def test_a_feature_map_comes_back_to_its_size() -> None:
 
 
 def test_a_network_for_one_resolution_is_left_alone() -> None:
-    graph = frozen(AttentionNet(), pixels=16)
+    graph = frozen(AttentionNet, pixels=16)
     assert not reducible(graph, (8, 8))
-    assert reducible(frozen(ConvNet()), (16, 16))
+    assert reducible(frozen(ConvNet), (16, 16))
 
 
 def test_macs_fall_with_the_pixels() -> None:
-    graph = frozen(ConvNet())
+    graph = frozen(ConvNet)
     assert macs(graph) == 32 * 32 * 16 * 27 + 16 * 16 * 24 * 16 * 9
     assert macs(reduced(graph, (16, 16))) == pytest.approx(macs(graph) / 4)
