@@ -23,11 +23,8 @@ SIZES = (64, 96, 128, 224)
 """Inputs that are tried, in pixels of height and width; then the network's own."""
 
 _LARGEST = 60_000_000
-# Words of a name that tell variants of one architecture apart: sizes, resolutions, releases.
-_VARIANT = re.compile(
-    r"\d.*|[a-z]{1,2}\d+[a-z]*|x+[slt]|nano|pico|femto|atto|zepto|test|tiny|mini|micro|small|medium"
-    r"|base|large|xlarge|huge|giant|gigantic|enormous|lite|light|[smlnbtghx]|patch\d+|in\d+k|ns|w\d+.*"
-)
+# Words of a name in front of the architecture's, or in its place.
+_NOT_FAMILY = {"tf", "tv", "legacy", "nf", "gc", "rw", "tiny", "bat", "cs3"}
 
 
 @dataclass(frozen=True)
@@ -86,49 +83,63 @@ def _module(made: Any) -> nn.Module:
 # ---- listing anew --------------------------------------------------------------------------
 
 
-def _candidates() -> Iterator[tuple[str, str, int, int]]:
-    """Each classification network: its name, family, parameters, and its own input in pixels."""
+def main() -> None:
+    """Print the smallest network of every family, with its smallest input and its parameters."""
+    families: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
+    for name, module, own_pixels in _classifiers():
+        count = sum(parameter.numel() for parameter in module.parameters())
+        if count <= _LARGEST:
+            families.setdefault(_family(name, module), []).append((count, name, own_pixels))
+    for variants in families.values():
+        for count, name, own_pixels in sorted(variants)[:2]:  # one may refuse every size
+            size = _smallest_input(name, own_pixels)
+            if size is not None:
+                sys.stdout.write(f"{name} {size} {count}\n")
+                break
+
+
+def _classifiers() -> Iterator[tuple[str, nn.Module, int]]:
+    """Each network with a classifier: its name, itself without memory, its own input in pixels."""
     models = import_torchvision().models
     import timm
-    from timm.models import is_model_in_modules
 
-    for model in timm.list_models():
-        name = f"timm:{model}"
-        config = timm.get_pretrained_cfg(model)
+    for name in [
+        *(f"timm:{model}" for model in timm.list_models() if not model.startswith("test_")),
+        *(f"torchvision:{model}" for model in models.list_models(module=models)),
+    ]:
+        library, _, model = name.partition(":")
+        config = timm.get_pretrained_cfg(model) if library == "timm" else None
+        own_pixels = 224 if config is None else config.input_size[-1]
         try:
             with torch.device("meta"):
-                module = _module(timm.create_model(model))
-        except Exception:  # whatever does not build without memory is not tried with it
+                module = build(name, own_pixels)
+        except Exception:  # whatever does not build without memory, and its variants do
             continue
-        if isinstance(module.get_classifier(), nn.Identity):  # type: ignore[operator]
-            continue
-        own = config.input_size[-1] if config is not None else 224
-        yield name, _family(model, module), _count(module), own
-    assert is_model_in_modules
-    for model in models.list_models(module=models):
-        with torch.device("meta"):
-            module = models.get_model(model, weights=None)
-        yield f"torchvision:{model}", "torchvision " + _family(model, module), _count(module), 224
+        if getattr(module, "num_classes", 1000):
+            yield name, module, own_pixels
 
 
-def _family(model: str, module: nn.Module) -> str:
-    """The class of a network and the words of its name that are no size."""
-    words = [word for word in model.split("_") if not _VARIANT.fullmatch(word)]
-    return " ".join([type(module).__module__, type(module).__name__, *words])
+def _family(name: str, module: nn.Module) -> tuple[str, str]:
+    """The class of a network and the word of its name that is no size."""
+    words = [word for word in name.partition(":")[2].split("_") if word not in _NOT_FAMILY]
+    letters = re.match("[a-z]*", words[0])
+    assert letters is not None
+    return f"{type(module).__module__}.{type(module).__name__}", letters[0]
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _smallest_input(name: str, own: int) -> int | None:
+def _smallest_input(name: str, own_pixels: int) -> int | None:
     """The smallest side in pixels at which a network gives finite scores; None where none does."""
-    for size in dict.fromkeys((*(s for s in SIZES if s <= own), own)):
+    for size in dict.fromkeys((*(size for size in SIZES if size < own_pixels), own_pixels)):
         try:
+            module = build(name, size).eval()
             with torch.no_grad():
-                scores = build(name, size).eval()(torch.randn(2, 3, size, size))
+                scores = module(torch.randn(2, 3, size, size))
         except Exception:  # how a library refuses a size is its own affair
             continue
         if isinstance(scores, Tensor) and scores.shape == (2, 1000) and scores.isfinite().all():
             return size
     return None
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,8 @@ from cell import Cell, Result, run
 
 MEMORY_BYTES = 6 * 2**30
 
+# What a process with a result has left to do before it is killed.
+_END_SECONDS = 10.0
 # Imports take longer than many a cell: a server has done them, and is forked for each.
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -49,6 +51,7 @@ def in_process(cell: Cell, limit_seconds: float) -> Result:
         if not ours.poll(limit_seconds):
             return Result("limit", f"time: more than {limit_seconds:.0f} s")
         result: Result = ours.recv()
+        process.join(_END_SECONDS)
         return result
     except EOFError:
         process.join()
