@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ _SMALL = 12_000_000
 
 def main() -> int:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     known = {record.key: record for record in read(arguments.results)}
     cells = [
         cell
@@ -59,7 +61,9 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zoo", description=__doc__)
     listed = lambda text: tuple(text.split(","))  # noqa: E731
-    parser.add_argument("--engines", type=listed, default=ENGINES, help=", of " + ", ".join(ENGINES))
+    parser.add_argument(
+        "--engines", type=listed, default=ENGINES, help=", of " + ", ".join(ENGINES)
+    )
     parser.add_argument("--strategies", type=listed, default=STRATEGIES)
     parser.add_argument("--only", default="", help="a pattern that the names of networks hold")
     parser.add_argument("--sample", type=int, help="so many networks, drawn by --seed")

@@ -1,4 +1,4 @@
-"""One cell of the zoo's table: a network compiled by a strategy for an engine, beside plain torch."""
+"""One cell of the zoo's table: a network, compiled by a strategy for an engine, beside torch."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def _compare(cell: Cell, folder: Path) -> str:
     found = _trained(bundle.path, theta, images, labels, rate)
 
     single = eager.train(module, theta, images, labels, rate, torch.float32)
-    if not (reason := _difference(found, single)):
+    if not (reason := difference(found, single)):
         return ""
     # A ReLU or a maximum whose inputs are equal but for rounding goes either way: float64 decides.
     double = eager.train(module, theta, images, labels, rate, torch.float64)
-    return _difference(found, double, single) and reason
+    return difference(found, double, single) and reason
 
 
 def _trained(
@@ -128,7 +128,7 @@ def _trained(
     return Trained(logits.astype(np.float64), moves)
 
 
-def _difference(found: Trained, expected: Trained, other: Trained | None = None) -> str:
+def difference(found: Trained, expected: Trained, other: Trained | None = None) -> str:
     """The first of the scores and parameters that is off; no more than `other` is, where given."""
     if found.moves.keys() != expected.moves.keys():
         return f"the engine trains other parameters: {found.moves.keys() ^ expected.moves.keys()}"

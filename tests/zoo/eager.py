@@ -40,7 +40,9 @@ def randomise(module: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
                 parameter += _NOISE * torch.randn(parameter.shape) / fan_in**0.5
-        norms = [m for m in module.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [
+            m for m in module.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         for norm in norms:
             norm.train()
             norm.momentum = None  # the statistics of what follows alone
