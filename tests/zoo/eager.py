@@ -22,10 +22,10 @@ _NOISE = 0.1
 
 @dataclass(frozen=True)
 class Trained:
-    """Scores after the steps, f64[B, classes], and how far each parameter moved, in f64."""
+    """Scores f64[B, classes] and parameters after the steps."""
 
     logits: np.ndarray
-    moves: Mapping[str, np.ndarray]
+    parameters: Mapping[str, np.ndarray]
 
 
 def randomise(module: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
@@ -34,12 +34,11 @@ def randomise(module: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
     A library initialises gates, layer scales and biases to constants that hide what is behind them,
     and statistics of batch norms that let the values of a deep network vanish.
     """
-    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-                parameter += _NOISE * torch.randn(parameter.shape) / fan_in**0.5
+                parameter.add_(torch.randn(parameter.shape), alpha=_NOISE / fan_in**0.5)
         norms = [
             m for m in module.eval().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
@@ -87,12 +86,12 @@ def train(
     optimizer = torch.optim.SGD(leaves.values(), learning_rate, MOMENTUM)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        _loss(module, inputs, labels).backward()  # type: ignore[no-untyped-call]
+        _loss(module, inputs, labels).backward()
         optimizer.step()
     with torch.no_grad():
         logits = module(inputs)
-    moves = {n: leaf.detach().double().numpy() - theta[n] for n, leaf in leaves.items()}
-    return Trained(logits.double().numpy(), moves)
+    parameters = {name: leaf.detach().double().numpy() for name, leaf in leaves.items()}
+    return Trained(logits.double().numpy(), parameters)
 
 
 def learning_rate(

@@ -52,28 +52,30 @@ def test_a_request_that_cannot_be_met_is_refused_with_its_reason() -> None:
 
 
 def test_steps_that_are_off_are_told() -> None:
-    logits = np.array([[1.0, -2.0]])
-    moves = {"fc.weight": np.array([0.1, -0.2]), "fc.bias": np.array([1e-9])}
-    expected = Trained(logits, moves)
-    assert cell.difference(expected, expected) == ""
-    assert "scores" in cell.difference(replace(expected, logits=logits + 1e-3), expected)
-    assert "scores" in cell.difference(replace(expected, logits=logits * np.nan), expected)
-    still = {**moves, "fc.weight": np.zeros(2)}
-    assert "fc.weight" in cell.difference(replace(expected, moves=still), expected)
-    assert "fc.bias" in cell.difference(
-        replace(expected, moves={"fc.weight": moves["fc.weight"]}), expected
-    )
+    theta = {"weight": np.array([0.5, 0.5]), "bias": np.array([0.0])}
+    after = {"weight": np.array([0.6, 0.3]), "bias": np.array([1e-9])}
+    expected = Trained(np.array([[1.0, -2.0]]), after)
+
+    def told(logits: np.ndarray = expected.logits, **parameters: np.ndarray) -> str:
+        return cell.difference(theta, Trained(logits, {**after, **parameters}), expected)
+
+    assert told() == ""
+    assert "scores" in told(expected.logits + 1e-3)
+    assert "scores" in told(expected.logits * np.nan)
+    assert "weight" in told(weight=theta["weight"])
+    assert "weight" in told(weight=after["weight"] + 3e-4)
+    assert "other parameters: scale" in told(scale=np.ones(1))
     # What moves by rounding alone may move otherwise.
-    rounded = {**moves, "fc.bias": np.array([-1e-9])}
-    assert cell.difference(replace(expected, moves=rounded), expected) == ""
+    assert told(bias=np.array([-1e-9])) == ""
 
 
 def test_float32_excuses_what_it_loses_itself() -> None:
-    exact = Trained(np.array([[1.0]]), {"w": np.array([1.0])})
-    torch_s = Trained(np.array([[1.0]]), {"w": np.array([1.01])})
-    engine_s = Trained(np.array([[1.0]]), {"w": np.array([0.98])})
-    assert cell.difference(engine_s, exact, torch_s) == ""
-    assert cell.difference(engine_s, exact, exact) != ""
+    theta = {"w": np.array([0.0])}
+    exact, of_torch, of_engine = (
+        Trained(np.array([[1.0]]), {"w": np.array([value])}) for value in (1.0, 1.01, 0.98)
+    )
+    assert cell.difference(theta, of_engine, exact, of_torch) == ""
+    assert "w moves" in cell.difference(theta, of_engine, exact, exact)
 
 
 def test_a_cell_that_takes_too_long_ends_at_its_limit() -> None:
