@@ -36,10 +36,12 @@ class TryEngine:
             return program
         engine = backend(program.request.engine)
         lowering = engine.lowering()
+        # As it will be lowered, so that what is kept of the conversion serves then too.
+        level = program.levels[0].fused()
         # What was captured fails at once, and its gradient takes longer to derive.
-        lowering.try_graphs(program, program.graphs)
+        lowering.try_graphs(program, {role.at(0): graph for role, graph in level.graphs.items()})
         if engine.derives_steps:
-            gradient = differentiate(program.levels[0].body, program.open_axes)
+            gradient = differentiate(level.body, program.open_axes)
             backward = with_update(gradient.backward, "sgd")
             step = {FORWARD.at(0): gradient.forward, update("sgd").at(0): backward}
             lowering.try_graphs(program, step)

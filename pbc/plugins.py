@@ -71,10 +71,10 @@ GROUPS = {
             "a class that trains in its own way, for `pbc bench` to compare",
         ),
         Group(
-            "pbc.tvm_passes",
-            "TVM pass",
-            "tvm.ir.transform.Pass",
-            "a module pass of TVM that writes schedules for the kinds of target in its `kinds`",
+            "pbc.tvm_schedules",
+            "TVM schedule",
+            "pbc.targets.tvm.build.Schedule",
+            "a function of a TVM module that schedules it for the kinds of target in its `kinds`",
         ),
         Group(
             "pbc.device_libraries",

@@ -26,7 +26,7 @@ from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import MACS, Ladder
 from pbc.errors import PbcError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _REQUIRED = {
     "model": str,
@@ -184,7 +184,12 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     if manifest["schema"] > SCHEMA:
         raise PbcError(
             f"{path} was written by a newer pbc (schema {manifest['schema']}; "
-            f"this one reads up to {SCHEMA}): upgrade pbc"
+            f"this one reads {SCHEMA}): upgrade pbc"
+        )
+    if manifest["schema"] < SCHEMA:
+        raise PbcError(
+            f"{path} was written by an older pbc (schema {manifest['schema']}; "
+            f"this one reads {SCHEMA}): compile it again"
         )
     if manifest.get("digest") != manifest_digest(manifest):
         raise PbcError(

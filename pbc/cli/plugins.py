@@ -19,11 +19,11 @@ from pbc.plugins import GROUPS, Plugin
 @click.command()
 @as_json
 def passes(as_json: bool) -> None:
-    """List the passes in the order in which a pipeline runs them, then those over TVM modules."""
+    """List the passes in the order in which a pipeline runs them, then the schedules of TVM."""
     installed = plugins.entries("pbc.passes")
     facts = {name: _order_facts(plugin) for name, plugin in installed.items()}
     rows = [{**_row(installed[name]), **vars(facts[name])} for name in order(facts)]
-    tvm_rows = [_row(plugin) for plugin in plugins.entries("pbc.tvm_passes").values()]
+    tvm_rows = [_row(plugin) for plugin in plugins.entries("pbc.tvm_schedules").values()]
     if as_json:
         click.echo(json.dumps([*rows, *tvm_rows], indent=2, ensure_ascii=False))
         return
@@ -36,7 +36,7 @@ def passes(as_json: bool) -> None:
         table.add_row(*map(Text, (row["name"], shown, words, origin_text(row))))
     show(table)
     click.echo()
-    _show_rows("pbc.tvm_passes", tvm_rows)
+    _show_rows("pbc.tvm_schedules", tvm_rows)
 
 
 @click.command()

@@ -16,7 +16,7 @@ from pbc.ir.graph import graph_inputs, parameter_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, tensor
-from pbc.training_graph.autodiff import LABELS, LOSSES
+from pbc.training_graph.names import LABELS, LOSSES
 
 STEPS = 5
 TOLERANCE = 1e-4

@@ -8,15 +8,15 @@ _TERMUX = "as Termux packages it: the package index has no wheel for Android"
 
 
 def phone(
+    *,
     name: str,
     description: str,
-    *,
     cpu: str | None = None,
     cores: int | None = None,
-    tag: str | None = None,
+    tvm_tag: str | None = None,
 ) -> Target:
     """Return a 64-bit Android device; what is not known of it is left out."""
-    known = {"cpu": cpu, "cores": None if cores is None else str(cores), "tvm": tag}
+    known = {"cpu": cpu, "cores": None if cores is None else str(cores), "tvm": tvm_tag}
     return Target(
         name=name,
         description=description,
@@ -38,10 +38,18 @@ def phone(
     )
 
 
-android_arm64 = phone("android-arm64", "64-bit Android")
+android_arm64 = phone(name="android-arm64", description="64-bit Android")
 mate10 = phone(
-    "arm-mate10", "Huawei Mate 10, Kirin 970", cpu="cortex-a73", cores=8, tag="arm/mate10"
+    name="arm-mate10",
+    description="Huawei Mate 10, Kirin 970",
+    cpu="cortex-a73",
+    cores=8,
+    tvm_tag="arm/mate10",
 )
 pixel2 = phone(
-    "arm-pixel2", "Google Pixel 2, Snapdragon 835", cpu="cortex-a73", cores=8, tag="arm/pixel2"
+    name="arm-pixel2",
+    description="Google Pixel 2, Snapdragon 835",
+    cpu="cortex-a73",
+    cores=8,
+    tvm_tag="arm/pixel2",
 )

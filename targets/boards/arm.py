@@ -11,7 +11,7 @@ _REQUIRES = {"python": ">=3.10", "libc": "glibc>=2.28"}
 
 
 def _facts(
-    triple: str, cpu: str, cores: int | None, tag: str, attributes: str | None = None
+    *, name: str, triple: str, cpu: str, cores: int | None, attributes: str | None = None
 ) -> dict[str, str]:
     known = {
         "triple": triple,
@@ -19,48 +19,70 @@ def _facts(
         "cores": None if cores is None else str(cores),
         "mattr": attributes,
         "libc": "glibc 2.28",
-        "tvm": f"arm/{tag}",
+        "tvm": f"arm/{name}",
     }
     return {fact: value for fact, value in known.items() if value is not None}
 
 
+def _bytes(memory_gib: float | None) -> int | None:
+    return None if memory_gib is None else int(memory_gib * 2**30)
+
+
 def _board64(
-    tag: str, description: str, cpu: str, cores: int | None = None, gib: int | None = None
+    *,
+    name: str,
+    description: str,
+    cpu: str,
+    cores: int | None = None,
+    memory_gib: float | None = None,
 ) -> Target:
+    """Return a 64-bit board; name: TVM's own, without its family."""
     return Target(
-        name=f"arm-{tag}",
+        name=f"arm-{name}",
         description=description,
         family="Arm, 64 bits",
         arch="aarch64",
         engine="onnxruntime",
         engines=("onnxruntime", "pytorch", "tvm"),
-        memory_bytes=None if gib is None else gib * 2**30,
-        tags=_facts("aarch64-linux-gnu", cpu, cores, tag),
+        memory_bytes=_bytes(memory_gib),
+        tags=_facts(name=name, triple="aarch64-linux-gnu", cpu=cpu, cores=cores),
         requires=_REQUIRES,
     )
 
 
 def _board32(
-    tag: str,
+    *,
+    name: str,
     description: str,
     cpu: str,
     cores: int,
-    mib: int | None,
-    *,
-    instead: str = "",
+    memory_gib: float | None = None,
     attributes: str = "+neon,+vfp4,+thumb2",
+    as_64_bits: str | None = None,
 ) -> Target:
-    """A 32-bit system: the package index has no wheel of any engine for it, nor of numpy."""
-    other = f"take --engine tvm{instead}"
+    """Return a board with a 32-bit system: no engine has a wheel for it, nor has numpy.
+
+    name: TVM's own, without its family. attributes: extensions of the CPU, as LLVM names them.
+    as_64_bits: the target that the board is under a 64-bit system.
+    """
+    other = "take --engine tvm"
+    if as_64_bits is not None:
+        other += f", or a 64-bit system and --target {as_64_bits}"
     return Target(
-        name=f"arm-{tag}",
+        name=f"arm-{name}",
         description=description,
         family="Arm, 32 bits",
         arch="armv7l",
         engine="tvm",
         engines=("tvm",),
-        memory_bytes=None if mib is None else mib * 2**20,
-        tags=_facts("armv7l-linux-gnueabihf", cpu, cores, tag, attributes),
+        memory_bytes=_bytes(memory_gib),
+        tags=_facts(
+            name=name,
+            triple="armv7l-linux-gnueabihf",
+            cpu=cpu,
+            cores=cores,
+            attributes=attributes,
+        ),
         requires={**_REQUIRES, "numpy": "as the system packages it: there is no wheel"},
         needs={"tvm": {"tvm runtime": "built on the board (docs/targets.md): there is no wheel"}},
         refused={
@@ -70,25 +92,64 @@ def _board32(
     )
 
 
-_AS_64 = ", or a 64-bit system and --target {}"
+rasp4b64 = _board64(
+    name="rasp4b64",
+    description="Raspberry Pi 4 Model B, 64-bit system",
+    cpu="cortex-a72",
+    cores=4,
+)
+rk3399 = _board64(
+    name="rk3399",
+    description="boards with Rockchip's RK3399",
+    cpu="cortex-a72",  # two, and four Cortex-A53 of the same instructions
+    cores=6,
+)
+thunderx = _board64(
+    name="thunderx",
+    description="servers with Cavium's ThunderX",
+    cpu="thunderxt88",
+)
+ultra96 = _board64(
+    name="ultra96",
+    description="Avnet Ultra96, 2 GB",
+    cpu="cortex-a53",
+    cores=4,
+    memory_gib=2,
+)
 
-rasp4b64 = _board64("rasp4b64", "Raspberry Pi 4 Model B, 64-bit system", "cortex-a72", 4)
-# Two Cortex-A72 and four Cortex-A53, of the same instructions.
-rk3399 = _board64("rk3399", "boards with Rockchip's RK3399", "cortex-a72", 6)
-thunderx = _board64("thunderx", "servers with Cavium's ThunderX", "thunderxt88")
-ultra96 = _board64("ultra96", "Avnet Ultra96, 2 GB", "cortex-a53", 4, gib=2)
-
-beagleai = _board32("beagleai", "BeagleBone AI, 1 GB", "cortex-a15", 2, 1024)
-# Zynq 7020: its Cortex-A9 is older than VFPv4.
+beagleai = _board32(
+    name="beagleai",
+    description="BeagleBone AI, 1 GB",
+    cpu="cortex-a15",
+    cores=2,
+    memory_gib=1,
+)
 pynq = _board32(
-    "pynq", "PYNQ-Z1, 512 MB", "cortex-a9", 2, 512, attributes="+neon,+vfp3,+thumb2"
-)  # fmt: skip
+    name="pynq",
+    description="PYNQ-Z1, 512 MB",
+    cpu="cortex-a9",  # of the Zynq 7020, older than VFPv4
+    attributes="+neon,+vfp3,+thumb2",
+    cores=2,
+    memory_gib=0.5,
+)
 rasp3b = _board32(
-    "rasp3b", "Raspberry Pi 3 Model B, 1 GB, 32-bit system", "cortex-a53", 4, 1024,
-    instead=_AS_64.format("generic-arm64"),
-)  # fmt: skip
+    name="rasp3b",
+    description="Raspberry Pi 3 Model B, 1 GB, 32-bit system",
+    cpu="cortex-a53",
+    cores=4,
+    memory_gib=1,
+    as_64_bits="generic-arm64",
+)
 rasp4b = _board32(
-    "rasp4b", "Raspberry Pi 4 Model B, 32-bit system", "cortex-a72", 4, None,
-    instead=_AS_64.format("raspberry-pi-4b"),
-)  # fmt: skip
-stm32mp1 = _board32("stm32mp1", "boards with ST's STM32MP157", "cortex-a7", 2, None)
+    name="rasp4b",
+    description="Raspberry Pi 4 Model B, 32-bit system",
+    cpu="cortex-a72",
+    cores=4,
+    as_64_bits="raspberry-pi-4b",
+)
+stm32mp1 = _board32(
+    name="stm32mp1",
+    description="boards with ST's STM32MP157",
+    cpu="cortex-a7",
+    cores=2,
+)

@@ -8,14 +8,21 @@ from pbc.targets.boards.jetson import JETPACK_4, JETPACK_5, JETPACK_6, WHEEL_CUD
 _FAMILY = "Any NVIDIA GPU"
 
 
-def _tegra(sm: str, modules: str, cpu: str, stack: JetPack) -> Target:
-    return module(f"cuda-sm_{sm}", modules, _FAMILY, stack, cpu=cpu, sm=sm)
+def _tegra(*, sm: str, description: str, cpu: str, jetpack: JetPack) -> Target:
+    return module(
+        name=f"cuda-sm_{sm}",
+        description=description,
+        family=_FAMILY,
+        jetpack=jetpack,
+        cpu=cpu,
+        sm=sm,
+    )
 
 
-def _pc(sm: str, gpus: str) -> Target:
+def _pc(*, sm: str, description: str) -> Target:
     return Target(
         name=f"cuda-sm_{sm}",
-        description=gpus,
+        description=description,
         family=_FAMILY,
         arch="x86_64",
         engine="tvm",
@@ -26,12 +33,33 @@ def _pc(sm: str, gpus: str) -> Target:
     )
 
 
-sm_53 = _tegra("53", "Tegra X1: Jetson Nano and TX1", "cortex-a57", JETPACK_4)
-sm_62 = _tegra("62", "Tegra X2: Jetson TX2 and TX2 NX", "cortex-a57", JETPACK_4)
-sm_72 = _tegra("72", "Xavier: Jetson AGX Xavier and Xavier NX", "carmel", JETPACK_5)
-sm_75 = _pc("75", "Turing: T4, RTX 20, GTX 16")
-sm_80 = _pc("80", "Ampere: A100, A30")
-sm_86 = _pc("86", "Ampere: RTX 30, A10, A40")
-sm_87 = _tegra("87", "Orin: Jetson AGX Orin, Orin NX and Orin Nano", "cortex-a78ae", JETPACK_6)
-sm_89 = _pc("89", "Ada: RTX 40, L4, L40")
-sm_90 = _pc("90", "Hopper: H100, H200")
+sm_53 = _tegra(
+    sm="53",
+    description="Tegra X1: Jetson Nano and TX1",
+    cpu="cortex-a57",
+    jetpack=JETPACK_4,
+)
+sm_62 = _tegra(
+    sm="62",
+    description="Tegra X2: Jetson TX2 and TX2 NX",
+    cpu="cortex-a57",
+    jetpack=JETPACK_4,
+)
+sm_72 = _tegra(
+    sm="72",
+    description="Xavier: Jetson AGX Xavier and Xavier NX",
+    cpu="carmel",
+    jetpack=JETPACK_5,
+)
+sm_87 = _tegra(
+    sm="87",
+    description="Orin: Jetson AGX Orin, Orin NX and Orin Nano",
+    cpu="cortex-a78ae",
+    jetpack=JETPACK_6,
+)
+
+sm_75 = _pc(sm="75", description="Turing: T4, RTX 20, GTX 16")
+sm_80 = _pc(sm="80", description="Ampere: A100, A30")
+sm_86 = _pc(sm="86", description="Ampere: RTX 30, A10, A40")
+sm_89 = _pc(sm="89", description="Ada: RTX 40, L4, L40")
+sm_90 = _pc(sm="90", description="Hopper: H100, H200")

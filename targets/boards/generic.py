@@ -5,7 +5,7 @@ from __future__ import annotations
 from pbc.target import Arch, Target
 
 
-def _any(name: str, description: str, arch: Arch) -> Target:
+def _any(*, name: str, description: str, arch: Arch) -> Target:
     return Target(
         name=name,
         description=description,
@@ -18,5 +18,5 @@ def _any(name: str, description: str, arch: Arch) -> Target:
     )
 
 
-generic_arm64 = _any("generic-arm64", "any 64-bit Arm Linux", "aarch64")
-generic_x86_64 = _any("generic-x86-64", "any 64-bit x86 Linux", "x86_64")
+generic_arm64 = _any(name="generic-arm64", description="any 64-bit Arm Linux", arch="aarch64")
+generic_x86_64 = _any(name="generic-x86-64", description="any 64-bit x86 Linux", arch="x86_64")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pbc.target import Target
 
 _ENGINES = ("tvm", "onnxruntime", "pytorch")
-# What onnxruntime tries in this order; its wheels on the package index hold the CPU's alone.
+# Tried by onnxruntime in this order; its wheels on the package index hold the CPU's alone.
 _PROVIDERS = "CUDAExecutionProvider,CPUExecutionProvider"
 _BUILT = "built on the board with its CUDA (docs/cuda.md): the wheel's needs CUDA 13"
 # The part of TVM's wheel that drives GPUs is linked with this one.
@@ -22,7 +22,10 @@ WHEEL_CUDA = ">=13"
 
 @dataclass(frozen=True)
 class JetPack:
-    """The driver stack: what a module runs is what its JetPack brings."""
+    """A driver stack, which decides about the versions of all that a module runs.
+
+    runtime: where the part of TVM for GPUs comes from; None where the wheel has it.
+    """
 
     version: str
     cuda: str
@@ -38,7 +41,7 @@ class JetPack:
 
 # Ubuntu 18.04. torch's wheels ask for glibc 2.28; TVM's for 2.27, and onnxruntime's up to 1.28.
 JETPACK_4 = JetPack(
-    "4.6",
+    version="4.6",
     cuda="10.2",
     glibc="2.27",
     python="3.6",
@@ -53,14 +56,14 @@ JETPACK_4 = JetPack(
 )
 # Ubuntu 20.04.
 JETPACK_5 = JetPack(
-    "5.1",
+    version="5.1",
     cuda="11.4",
     glibc="2.31",
     python="3.8",
 )
 # Ubuntu 22.04. These modules run JetPack 7 too, where the wheel does.
 JETPACK_6 = JetPack(
-    "6.2",
+    version="6.2",
     cuda="12.6",
     glibc="2.35",
     python="3.10",
@@ -68,7 +71,7 @@ JETPACK_6 = JetPack(
 )
 # Ubuntu 24.04.
 JETPACK_7 = JetPack(
-    "7.0",
+    version="7.0",
     cuda="13.0",
     glibc="2.39",
     python="3.12",
@@ -77,16 +80,16 @@ JETPACK_7 = JetPack(
 
 
 def module(
+    *,
     name: str,
     description: str,
     family: str,
-    stack: JetPack,
-    *,
+    jetpack: JetPack,
     cpu: str,
     sm: str,
     cores: int | None = None,
-    gib: int | None = None,
-    tag: str | None = None,
+    memory_gib: int | None = None,
+    tvm_tag: str | None = None,
 ) -> Target:
     """Return a module under a JetPack; what is not known of it is left out."""
     facts = {
@@ -94,58 +97,126 @@ def module(
         "cpu": cpu,
         "cores": None if cores is None else str(cores),
         "sm": sm,
-        "cuda": stack.cuda,
-        "jetpack": stack.version,
-        "libc": f"glibc {stack.glibc}",
-        "python": stack.python,
-        "tvm": tag,
-        "onnxruntime_providers": stack.providers,
+        "cuda": jetpack.cuda,
+        "jetpack": jetpack.version,
+        "libc": f"glibc {jetpack.glibc}",
+        "python": jetpack.python,
+        "tvm": tvm_tag,
+        "onnxruntime_providers": jetpack.providers,
     }
-    gpu = {"cuda": f">={stack.cuda}"}
-    if stack.runtime is not None:
-        gpu["tvm runtime"] = stack.runtime
+    gpu = {"cuda": f">={jetpack.cuda}"}
+    if jetpack.runtime is not None:
+        gpu["tvm runtime"] = jetpack.runtime
     return Target(
         name=name,
         description=description,
         family=family,
         arch="aarch64",
         engine="tvm",
-        engines=stack.engines,
-        memory_bytes=None if gib is None else gib * 2**30,
+        engines=jetpack.engines,
+        memory_bytes=None if memory_gib is None else memory_gib * 2**30,
         tags={fact: value for fact, value in facts.items() if value is not None},
-        requires={"python": ">=3.10", "libc": stack.libc_floor},
-        needs={"tvm": gpu, **stack.needs},
-        refused=stack.refused,
+        requires={"python": ">=3.10", "libc": jetpack.libc_floor},
+        needs={"tvm": gpu, **jetpack.needs},
+        refused=jetpack.refused,
     )
 
 
 def _jetson(
-    name: str, model: str, gib: int, cores: int, cpu: str, sm: str, tag: str, stack: JetPack
+    *,
+    name: str,
+    model: str,
+    cpu: str,
+    cores: int,
+    sm: str,
+    memory_gib: int,
+    jetpack: JetPack,
+    tvm_tag: str | None = None,
 ) -> Target:
+    """Return a module; tvm_tag: TVM's own name for it, where that is another."""
     return module(
-        name, f"NVIDIA Jetson {model}, {gib} GB", "NVIDIA Jetson", stack,
-        cpu=cpu, sm=sm, cores=cores, gib=gib, tag=f"nvidia/{tag}",
-    )  # fmt: skip
+        name=name,
+        description=f"NVIDIA Jetson {model}, {memory_gib} GB",
+        family="NVIDIA Jetson",
+        jetpack=jetpack,
+        cpu=cpu,
+        sm=sm,
+        cores=cores,
+        memory_gib=memory_gib,
+        tvm_tag=f"nvidia/{tvm_tag or name}",
+    )
 
 
-# fmt: off
 nano = _jetson(
-    "jetson-nano", "Nano", 4, 4, "cortex-a57", "53", "jetson-nano", JETPACK_4)
+    name="jetson-nano",
+    model="Nano",
+    cpu="cortex-a57",
+    cores=4,
+    sm="53",
+    memory_gib=4,
+    jetpack=JETPACK_4,
+)
 tx1 = _jetson(
-    "jetson-tx1", "TX1", 4, 4, "cortex-a57", "53", "jetson-tx1", JETPACK_4)
-# Two of its six cores are Denver 2; what is compiled for the other four runs on all.
+    name="jetson-tx1",
+    model="TX1",
+    cpu="cortex-a57",
+    cores=4,
+    sm="53",
+    memory_gib=4,
+    jetpack=JETPACK_4,
+)
 tx2 = _jetson(
-    "jetson-tx2", "TX2", 8, 6, "cortex-a57", "62", "jetson-tx2", JETPACK_4)
+    name="jetson-tx2",
+    model="TX2",
+    cpu="cortex-a57",  # four; what is compiled for them runs on the two Denver 2 as well
+    cores=6,
+    sm="62",
+    memory_gib=8,
+    jetpack=JETPACK_4,
+)
 agx_xavier = _jetson(
-    "jetson-agx-xavier", "AGX Xavier", 32, 8, "carmel", "72", "jetson-agx-xavier", JETPACK_5)
-# TVM's own tag says carmel, which is Xavier's core.
+    name="jetson-agx-xavier",
+    model="AGX Xavier",
+    cpu="carmel",
+    cores=8,
+    sm="72",
+    memory_gib=32,
+    jetpack=JETPACK_5,
+)
 orin_nano = _jetson(
-    "jetson-orin-nano", "Orin Nano", 8, 6, "cortex-a78ae", "87", "jetson-orin-nano", JETPACK_6)
+    name="jetson-orin-nano",
+    model="Orin Nano",
+    cpu="cortex-a78ae",  # TVM's own tag says carmel, which is Xavier's core
+    cores=6,
+    sm="87",
+    memory_gib=8,
+    jetpack=JETPACK_6,
+)
 agx_orin = _jetson(
-    "jetson-agx-orin", "AGX Orin", 32, 8, "cortex-a78ae", "87", "jetson-agx-orin-32gb", JETPACK_6)
+    name="jetson-agx-orin",
+    model="AGX Orin",
+    cpu="cortex-a78ae",
+    cores=8,
+    sm="87",
+    memory_gib=32,
+    jetpack=JETPACK_6,
+    tvm_tag="jetson-agx-orin-32gb",
+)
 agx_orin_64gb = _jetson(
-    "jetson-agx-orin-64gb", "AGX Orin", 64, 12, "cortex-a78ae", "87", "jetson-agx-orin-64gb",
-    JETPACK_6)
+    name="jetson-agx-orin-64gb",
+    model="AGX Orin",
+    cpu="cortex-a78ae",
+    cores=12,
+    sm="87",
+    memory_gib=64,
+    jetpack=JETPACK_6,
+)
 agx_thor = _jetson(
-    "jetson-agx-thor", "AGX Thor", 128, 14, "neoverse-v3ae", "110", "jetson-agx-thor", JETPACK_7)
-# fmt: on
+    name="jetson-agx-thor",
+    model="AGX Thor",
+    cpu="neoverse-v3ae",
+    cores=14,
+    sm="110",
+    memory_gib=128,
+    jetpack=JETPACK_7,
+)

@@ -39,6 +39,7 @@ from pbc.lower.weights import unused
 
 # The first with Gelu as one operator; onnxruntime 1.17 and everything after runs it.
 OPSET = 20
+_KEPT = 64
 LOGITS, PROBABILITIES = "logits", "probabilities"
 
 aten = torch.ops.aten
@@ -58,6 +59,7 @@ class Converter:
     """Converts graphs; those of one structure are exported once, whatever is in their tensors."""
 
     def __init__(self) -> None:
+        # The latest last: a compilation meets the graphs of a few levels again and again.
         self._exported: dict[str, ModelProto] = {}
 
     def __call__(
@@ -86,13 +88,17 @@ class Converter:
             for node, given in zip(placeholders(graph), graph_inputs(graph), strict=True)
         ]
         structure = _structure(graph, axes)
-        if structure not in self._exported:
+        exported = self._exported.pop(structure, None)
+        if exported is None:
             try:
-                self._exported[structure] = _exported(graph, axes)
+                exported = _exported(graph, axes)
             except _REFUSALS as error:
                 raise _cannot(kind, graph, error) from error
+        self._exported[structure] = exported
+        if len(self._exported) > _KEPT:
+            del self._exported[next(iter(self._exported))]
         model = ModelProto()
-        model.CopyFrom(self._exported[structure])
+        model.CopyFrom(exported)
         frozen = tensor_names(graph) if tensors is None else tensors
         _rename(model, [*graph_inputs(graph), *frozen], graph_outputs(graph))
         _name_dimensions(model.graph, head)

@@ -35,12 +35,12 @@ FOLDER = "onnx"
 INLINE_BYTES = 1024
 THETA = "θ"
 
+# Planning, trying and lowering meet graphs of the same structure, and exporting takes seconds.
+_convert = Converter()
+
 
 class OnnxRuntimeLowering(Lowering):
     """Write each graph as an ONNX model; tensors that levels share are stored once."""
-
-    def __init__(self) -> None:
-        self._converter = Converter()
 
     def graph_file(self, graph: GraphName) -> str:
         return f"{FOLDER}/{str(graph).replace('/', '-')}.onnx"
@@ -119,7 +119,7 @@ class OnnxRuntimeLowering(Lowering):
     ) -> ModelProto:
         head = program.network.head.parameters
         open_head = program.request.class_count is None
-        return self._converter(name.kind, graph, tensors, head, open_head=open_head)
+        return _convert(name.kind, graph, tensors, head, open_head=open_head)
 
 
 class _Sessions:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tvm
 from tvm import relax
@@ -29,8 +29,6 @@ from pbc.errors import PbcError
 from pbc.target import Target
 from pbc.targets.tvm.cuda import cubin
 from pbc.util.processor import DECIDING_FLAGS, missing_flags
-
-Pass = Callable[[tvm.IRModule, tvm.target.Target], tvm.IRModule]
 
 # Where a target names no CPU: x86-64 with AVX2, as all since 2015 have it, and any 64-bit Arm.
 _CPUS = {"x86_64": "x86-64-v3", "aarch64": "generic"}
@@ -43,9 +41,23 @@ _OLDEST_GLIBC = "2.28"
 _LINKED_TRIPLES = {"armv7l": "arm"}
 
 
+class Schedule(Protocol):
+    """Entry point group `pbc.tvm_schedules`: writes how a module's functions are computed.
+
+    kinds: of TVM's targets, such as `llvm`. A schedule of CPUs may have a `tunable`, too.
+    """
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of TVM's targets that it is for."""
+
+    def __call__(self, module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+        """Return the module with its functions scheduled; the input stays unchanged."""
+
+
 @dataclass(frozen=True)
 class Platform:
-    """What code is built for.
+    """The processors that code is built for.
 
     facts: TVM's description of a CPU. linked: the linker's name for the system, with its C library.
     sm: the architecture of the NVIDIA GPU beside this CPU, where that is what computes.
@@ -138,7 +150,7 @@ def build(module: tvm.IRModule, where: Platform) -> bytes:
 
 
 def scheduled(module: tvm.IRModule, where: Platform) -> tvm.IRModule:
-    """The module's graphs as loop nests, with the schedules of all installed passes."""
+    """The module's graphs as loop nests, by all installed schedules."""
     target = where.target
     module = legalized(module, where)
     with target:
@@ -181,11 +193,11 @@ def compiled(module: tvm.IRModule, where: Platform) -> bytes:
 
 
 @functools.cache
-def schedules(kind: str) -> tuple[Pass, ...]:
-    """The installed passes that write schedules for a kind of TVM target, by their names."""
-    found = plugins.entries("pbc.tvm_passes")
-    passes = [found[name].load() for name in sorted(found)]
-    return tuple(schedule for schedule in passes if kind in schedule.kinds)
+def schedules(kind: str) -> tuple[Schedule, ...]:
+    """The installed schedules for a kind of TVM target, in the order of their names."""
+    found = plugins.entries("pbc.tvm_schedules")
+    every = [found[name].load() for name in sorted(found)]
+    return tuple(schedule for schedule in every if kind in schedule.kinds)
 
 
 def _linker(triple: str) -> Callable[..., None]:

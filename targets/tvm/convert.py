@@ -3,7 +3,7 @@
 Everything that a graph reads is an argument of the module: its inputs, in their order, and then its
 frozen tensors. So a module depends on the graph's structure alone, and graphs that differ in their
 tensors' values only share one. What a graph computes of frozen tensors alone, such as a kernel that
-is turned around for a gradient, becomes a function of its own, `setup`, which a device calls once,
+is flipped for a gradient, becomes a function of its own, `setup`, which a device calls once,
 when it loads the graph.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tvm import relax
 
+from pbc.bundle.graph_name import GraphName
 from pbc.ir.graph import get_tensor, graph_inputs, output_nodes, placeholders, tensor_names
 from pbc.ir.rewrite import ancestors
 from pbc.targets.tvm.operators import TABLE
@@ -35,8 +36,13 @@ class Reads:
     setup: tuple[str, ...]
 
 
+def function_of(graph: GraphName) -> str:
+    """Return the name of a graph's function: `prefix`, `forward`, `update_sgd`; never its level."""
+    return graph.kind if graph.optimizer is None else f"{graph.kind}_{graph.optimizer}"
+
+
 def setup_of(function: str) -> str:
-    """The name of the function to call once, when the graph of this function is loaded."""
+    """Return the name of the function to call once, when this function's graph is loaded."""
     return f"{function}_setup"
 
 

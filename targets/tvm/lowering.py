@@ -6,10 +6,12 @@ import json
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import tvm
 from torch.fx import GraphModule
+from tvm_ffi import structural_equal
 
 from pbc.bundle.graph_name import POLICY, PREFIX, GraphName
 from pbc.ir.graph import get_tensor, graph_inputs, graph_outputs
@@ -18,15 +20,22 @@ from pbc.ir.program import Program
 from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering
 from pbc.lower.weights import TensorStore, weight_file
+from pbc.runtime.engines.tvm.cuda_kernels import unpack
+from pbc.runtime.engines.tvm.library import Graph, Library, use_threads
 from pbc.target import Target
+from pbc.targets.tvm.build import (
+    Platform,
+    compiled,
+    platform_of,
+    runs_here,
+    scheduled,
+    this_machine,
+)
+from pbc.targets.tvm.convert import Reads, convert, function_of
+from pbc.targets.tvm.cuda import cubin_elf
+from pbc.targets.tvm.schedule_attributes import fallbacks
+from pbc.targets.tvm.tuning.tune import tune, untunable
 from pbc.util.processor import cores
-
-if TYPE_CHECKING:
-    import tvm
-
-    from pbc.runtime.engines.tvm.library import Graph
-    from pbc.targets.tvm.build import Platform
-    from pbc.targets.tvm.convert import Reads
 
 FOLDER = "tvm"
 CALLS = f"{FOLDER}/calls.json"
@@ -53,13 +62,9 @@ class TvmLowering(Lowering):
         return f"{FOLDER}/{kind}-{graph.level}.so"
 
     def check(self, target: Target) -> None:
-        from pbc.targets.tvm.build import platform_of
-
         _ = platform_of(target).target  # a GPU's needs a compiler for its kernels
 
     def lower(self, program: Program) -> dict[str, bytes]:
-        from pbc.targets.tvm.build import platform_of
-
         where = platform_of(program.request.target)
         store = TensorStore()
         files: dict[str, bytes] = {}
@@ -90,16 +95,13 @@ class TvmLowering(Lowering):
         }
         return {"weights": weights, "calls": CALLS}
 
-    def runner(self, program: Program, level: LevelGraphs) -> _Libraries:
-        return _Libraries(self, program, level)
+    def runner(self, program: Program, level: LevelGraphs) -> _LibraryRunner:
+        return _LibraryRunner(self, program, level)
 
     def loaded(
         self, program: Program, graphs: Mapping[GraphName, GraphModule]
     ) -> dict[GraphName, Graph]:
         """Graphs of one library, as the device runs them if this machine can, or built for it."""
-        from pbc.runtime.engines.tvm.library import Library, use_threads
-        from pbc.targets.tvm.build import platform_of, runs_here, this_machine
-
         target = program.request.target
         where = platform_of(target) if runs_here(target) else this_machine()
         functions = {function_of(name): graph for name, graph in graphs.items()}
@@ -137,10 +139,6 @@ class TvmLowering(Lowering):
     def _library(
         self, program: Program, graphs: Mapping[str, GraphModule], where: Platform
     ) -> tuple[bytes, dict[str, Reads]]:
-        from tvm_ffi import structural_equal
-
-        from pbc.targets.tvm.build import compiled, scheduled
-        from pbc.targets.tvm.scheduled import fallbacks
 
         module, reads = self.converted(program, graphs)
         for platform_key, known, content in self._built:
@@ -167,8 +165,6 @@ class TvmLowering(Lowering):
         self, program: Program, graphs: Mapping[str, GraphModule]
     ) -> tuple[tvm.IRModule, dict[str, Reads]]:
         """Graphs, by their functions' names, as one module."""
-        from pbc.targets.tvm.convert import convert
-
         head = list(program.network.head.parameters)
         return convert(graphs, head, open_head=program.request.class_count is None)
 
@@ -177,23 +173,14 @@ class TvmLowering(Lowering):
         self._built.append((where.key(), module, content))
 
     def untunable(self, target: Target) -> str | None:
-        from pbc.targets.tvm.tuning.tune import untunable
-
         return untunable(target)
 
     def tune(self, program: Program, seconds: float) -> dict[str, Any]:
-        from pbc.targets.tvm.tuning.tune import tune
-
         return tune(self, program, seconds)
 
 
-def function_of(graph: GraphName) -> str:
-    """What a graph's function is called: `prefix`, `forward`, `update_sgd`; never its level."""
-    return graph.kind if graph.optimizer is None else f"{graph.kind}_{graph.optimizer}"
-
-
 def _call(name: GraphName, graph: GraphModule, reads: Reads, store: TensorStore) -> dict[str, Any]:
-    """What the device must know to call the graph's function."""
+    """Return the facts that a device needs to call the graph's function."""
 
     def places(names: Sequence[str]) -> list[str]:
         file = weight_file(FOLDER, name)
@@ -209,10 +196,7 @@ def _call(name: GraphName, graph: GraphModule, reads: Reads, store: TensorStore)
 
 
 def _about_kernels(sm: int, files: Mapping[str, bytes]) -> str:
-    """What the libraries hold for a GPU, and what nobody has seen."""
-    from pbc.runtime.engines.tvm.cuda_kernels import unpack
-    from pbc.targets.tvm.cuda import cubin_elf
-
+    """Return a note about the libraries' kernels, which no GPU has run."""
     libraries = {data for file, data in files.items() if file.endswith(".so")}
     count = sum(len(cubin_elf.kernels(found.cubin)) for data in libraries for found in unpack(data))
     return (
@@ -225,7 +209,7 @@ def _arrays(graph: GraphModule, names: Sequence[str]) -> list[np.ndarray]:
     return [get_tensor(graph, name).detach().contiguous().numpy() for name in names]
 
 
-class _Libraries:
+class _LibraryRunner:
     """Runs the graphs of a level, batch norms fused, in the libraries that the device gets."""
 
     def __init__(self, lowering: TvmLowering, program: Program, level: LevelGraphs) -> None:

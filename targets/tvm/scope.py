@@ -15,8 +15,9 @@ from tvm import relax, te, tirx
 from tvm.sym import Analyzer
 
 from pbc.errors import PbcError
-from pbc.ir.graph import op_name
+from pbc.ir.graph import op_name, output_node, placeholders
 from pbc.lower.lowering import unsupported
+from pbc.targets.tvm.decompose import decomposed
 
 Expr = Any
 """Of relax: a tensor. tvm has no types for a type checker."""
@@ -117,13 +118,35 @@ class Scope:
         self.node = node
         converter = self._table.get(node.target)
         if converter is None:
-            raise unsupported(node, "tvm", _REMEDY)
+            self._convert_parts(node)
+            return
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda old: self.values[old])
         try:
             value = converter(self, *args, **kwargs)
         except Unsupported as reason:
             raise unsupported(node, "tvm", f"not with {reason}: {_REMEDY}") from reason
         self.values[node] = self.emit(value) if isinstance(node.meta["val"], Tensor) else value
+
+    def _convert_parts(self, node: Node) -> None:
+        """Give a node the value of what torch makes its operator of."""
+        graph = decomposed(node, self._table)
+        if graph is None:
+            raise unsupported(node, "tvm", _REMEDY)
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+        for own, source in zip(placeholders(graph), sources, strict=True):
+            self.values[own] = self.values[source]
+        for part in graph.graph.nodes:
+            if part.op == "get_attr":
+                tensor = getattr(graph, str(part.target))
+                self.values[part] = constant(tensor.numpy(), dtype_name(tensor.dtype))
+            elif part.op == "call_function":
+                try:
+                    self.convert(part)
+                except PbcError as reason:
+                    raise unsupported(node, "tvm", _REMEDY) from reason
+        self.node = node
+        result = output_node(graph).args[0]
+        self.values[node] = torch.fx.map_arg(result, lambda part: self.values[part])
 
     def emit(self, value: Expr) -> Expr:
         """Bind the value to a variable, so that its shape is known."""
@@ -132,7 +155,7 @@ class Scope:
         return self.builder.emit(value)
 
     def compute(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Expr:
-        """What a tensor expression makes of tensors, in code that is called like the operator.
+        """Compute a tensor expression of tensors, in code that is called like the operator.
 
         A lambda's own name is none that a compiler of CUDA C reads.
         """
@@ -188,6 +211,11 @@ def is_tensor(value: Any) -> bool:
 
 def constant(value: Any, dtype: str) -> Expr:
     return relax.const(np.array(value, dtype), dtype)
+
+
+def zero(x: Any) -> Any:
+    """Zero, of the type of a tensor expression's values."""
+    return tirx.const(0, x.dtype)
 
 
 def shape_of(x: Expr) -> list[Size]:

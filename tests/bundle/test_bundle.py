@@ -166,9 +166,15 @@ def test_a_manifest_that_is_no_json(written: Bundle) -> None:
         Bundle.open(written.path)
 
 
-def test_a_newer_schema(written: Bundle) -> None:
-    edit(written.path, {MANIFEST: json.dumps({"schema": 2}).encode()})
-    expected = r"written by a newer pbc \(schema 2; this one reads up to 1\): upgrade pbc"
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (3, r"written by a newer pbc \(schema 3; this one reads 2\): upgrade pbc"),
+        (1, r"written by an older pbc \(schema 1; this one reads 2\): compile it again"),
+    ],
+)
+def test_another_schema(written: Bundle, schema: int, expected: str) -> None:
+    edit(written.path, {MANIFEST: json.dumps({"schema": schema}).encode()})
     with pytest.raises(PbcError, match=expected):
         Bundle.open(written.path)
 

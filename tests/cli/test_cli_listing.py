@@ -105,7 +105,7 @@ def test_passes_are_listed_as_they_run() -> None:
     ]  # fmt: skip
     assert [row["name"] for row in own] == [name for name, _ in pipeline.build({}).passes]
     assert own[1]["after"] == ["mark-trainable"]
-    assert [row["name"] for row in rows if row["group"] == "pbc.tvm_passes"] == [
+    assert [row["name"] for row in rows if row["group"] == "pbc.tvm_schedules"] == [
         "schedule-cpu", "schedule-gpu"
     ]  # fmt: skip
     table = run("passes").stdout

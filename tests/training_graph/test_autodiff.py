@@ -36,16 +36,8 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter
 from pbc.testing import graph_of, make_program, retarget, run_passes
-from pbc.training_graph.autodiff import (
-    LABELS,
-    LOGITS,
-    LOSS,
-    LOSSES,
-    SAVED,
-    SMOOTHING,
-    Gradient,
-    differentiate,
-)
+from pbc.training_graph.autodiff import Gradient, differentiate
+from pbc.training_graph.names import LABELS, LOGITS, LOSS, LOSSES, SAVED, SMOOTHING
 from pbc.training_graph.step_check import in_float64
 
 aten = torch.ops.aten
@@ -89,7 +81,7 @@ class MobileNet(nn.Module):
 
 
 class PyramidBlock(nn.Module):
-    """A picture beside smaller ones of itself, grown again in two ways."""
+    """A feature map beside smaller ones of itself, grown again in two ways."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -182,6 +174,27 @@ class ChannelsLastNet(nn.Module):
         return logits
 
 
+class PoolingNet(nn.Module):
+    """Poolings of cut windows, norms across channels, and a feature map that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.mix = nn.Conv2d(6, 6, 3, padding=1)
+        self.grow = nn.ConvTranspose2d(6, 8, 3, 2, 1, 1)
+        self.rows = nn.Conv1d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.avg_pool2d(self.stem(x), 3, 2, 1, ceil_mode=True)
+        x = functional.local_response_norm(self.mix(x), 3)
+        x = functional.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+        x = functional.mish(functional.adaptive_max_pool2d(self.grow(x), (3, 5)))
+        x = functional.max_pool1d(self.rows(x.flatten(2)), 3)
+        logits: Tensor = self.fc(x.amax(2) + x.max(2)[0])
+        return logits
+
+
 # Every strategy and every operator on some network: deriving is what takes long here.
 STRATEGIES: dict[Kind, tuple[str, ...]] = {
     ConvNet: ("linear-probe", "norm", "full"),
@@ -191,6 +204,7 @@ STRATEGIES: dict[Kind, tuple[str, ...]] = {
     PyramidNet: ("full",),
     EncoderNet: ("full",),
     ChannelsLastNet: ("full",),
+    PoolingNet: ("full",),
 }
 CASES = [(kind, text) for kind, texts in STRATEGIES.items() for text in texts]
 every_case = pytest.mark.parametrize(
@@ -324,7 +338,7 @@ def saved_nodes(gradient: Gradient) -> dict[str, Node]:
 
 
 def values_per_sample(node: Node) -> int:
-    """How much one more image adds, at two classes."""
+    """Values that one more image adds, at two classes."""
     sizes = [2 if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape]
     return prod(sizes)
 
@@ -351,7 +365,7 @@ MADE_FOR_NOTHING = {
 
 
 @every_case
-def test_nothing_is_saved_that_is_given_or_made_again(kind: Kind, text: str) -> None:
+def test_nothing_is_saved_that_is_given_or_recomputed(kind: Kind, text: str) -> None:
     gradient = derived(kind, text)
     saved = saved_nodes(gradient)
     for name, node in saved.items():
@@ -383,7 +397,7 @@ def test_attention_keeps_no_weights_of_tokens_by_tokens() -> None:
 
 
 def sources(node: Node) -> Iterator[Node]:
-    """What a node is made of, itself included."""
+    """Nodes that a node is made of, itself included."""
     waiting, seen = [node], {node}
     while waiting:
         found = waiting.pop()
@@ -422,13 +436,13 @@ def test_no_tensor_is_saved_for_its_size_alone(kind: Kind, text: str) -> None:
 
 
 def test_a_norm_scales_the_trained_kernel_before_it() -> None:
-    """What a convolution puts out is then read by what follows the norm alone."""
+    """Results of a convolution are then read by what follows the norm alone."""
     forward = derived(MobileNet, "full").forward
     activations = [n for n in forward.graph.nodes if n.target == aten.hardswish.default]
-    of_pictures = [n.args[0] for n in activations if n.meta["val"].dim() == 4]
-    assert len(of_pictures) == 5
+    of_feature_maps = [n.args[0] for n in activations if n.meta["val"].dim() == 4]
+    assert len(of_feature_maps) == 5
     # The depthwise ones are matrix products here, whose shift is an addition.
-    shifts = [n for n in of_pictures if n.target != aten.convolution.default]
+    shifts = [n for n in of_feature_maps if n.target != aten.convolution.default]
     assert [n.target for n in shifts] == [aten.add.Tensor] * 2
     assert not [n for shift in shifts for n in shift.all_input_nodes if n.target == aten.mul.Tensor]
 
@@ -441,7 +455,7 @@ def test_a_norm_behind_a_frozen_kernel_leaves_it_a_constant() -> None:
 
 
 def test_operators_repeat_a_mean_s_gradient_by_themselves() -> None:
-    """No picture is made of what is the same at all of its positions."""
+    """No feature map is made of what is the same at all of its positions."""
     for node in derived(ConvNet, "full").backward.graph.nodes:
         if node.target == aten.expand.default and node.meta["val"].dim() == 4:
             readers = {user.target for user in node.users}
@@ -563,18 +577,6 @@ class Causal(nn.Module):
         return logits
 
 
-class Grown(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.grow = nn.ConvTranspose2d(8, 8, 2, 2)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.grow(self.conv(x)).mean((2, 3)))
-        return logits
-
-
 class Longest(nn.Module):
     """Lengths by the largest of all values."""
 
@@ -590,11 +592,11 @@ class Longest(nn.Module):
 
 
 class Warp(nn.Module):
-    """Pictures turned upside down, by interpolation."""
+    """Feature maps flipped upside down, by interpolation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        turned = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]]).expand(x.shape[0], 2, 3)
-        grid = functional.affine_grid(turned, [x.shape[0], 3, 6, 6], align_corners=False)
+        flipped = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]]).expand(x.shape[0], 2, 3)
+        grid = functional.affine_grid(flipped, [x.shape[0], 3, 6, 6], align_corners=False)
         return functional.grid_sample(x, grid, align_corners=False)
 
 
@@ -617,11 +619,6 @@ REFUSED = [
         Causal,
         rf"aten.scaled_dot_product_attention.default \(.*{HERE}\d+\)",
         "the gradient of causal or grouped attention",
-    ),
-    (
-        Grown,
-        rf"aten.conv_transpose2d.input in grow \(.*{HERE}\d+\)",
-        "the gradient of a transposed convolution",
     ),
 ]
 

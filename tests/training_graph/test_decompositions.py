@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -15,7 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from pbc.training_graph import decompositions
+from pbc.training_graph.decompositions import (
+    DIFFERENTIABLE,
+    activations,
+    attention,
+    convolution_gradients,
+    convolutions,
+    matrices,
+    norms,
+    pooling,
+    resizing,
+    slices,
+    table,
+)
+from pbc.training_graph.decompositions.constants import frozen
 
 aten = torch.ops.aten
 
@@ -81,11 +95,11 @@ def test_convolution_backward(
     )
     expected = aten.convolution_backward.default(*arguments)
     with (
-        mock.patch.object(decompositions, "_SMALL_PICTURE", 256 if small else 0),
-        mock.patch.object(decompositions, "_SMALL_ROW", 64 if small else 0),
-        decompositions.frozen([weight] if is_frozen else []),
+        mock.patch.object(convolution_gradients, "_SMALL_FEATURE_MAP", 256 if small else 0),
+        mock.patch.object(convolution_gradients, "_SMALL_ROW", 64 if small else 0),
+        frozen([weight] if is_frozen else []),
     ):
-        found = decompositions.convolution_backward(*arguments)
+        found = convolution_gradients.convolution_backward(*arguments)
     for value, goal in zip(found, expected, strict=True):
         assert_close(value, goal)
 
@@ -94,7 +108,7 @@ def test_convolution_backward(
 def test_threshold_backward(threshold: float) -> None:
     x, grad = random(7, 9), random(9, 7).t()
     assert_close(
-        decompositions.threshold_backward(grad, x, threshold),
+        activations.threshold_backward(grad, x, threshold),
         aten.threshold_backward.default(grad, x, threshold),
     )
 
@@ -102,7 +116,7 @@ def test_threshold_backward(threshold: float) -> None:
 @pytest.mark.parametrize("name", ["hardswish", "hardsigmoid"])
 def test_hard_activations_backward(name: str) -> None:
     x, grad = 3 * random(7, 9), random(9, 7).t()
-    found = getattr(decompositions, f"{name}_backward")(grad, x)
+    found = getattr(activations, f"{name}_backward")(grad, x)
     assert_close(found, getattr(aten, f"{name}_backward").default(grad, x))
 
 
@@ -110,7 +124,7 @@ def test_hard_activations_backward(name: str) -> None:
 def test_gelu_backward(approximate: str) -> None:
     x, grad = 3 * random(7, 9), random(9, 7).t()
     assert_close(
-        decompositions.gelu_backward(grad, x, approximate),
+        activations.gelu_backward(grad, x, approximate),
         aten.gelu_backward.default(grad, x, approximate=approximate),
     )
 
@@ -129,7 +143,64 @@ def test_convolution_backward_over_other_numbers_of_axes(
         (True, True, False),
     )  # fmt: skip
     expected = aten.convolution_backward.default(*arguments)
-    for value, goal in zip(decompositions.convolution_backward(*arguments), expected, strict=True):
+    for value, goal in zip(
+        convolution_gradients.convolution_backward(*arguments), expected, strict=True
+    ):
+        assert_close(value, goal)
+
+
+@given(
+    axes=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    inputs=st.integers(1, 2),
+    outputs=st.integers(1, 2),
+    bias=st.booleans(),
+    small=st.booleans(),
+    is_frozen=st.booleans(),
+    data=st.data(),
+)
+def test_transposed_convolution_backward(
+    axes: int,
+    groups: int,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    small: bool,
+    is_frozen: bool,
+    data: st.DataObject,
+) -> None:
+    def sizes(least: int, most: int) -> list[int]:
+        return data.draw(st.lists(st.integers(least, most), min_size=axes, max_size=axes))
+
+    kernel, stride, dilation, size = sizes(1, 3), sizes(1, 3), sizes(1, 3), sizes(2, 4)
+    padding = [p % (k + 1) for p, k in zip(sizes(0, 2), kernel, strict=True)]
+    # torch allows one below the stride or the dilation, whichever is larger.
+    output_padding = [o % max(s, d) for o, s, d in zip(sizes(0, 2), stride, dilation, strict=True)]
+    whole = [
+        s * (n - 1) + d * (k - 1) + 1
+        for s, n, d, k in zip(stride, size, dilation, kernel, strict=True)
+    ]
+    assume(all(w > 2 * p for w, p in zip(whole, padding, strict=True)))
+    x = random(2, groups * inputs, *size)
+    weight = random(groups * inputs, outputs, *kernel)
+    window = (stride, padding, dilation, True, output_padding, groups)
+    result = aten.convolution.default(x, weight, None, *window)
+    arguments = (
+        random(*result.shape),
+        x,
+        weight,
+        [groups * outputs] if bias else None,
+        *window,
+        (True, True, bias),
+    )
+    expected = aten.convolution_backward.default(*arguments)
+    with (
+        mock.patch.object(convolution_gradients, "_SMALL_FEATURE_MAP", 256 if small else 0),
+        mock.patch.object(convolution_gradients, "_SMALL_ROW", 64 if small else 0),
+        frozen([weight] if is_frozen else []),
+    ):
+        found = convolution_gradients.convolution_backward(*arguments)
+    for value, goal in zip(found, expected, strict=True):
         assert_close(value, goal)
 
 
@@ -137,7 +208,7 @@ def test_convolution_backward_over_other_numbers_of_axes(
 def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool, bool]) -> None:
     x, weight = random(2, 3, 6), random(4, 3, 3)
     grad = random(2, 4, 4)
-    found = decompositions.convolution_backward(
+    found = convolution_gradients.convolution_backward(
         grad, x, weight, None, (1,), (0,), (1,), False, (0,), 1, wanted
     )
     assert tuple(value is not None for value in found) == wanted
@@ -146,15 +217,6 @@ def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool, 
     )
     for value, goal in zip(found, expected, strict=True):
         assert_close(value, goal)
-
-
-def test_a_transposed_convolution_is_refused() -> None:
-    x, weight = random(1, 2, 4, 4), random(2, 3, 3, 3)
-    with pytest.raises(NotImplementedError, match="a transposed convolution"):
-        decompositions.convolution_backward(
-            random(1, 3, 6, 6), x, weight, None, (1, 1), (0, 0), (1, 1), True, (0, 0), 1,
-            (True, True, False),
-        )  # fmt: skip
 
 
 @given(
@@ -184,38 +246,77 @@ def test_max_pool_backward(
     result, indices = aten.max_pool2d_with_indices.default(x, *window)
     arguments = (random(*result.shape), x, *window, indices)
     expected = aten.max_pool2d_with_indices_backward.default(*arguments)
-    assert_close(decompositions.max_pool2d_with_indices_backward(*arguments), expected)
+    assert_close(pooling.max_pool2d_with_indices_backward(*arguments), expected)
 
 
 @given(
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    channels=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padded=st.booleans(),
+    ceil_mode=st.booleans(),
+    count_include_pad=st.booleans(),
     divisor=st.sampled_from([None, 5]),
-    size=st.tuples(st.integers(6, 9), st.integers(6, 9)),
+    size=st.tuples(st.integers(4, 9), st.integers(4, 9)),
 )
 def test_avg_pool_backward(
+    channels: int,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padded: bool,
+    ceil_mode: bool,
+    count_include_pad: bool,
     divisor: int | None,
     size: tuple[int, int],
 ) -> None:
-    x = random(2, 3, *size)
+    x = random(2, channels, *size)
     padding = tuple(k // 2 for k in kernel) if padded else (0, 0)
-    window = (kernel, stride, padding, False, True, divisor)
+    window = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
     result = aten.avg_pool2d.default(x, *window)
     arguments = (random(*result.shape), x, *window)
     expected = aten.avg_pool2d_backward.default(*arguments)
-    assert_close(decompositions.avg_pool2d_backward(*arguments), expected)
+    assert_close(pooling.avg_pool2d_backward(*arguments), expected)
 
 
-def test_an_average_over_a_part_of_a_window_is_refused() -> None:
-    x = random(1, 2, 5, 5)
-    with pytest.raises(NotImplementedError, match="ceil_mode or without its padding"):
-        decompositions.avg_pool2d_backward(
-            random(1, 2, 3, 3), x, (2, 2), (2, 2), (0, 0), True, True, None
-        )
+@given(
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    padded=st.booleans(),
+    divisor=st.sampled_from([None, 5]),
+)
+def test_an_average_over_volumes_and_its_gradient(
+    kernel: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    padded: bool,
+    divisor: int | None,
+) -> None:
+    padding = tuple(k // 2 for k in kernel) if padded else (0, 0, 0)
+    window = (kernel, stride, padding, False, True, divisor)
+    assert_same_gradient(pooling.avg_pool3d, aten.avg_pool3d.default, random(2, 3, 5, 4, 6), window)
+
+
+def assert_same_gradient(
+    found: Callable[..., Tensor], expected: Callable[..., Tensor], x: Tensor, rest: Sequence[Any]
+) -> None:
+    """Compare the results of two functions, and the gradients of all that torch derives."""
+    slopes = []
+    for function in (found, expected):
+        leaf = x.clone().requires_grad_()
+        result = function(leaf, *rest)
+        slopes.append((result, *torch.autograd.grad(result, leaf, random(*result.shape))))
+    for value, goal in zip(*slopes, strict=True):
+        assert_close(value, goal)
+
+
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bins=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+def test_adaptive_max_pool_backward(size: tuple[int, int], bins: tuple[int, int]) -> None:
+    x, grad = random(2, 3, *size), random(2, 3, *bins)
+    _, indices = aten.adaptive_max_pool2d.default(x, bins)
+    expected = aten.adaptive_max_pool2d_backward.default(grad, x, indices)
+    assert_close(pooling.adaptive_max_pool2d_backward(grad, x, indices), expected)
 
 
 @given(
@@ -225,7 +326,7 @@ def test_an_average_over_a_part_of_a_window_is_refused() -> None:
 def test_adaptive_avg_pool_backward(size: tuple[int, int], bins: tuple[int, int]) -> None:
     x, grad = random(2, 3, *size), random(2, 3, *bins)
     expected = aten._adaptive_avg_pool2d_backward.default(grad, x)
-    assert_close(decompositions.adaptive_avg_pool2d_backward(grad, x), expected)
+    assert_close(pooling.adaptive_avg_pool2d_backward(grad, x), expected)
 
 
 @settings(max_examples=15)
@@ -245,12 +346,10 @@ def test_an_adaptive_pooling_is_one_function_wherever_its_channels_lie(
         (found,) = torch.autograd.grad(pool(leaf, bins).square().sum(), leaf)
         return found
 
-    pool = decompositions.DIFFERENTIABLE[aten.adaptive_avg_pool2d.default]
+    pool = DIFFERENTIABLE[aten.adaptive_avg_pool2d.default]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, enable_python_dispatcher():
-        trace = make_fx(lambda x: slope(pool, x), decomposition_table=decompositions.table())(
-            mode.from_tensor(x)
-        )
+        trace = make_fx(lambda x: slope(pool, x), decomposition_table=table())(mode.from_tensor(x))
     called = {node.target for node in trace.graph.nodes if node.op == "call_function"}
     assert not [op for op in called if op._schema.is_mutable and op != aten.detach_.default]
     assert_close(slope(pool, x), slope(functional.adaptive_avg_pool2d, x))
@@ -266,11 +365,11 @@ def test_upsampling_backward(
 ) -> None:
     grad, shape = random(2, 3, *outputs), [2, 3, *size]
     assert_close(
-        decompositions.upsample_bilinear2d_backward(grad, outputs, shape, align_corners),
+        resizing.upsample_bilinear2d_backward(grad, outputs, shape, align_corners),
         aten.upsample_bilinear2d_backward.default(grad, outputs, shape, align_corners),
     )
     assert_close(
-        decompositions.upsample_nearest2d_backward(grad, outputs, shape),
+        resizing.upsample_nearest2d_backward(grad, outputs, shape),
         aten.upsample_nearest2d_backward.default(grad, outputs, shape),
     )
 
@@ -279,7 +378,7 @@ def test_upsampling_backward(
 def test_linear(leading: list[int], bias: bool) -> None:
     x, weight = random(*leading, 4), random(5, 4)
     shift = random(5) if bias else None
-    assert_close(decompositions.linear(x, weight, shift), functional.linear(x, weight, shift))
+    assert_close(matrices.linear(x, weight, shift), functional.linear(x, weight, shift))
 
 
 @pytest.mark.parametrize("keepdim", [True, False])
@@ -288,7 +387,7 @@ def test_vector_norm(axes: list[int] | None, keepdim: bool) -> None:
     x = random(3, 4, 5)
     x[:, :, 2] = 0.0  # a length of zero among them: its gradient is zero, and not 0/0
     leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found = decompositions.vector_norm(leaf, 2, axes, keepdim)
+    found = norms.vector_norm(leaf, 2, axes, keepdim)
     expected = torch.linalg.vector_norm(other, 2, axes, keepdim)
     assert_close(found, expected)
     found.sum().backward()
@@ -304,7 +403,7 @@ def test_attention(mask: str | None, scale: float | None) -> None:
     if given is not None and mask == "bool":
         given = given > -1
     assert_close(
-        decompositions.scaled_dot_product_attention(query, key, value, given, scale=scale),
+        attention.scaled_dot_product_attention(query, key, value, given, scale=scale),
         functional.scaled_dot_product_attention(query, key, value, given, scale=scale),
     )
 
@@ -320,9 +419,9 @@ def test_attention_backward(mask: str | None, heads: tuple[int, int]) -> None:
     query, key, value = inputs[:3]
     grad = random(2, 3, 5, 7)
     found, expected = (
-        torch.autograd.grad(attention(query, key, value, given, scale=0.3), inputs, grad)
-        for attention in (
-            decompositions.scaled_dot_product_attention,
+        torch.autograd.grad(attend(query, key, value, given, scale=0.3), inputs, grad)
+        for attend in (
+            attention.scaled_dot_product_attention,
             functional.scaled_dot_product_attention,
         )
     )
@@ -334,7 +433,7 @@ def test_attention_backward(mask: str | None, heads: tuple[int, int]) -> None:
 def test_unbind(shape: list[int], data: st.DataObject) -> None:
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     x = random(*shape).requires_grad_()
-    parts, expected = decompositions.unbind(x, axis), torch.unbind(x, axis)
+    parts, expected = slices.unbind(x, axis), torch.unbind(x, axis)
     for part, reference in zip(parts, expected, strict=True):
         assert_close(part, reference)
     # The first part is used by nobody.
@@ -349,7 +448,7 @@ def test_batch_norm_with_frozen_statistics(affine: bool) -> None:
     x, mean, variance = random(2, 4, 3, 3), random(4), random(4).square()
     weight, bias = (random(4), random(4)) if affine else (None, None)
     assert_close(
-        decompositions.batch_norm(x, weight, bias, mean, variance, False, 0.1, 1e-5, False),
+        norms.batch_norm(x, weight, bias, mean, variance, False, 0.1, 1e-5, False),
         functional.batch_norm(x, mean, variance, weight, bias),
     )
 
@@ -379,6 +478,6 @@ def test_a_trained_depthwise_convolution(
         dilation,
         channels,
     )
-    found = decompositions.conv2d(*arguments)
+    found = convolutions.conv2d(*arguments)
     assert found.grad_fn is None
     assert_close(found, functional.conv2d(*arguments))

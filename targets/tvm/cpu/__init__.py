@@ -1,1 +1,1 @@
-"""Write TVM functions as loops for a CPU: what the pass schedule-cpu is made of."""
+"""Write TVM functions as loops for a CPU: the rules of `schedule-cpu`, and what they share."""

@@ -43,7 +43,7 @@ MOST_TAPS = 81
 
 @dataclass(frozen=True)
 class Steps:
-    """How the index of a read follows an axis of the result and one of the kernel."""
+    """The index of a read, as it follows an axis of the result and one of the kernel."""
 
     size: int
     kernel: int
@@ -59,7 +59,7 @@ class Steps:
         return min(self.stride, 1 + max(self.tap(at)[0] for at in range(self.kernel)))
 
     def reach(self, size: int) -> int:
-        """The length of a phase that holds what so many results read."""
+        """The length of a phase that holds what N results read."""
         return size + max(self.tap(at)[1] for at in range(self.kernel))
 
 
@@ -75,7 +75,7 @@ class Maps:
 
 
 def read_maps(stage: Stage) -> Maps | None:
-    """How a stage is a depthwise convolution, if it is one."""
+    """Read a stage as a depthwise convolution; None where it is none."""
     if not is_product(stage) or len(stage.axes) != 4:
         return None
     if any(str(load.source.dtype) != "float32" for load in loads(stage.value)):
@@ -268,7 +268,7 @@ class _Writer:
         return statements
 
     def bounds(self, axis: int) -> tuple[int, int]:
-        """Where along an axis there is something to read."""
+        """The part of an axis along which there is something to read."""
         if self.padding is None:
             return 0, int(self.maps.source.source.shape[axis].value)
         length = self.padding.stage.axes[axis].length

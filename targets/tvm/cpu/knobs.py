@@ -1,4 +1,4 @@
-"""What the rules of the CPU schedule decide by themselves and may be tried otherwise.
+"""Decisions of the CPU schedule's rules that may be tried otherwise.
 
 A rule decides by the sizes it sees and two facts of a CPU. Caches, the ports of a core and what
 LLVM makes of a loop decide too; where those matter, a measurement knows better.

@@ -20,13 +20,13 @@ from pbc.targets.tvm.cpu.stages import Axis, Stage, replace_loads, substitute, v
 WORTH_THREADS = 1 << 15
 # Tasks per loop over threads: enough for the boards' eight cores.
 TASKS = 8
-# What an open extent is taken to be at most.
+# The largest value that an open extent is taken to have.
 _MANY = 1 << 20
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a schedule must know of a CPU: float lanes of a vector and number of registers.
+    """The facts of a CPU that schedules read: float lanes of a vector and number of registers.
 
     tile: rows and vectors of a register tile, None to decide by the sizes. tasks: the least that a
     loop over threads is cut into.
@@ -47,7 +47,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class Sink:
-    """Where the results of a stage go: its buffer, or the elementwise stage that alone reads it."""
+    """The place for a stage's results: its buffer, or the elementwise stage that alone reads it."""
 
     stage: Stage
     epilogue: Stage | None
@@ -139,7 +139,7 @@ def plain(extent: Any) -> Any:
 
 
 def ceiling(count: Any, step: Any) -> Any:
-    """How many steps it takes."""
+    """The number of steps."""
     if isinstance(count, int) and isinstance(step, int):
         return -(-count // step)
     if isinstance(step, int):
@@ -174,7 +174,7 @@ def static_size(axes: Sequence[Axis]) -> int:
 
 
 def least_size(axes: Sequence[Axis]) -> int:
-    """The number of points where what is open is one: an axis may be so many times an open one."""
+    """The number of points where what is open is one: an axis may be N times an open one."""
     return int(product([axis.length or _factor(axis.extent) for axis in axes]))
 
 
@@ -186,7 +186,7 @@ def _factor(extent: Any) -> int:
 
 
 def static_tail(axes: Sequence[Axis]) -> int:
-    """How many of the last axes have extents known at compile time."""
+    """The number of last axes whose extents are known at compile time."""
     count = 0
     for axis in reversed(axes):
         if axis.length is None:
@@ -196,7 +196,7 @@ def static_tail(axes: Sequence[Axis]) -> int:
 
 
 def fused_stride(load: Any, axes: Sequence[Axis]) -> int | None:
-    """How far a load moves per step of the fused axes; None where that is not constant.
+    """The distance that a load moves per step of the fused axes; None where that is not constant.
 
     The first of them may be open.
     """
@@ -217,7 +217,7 @@ def even_run(load: Any, axes: Sequence[Axis]) -> int | None:
 
 
 def _stride(load: Any, axes: Sequence[Axis], steps: int, start: Any) -> int | None:
-    """How far a load moves per step of the fused axes, for so many steps from `start`."""
+    """The distance that a load moves per step of the fused axes, for N steps from `start`."""
     step = tirx.Var("step", "int64")
     analyzer = Analyzer()
     analyzer.bind(step, tvm.ir.Range(number(0), number(steps)))
@@ -265,7 +265,7 @@ def local(shape: Sequence[Any], name: str, dtype: str = "float32") -> Any:
 
 
 def across(buffer: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
-    """What the lanes of a buffer come to, combined in pairs, so that few steps wait for others."""
+    """The lanes of a buffer combined in pairs, so that few steps wait for others."""
     parts = [buffer[lane] for lane in range(lanes)]
     while len(parts) > 1:
         half = len(parts) // 2

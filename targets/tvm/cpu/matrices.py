@@ -35,7 +35,7 @@ class Matrices:
     reduced: tuple[Axis, ...]
     row_load: Any
     column_load: Any
-    turned: bool = False
+    is_transposed: bool = False
     """Whether the result stores its rows, not its columns, next to each other."""
     open: tuple[Axis, ...] = ()
     """Axes of `outer` that only the columns have, and that may come before them."""
@@ -51,7 +51,7 @@ class Matrices:
     def places(
         self, outside: Sequence[Any], row: Any, column: Any, reduced: Sequence[Any] | None = None
     ) -> dict[Any, Any]:
-        """What each axis is at a row and a column, both fused; what is None is left out."""
+        """Each axis at a row and a column, both fused; what is None is left out."""
         found = {a.var: at for a, at in zip(self.outer, outside, strict=True)}
         for axes, index in ((self.rows, row), (self.columns, column)):
             if index is not None:
@@ -63,7 +63,7 @@ class Matrices:
 
 
 def read_matrices(stage: Stage) -> Matrices | None:
-    """How a stage is a product of matrices, if it is one."""
+    """Read a stage as a product of matrices; None where it is none."""
     if not is_product(stage) or any(str(v.source.dtype) != "float32" for v in loads(stage.value)):
         return None
     first, second = stage.value.a, stage.value.b
@@ -113,7 +113,7 @@ def turn(matrices: Matrices, processor: Processor) -> Matrices:
         matrices.reduced,
         matrices.column_load,
         matrices.row_load,
-        turned=True,
+        is_transposed=True,
         open=matrices.rows[: len(matrices.rows) - known],
     )
 
@@ -126,7 +126,7 @@ def widen(stage: Stage, matrices: Matrices, processor: Processor) -> Matrices:
     columns = (*matrices.open, *matrices.columns)
     even = fused_stride(matrices.column_load, columns) is not None
     last = stage.axes[len(stage.axes) - len(columns) :] == columns
-    if size % lanes and not (even and (matrices.turned or last)):
+    if size % lanes and not (even and (matrices.is_transposed or last)):
         return matrices  # a vector would begin in one image and end in another
     outer = tuple(axis for axis in matrices.outer if axis not in matrices.open)
     return replace(matrices, outer=outer, columns=columns, open=())

@@ -95,7 +95,7 @@ class Panel:
         return tirx.min(self.start + at, number(self.matrices.width) - 1)
 
     def _run(self) -> int:
-        """How many columns at once lie side by side, from each multiple of that number on."""
+        """Columns that lie side by side at once, from each multiple of that number on."""
         load, columns = self.matrices.column_load, self.matrices.columns
         run = self.processor.lanes if self.is_full else 1
         if fused_stride(load, columns) == 1:
@@ -139,7 +139,7 @@ class Panel:
         )
 
     def _offset(self) -> Any:
-        """How far each column is from the first, if it is so for all that is summed."""
+        """The distance of each column from the first, if it is so for all that is summed."""
         load = self.matrices.column_load
         first = {axis.var: number(0) for axis in self.matrices.columns}
         origin = {axis.var: number(0) for axis in self.matrices.reduced}
@@ -152,7 +152,7 @@ class Panel:
         return offset if analyzer.can_prove_equal(flat, start + offset) else None
 
     def _by_places(self, offset: Any) -> Any:
-        """Where each column lies is worked out once, and not for each value."""
+        """Work out once, and not for each value, where each column lies."""
         places = local([self.size], "places", "int64")
 
         def place(at: Any) -> Any:

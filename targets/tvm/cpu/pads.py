@@ -28,7 +28,7 @@ class Padding:
 
 
 def read_padding(stage: Stage) -> Padding | None:
-    """How a stage is a padding, if it is one."""
+    """Read a stage as a padding; None where it is none."""
     value = stage.value
     if stage.reduced or not isinstance(value, Call):
         return None

@@ -106,7 +106,7 @@ class _Writer:
         return self.shared(tall, panels, task)
 
     def open_tasks(self, size: int) -> Any:
-        """Panels of so many columns that it takes; what is left goes one vector at a time."""
+        """Panels of N columns that it takes; what is left goes one vector at a time."""
         tall, lanes = self.tile_rows(size // self.processor.lanes), self.processor.lanes
         width = self.matrices.width
 
@@ -227,7 +227,7 @@ class _Writer:
             )
 
         zero = tirx.const(0, "float32")
-        finish = self.store_turned if matrices.turned else self.store_rows
+        finish = self.store_transposed if matrices.is_transposed else self.store_rows
         return sequence(
             [
                 *(allocate(row) for row in sums),
@@ -279,7 +279,7 @@ class _Writer:
         rows = [one(row) for row in range(len(sums))]
         return sequence([allocate(last), *rows] if has_rest else rows)
 
-    def store_turned(
+    def store_transposed(
         self, sums: list[Any], outside: list[Any], top: Any, start: Any, valid: Any, exact: bool
     ) -> Any:
         """Results that lie along the rows."""

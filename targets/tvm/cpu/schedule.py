@@ -37,7 +37,7 @@ from pbc.targets.tvm.cpu.stages import (
     reads,
     unfused,
 )
-from pbc.targets.tvm.tuning.search import Tunable
+from pbc.targets.tvm.tuning.schedule_search import Tunable
 
 _log = logging.getLogger("pbc")
 
@@ -107,13 +107,13 @@ def _write(
 
 
 def root_block(body: Any) -> Any:
-    """The one block that later passes expect around the body of a function."""
+    """The one block that TVM expects around the body of a function."""
     block = tvm.s_tir.SBlock([], [], [], "root", body)
     return tvm.s_tir.SBlockRealize([], True, block)
 
 
 def padding_of(stages: Sequence[Stage], position: int, outputs: Sequence[Any]) -> Padding | None:
-    """How a stage is a padding that the next stage alone reads."""
+    """Read a stage as a padding that the next stage alone reads; None where it is none."""
     stage = stages[position]
     readers = [later for later in stages[position + 1 :] if reads(later, stage.buffer)]
     if len(readers) != 1 or readers[0] is not stages[position + 1]:

@@ -75,7 +75,7 @@ def chunks(width: int, processor: Processor, body: Any) -> Any:
 
 
 def _fused_tail(stage: Stage, processor: Processor) -> int:
-    """How many of the last axes make one row: as few as fill a vector."""
+    """The number of last axes that make one row: as few as fill a vector."""
     known = static_tail(stage.axes)
     count, width = 0, 1
     while count < known and width < processor.lanes:

@@ -21,7 +21,7 @@ from tvm_ffi import structural_map, structural_walk
 SPATIAL, REDUCTION = 0, 2
 COMBINERS = (Add, Max, Min)
 # A call to one of these is worth a buffer when its result is read more than once.
-DEAR = frozenset(
+EXPENSIVE = frozenset(
     f"tirx.{name}" for name in ("exp", "erf", "tanh", "log", "pow", "sqrt", "rsqrt", "sigmoid")
 )
 CONDITION = "prim.if_then_else"
@@ -135,7 +135,7 @@ def _split_reduction(store: Any) -> tuple[Any, Any]:
 
 
 def inline(stages: Iterable[Stage], outputs: Sequence[Any]) -> list[Stage]:
-    """Fold each stage that is cheaper to compute again than to keep into those that read it."""
+    """Fold each stage that is cheaper to recompute than to keep into those that read it."""
     stages = list(stages)
     kept: list[Stage] = []
     folded: list[Stage] = []
@@ -157,16 +157,16 @@ def _folds(stage: Stage, readers: Sequence[Stage]) -> bool:
     for reader in readers:
         if is_product(reader) and (names or not isinstance(stage.value, TensorLoad)):
             return False
-        if reader.reduced and (names & DEAR or CONDITION in names):
+        if reader.reduced and (names & EXPENSIVE or CONDITION in names):
             return False
-    return len(readers) == 1 or not names & DEAR
+    return len(readers) == 1 or not names & EXPENSIVE
 
 
 def unfused(stage: Stage) -> Stage:
     """The stage without divisions that take apart what was never together.
 
     Reshapes between transpositions leave them: `(k * b + i) // b` is `k`, since `i` counts up to
-    `b`. TVM sees that where extents are numbers; a division per value is dear where they are open.
+    `b`. TVM sees that where extents are numbers; where they are open, it divides value by value.
     """
     analyzer = Analyzer()
     axes = (*stage.axes, *stage.reduced)

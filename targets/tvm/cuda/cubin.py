@@ -13,15 +13,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import tvm
+import tvm_ffi
+from tvm import relax
 
 from pbc.errors import PbcError
 from pbc.runtime.engines.tvm.cuda_kernels import Kernels, unpack
 from pbc.runtime.engines.tvm.nvrtc import Nvrtc
 from pbc.targets.tvm.cuda import cubin_elf
-
-if TYPE_CHECKING:
-    import tvm
+from pbc.targets.tvm.schedule_attributes import functions, is_scheduled
 
 _POSTPROCESS_CALLBACK = "tvm_callback_cuda_postproc"
 _KEEP_TEXT_VARIABLE = "TVM_COMPILE_FORCE_FALLBACK"
@@ -48,11 +49,9 @@ def gpu_target(sm: int, host: tvm.target.Target) -> tvm.target.Target:
 
     Fails early where no NVRTC compiles for it. The limits are what every such GPU has.
     """
-    from tvm.target import Target
-
     Nvrtc.load(sm)
     limits = cubin_elf.Limits.of(sm)
-    return Target(
+    return tvm.target.Target(
         {
             "kind": "cuda",
             "arch": f"sm_{sm}",
@@ -65,16 +64,14 @@ def gpu_target(sm: int, host: tvm.target.Target) -> tvm.target.Target:
 
 
 def require_scheduled(module: tvm.IRModule) -> None:
-    """Refuse a module with a function that no pass scheduled for a GPU.
+    """Refuse a module with a function that has no schedule for a GPU.
 
     TVM would build it for the host, which cannot read the GPU's memory.
     """
-    from pbc.targets.tvm.scheduled import functions, is_scheduled
-
     left = sorted(name for name, found in functions(module).items() if not is_scheduled(found))
     if left:
         raise PbcError(
-            f"no installed pass of the group pbc.tvm_passes schedules {left[0]} for a GPU"
+            f"no installed schedule of the group pbc.tvm_schedules schedules {left[0]} for a GPU"
         )
 
 
@@ -84,8 +81,6 @@ def embedding(sm: int) -> Iterator[None]:
 
     The hook is TVM's own, and one for the whole process: no two threads may build at once.
     """
-    import tvm_ffi
-
     failures: list[PbcError] = []
 
     def pack(source: str, _target: object) -> str:
@@ -136,8 +131,6 @@ def build_cuda(
     the pipeline does it. Once the result is exported, `require` says whether it may be called
     compiled.
     """
-    from tvm import relax
-
     with embedding(sm):
         return relax.build(module, target, relax_pipeline=relax_pipeline)
 

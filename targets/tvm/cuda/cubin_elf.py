@@ -1,4 +1,4 @@
-"""What a cubin says about itself: its architecture, and what each kernel takes of the GPU."""
+"""Read a cubin: its architecture, and what each kernel takes of the GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NO_CONTENT = 8  # the section type of shared memory: a size, and nothing in the
 
 @dataclass(frozen=True)
 class Resources:
-    """What one block of a kernel takes."""
+    """Resources that one block of a kernel takes."""
 
     threads: int
     shared_bytes: int
@@ -35,7 +35,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an architecture gives to one block."""
+    """Resources that an architecture gives to one block."""
 
     threads: int = 1024
     shared_bytes: int = 48 * 1024

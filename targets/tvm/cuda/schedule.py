@@ -22,7 +22,7 @@ from tvm import tirx
 from tvm.s_tir.dlight import gpu
 
 from pbc.targets.tvm.cuda import cubin
-from pbc.targets.tvm.scheduled import (
+from pbc.targets.tvm.schedule_attributes import (
     INSTEAD_OF,
     IS_SCHEDULED,
     REFUSAL,

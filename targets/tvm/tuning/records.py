@@ -1,4 +1,4 @@
-"""What tuning measured, a line per trial: whoever compiles again need not measure it again."""
+"""Records of what tuning measured, a line per trial: compiling again need not measure again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from pbc.errors import PbcError
 from pbc.util.atomic import cannot_write, replace_bytes
 
-Settings = Mapping[str, Any]
-"""What differs from how a schedule decides by itself, as JSON; empty for the schedule as it is."""
+ScheduleSettings = Mapping[str, Any]
+"""Differences from how a schedule decides by itself, as JSON; empty for the schedule as it is."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Record:
     """
 
     key: str
-    settings: Settings
+    settings: ScheduleSettings
     code: str
     seconds: float
     baseline: float
@@ -34,7 +34,7 @@ class Record:
 
     @property
     def gain(self) -> float:
-        """How many times as fast as without the settings; 0 for what failed."""
+        """Speed as a multiple of that without the settings; 0 for what failed."""
         return self.baseline / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -58,7 +58,7 @@ class Records:
             lines = [_line(record) for record in self._known.values()]
             replace_bytes(path, b"".join(lines), mode=0o644)
 
-    def find(self, key: str, settings: Settings) -> Record | None:
+    def find(self, key: str, settings: ScheduleSettings) -> Record | None:
         return self._known.get((key, _canonical(settings)))
 
     def add(self, record: Record) -> None:
@@ -79,7 +79,7 @@ class Records:
 
 
 def _record(line: bytes) -> Record | None:
-    """What a line says; None where it is damaged."""
+    """Return the record of a line; None where it is damaged."""
     try:
         record = Record(**json.loads(line))
     except (ValueError, TypeError):
@@ -98,5 +98,5 @@ def _line(record: Record) -> bytes:
     return json.dumps(asdict(record), sort_keys=True).encode() + b"\n"
 
 
-def _canonical(settings: Settings) -> str:
+def _canonical(settings: ScheduleSettings) -> str:
     return json.dumps(settings, sort_keys=True)

@@ -22,13 +22,13 @@ from pbc.errors import PbcError
 from pbc.util.processor import cores
 
 START_SECONDS = 180.0
-"""How long the process may take to import TVM."""
+"""Time that the process may take to import TVM."""
 
 TRIAL_SECONDS = 30.0
-"""How long a trial may take: a candidate that LLVM cannot digest in that time is none."""
+"""Time that a trial may take: a candidate that LLVM cannot digest in that time is none."""
 
 TOLERANCE = 1e-4
-"""How far the results of two schedules may differ, relative to the largest: sums are reordered."""
+"""Largest difference of two schedules' results, relative to the largest: sums are reordered."""
 
 SAMPLE_SECONDS = 1e-4
 MEASURED_SECONDS = 0.2
@@ -160,7 +160,7 @@ def _say(answers: IO[str], answer: Mapping[str, Any]) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, in short."""
+    """The message of an exception, in short."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

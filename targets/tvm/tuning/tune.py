@@ -1,4 +1,4 @@
-"""Tune a program for TVM: search schedules, and keep a library only if its graphs got faster."""
+"""Tune a program's libraries: those with faster functions stay only if their graphs are faster."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import tvm
+from tvm_ffi import structural_equal
+
 from pbc.bundle.graph_name import FORWARD, PREFIX
 from pbc.ir.program import Program
 from pbc.ir.work import TRIALS
 from pbc.lower.iteration import PREFIX_BATCHES, IterationTimer
 from pbc.target import Target
+from pbc.targets.tvm.build import Platform, compiled, platform_of, runs_here
+from pbc.targets.tvm.convert import function_of
 from pbc.targets.tvm.tuning.records import Record, Records
+from pbc.targets.tvm.tuning.schedule_search import ScheduleSearch, TunedModule, Use
 
 if TYPE_CHECKING:
-    import tvm
-
-    from pbc.targets.tvm.build import Platform
     from pbc.targets.tvm.lowering import TvmLowering
-    from pbc.targets.tvm.tuning.search import Search, Tuned
 
-# How many classes a head has while it is tuned, where the device decides that.
+# Classes of a head while it is tuned, where the device decides that.
 CLASSES = 100
 ROUNDS = 12
 WHOLE = {"functions": "all"}
 
 
 def untunable(target: Target) -> str | None:
-    """Why this machine cannot measure code for a target, in words."""
-    from pbc.targets.tvm.build import platform_of, runs_here
-
+    """Return why this machine cannot measure code for a target, and what to do; else None."""
     if runs_here(target):
         return None
     is_gpu = platform_of(target).sm is not None
@@ -52,17 +52,14 @@ class _Library:
 
 
 def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, Any]:
-    """Search for so long; what the lowering makes from now on has what is faster."""
-    from pbc.targets.tvm.build import platform_of
-    from pbc.targets.tvm.tuning.search import Search
-
+    """ScheduleSearch for so long; what the lowering makes from now on has what is faster."""
     start = time.monotonic()
     where = platform_of(program.request.target)
     records = Records(None if program.request.work is None else program.request.work / TRIALS)
-    search = Search(where, records)
+    search = ScheduleSearch(where, records)
     libraries = _libraries(lowering, program, search)
     search.run(seconds)
-    comparison = _Comparison(program, where, records, search)
+    comparison = _Comparison(lowering, program, where, records, search)
     levels: dict[str, dict[str, float]] = {}
     for level in sorted({library.level for library in libraries}):
         own = [library for library in libraries if library.level == level]
@@ -94,11 +91,7 @@ def tune(lowering: TvmLowering, program: Program, seconds: float) -> dict[str, A
     return {**found, "notes": notes}
 
 
-def _libraries(lowering: TvmLowering, program: Program, search: Search) -> list[_Library]:
-    from tvm_ffi import structural_equal
-
-    from pbc.targets.tvm.lowering import function_of
-    from pbc.targets.tvm.tuning.search import Use
+def _libraries(lowering: TvmLowering, program: Program, search: ScheduleSearch) -> list[_Library]:
 
     libraries: list[_Library] = []
     request = program.request
@@ -125,28 +118,32 @@ def _libraries(lowering: TvmLowering, program: Program, search: Search) -> list[
 
 
 class _Comparison:
-    """Builds of each library with its faster functions and without, and what both take.
+    """Each library built with its faster functions and without, and the seconds of both.
 
     What is faster alone need not be among the others, whose weights take its place in the caches.
     """
 
-    def __init__(self, program: Program, where: Platform, records: Records, search: Search) -> None:
-        from pbc.targets.tvm.lowering import TvmLowering
+    def __init__(
+        self,
+        lowering: TvmLowering,
+        program: Program,
+        where: Platform,
+        records: Records,
+        search: ScheduleSearch,
+    ) -> None:
 
         self._program, self._where, self._records, self._search = program, where, records, search
-        self._sides = {better: TvmLowering() for better in (False, True)}
-        self._tuned: dict[int, Tuned] = {}
+        self._sides = {better: type(lowering)() for better in (False, True)}
+        self._tuned: dict[int, TunedModule] = {}
         self._contents: dict[tuple[int, bool], bytes] = {}
 
-    def tuned(self, library: _Library) -> Tuned:
+    def tuned(self, library: _Library) -> TunedModule:
         if library.number not in self._tuned:
             self._tuned[library.number] = self._search.result(library.number)
         return self._tuned[library.number]
 
     def content(self, library: _Library, better: bool) -> bytes:
         """The library, with its faster functions or without."""
-        from pbc.targets.tvm.build import compiled
-
         tuned = self.tuned(library)
         place = (library.number, better and bool(tuned.faster))
         if place not in self._contents:
@@ -155,7 +152,7 @@ class _Comparison:
         return self._contents[place]
 
     def seconds(self, level: int, libraries: Sequence[_Library]) -> list[Record]:
-        """What a mini-batch takes in the libraries that a level is the first to have."""
+        """Return seconds per mini-batch of the libraries that a level is the first to have."""
         known = [self._records.find(self.tuned(library).key, WHOLE) for library in libraries]
         if None in known:
             known = list(self._measured(level, libraries))

@@ -186,7 +186,7 @@ def test_a_build_that_only_embedded_source_is_not_called_compiled(tmp_path: Path
 
 def test_a_function_that_nobody_scheduled_is_refused() -> None:
     module = relax.transform.LegalizeOps()(product())
-    with pytest.raises(PbcError, match=r"no installed pass .* schedules matmul for a GPU"):
+    with pytest.raises(PbcError, match=r"no installed schedule .* schedules matmul for a GPU"):
         cubin.require_scheduled(module)
     cubin.require_scheduled(schedule_gpu(module, target(62)))
 
@@ -218,7 +218,7 @@ def test_a_hook_of_others_is_put_back() -> None:
 
 
 class Refusing:
-    """What a driver answers, for the choice that follows from it."""
+    """A driver's answers, for the choice that follows from them."""
 
     def __init__(self, sm: int, word: str | None) -> None:
         self._sm, self._word = sm, word

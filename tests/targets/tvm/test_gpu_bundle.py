@@ -127,7 +127,7 @@ def test_without_a_gpu_one_line_says_so(
 
 
 class Hopper:
-    """What a driver says of another GPU than the bundle is for."""
+    """A driver of another GPU than the bundle is for."""
 
     def sm(self) -> int:
         return 90

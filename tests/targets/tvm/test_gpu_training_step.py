@@ -17,7 +17,7 @@ from pbc.training_graph.step_check import TOLERANCE
 
 tvm = pytest.importorskip("tvm")
 tvm_build = pytest.importorskip("pbc.targets.tvm.build")
-tvm_schedules = pytest.importorskip("pbc.targets.tvm.scheduled")
+tvm_schedules = pytest.importorskip("pbc.targets.tvm.schedule_attributes")
 in_turn = pytest.importorskip("gpu_schedules").in_turn
 
 
@@ -36,7 +36,7 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         )
         return ready
 
-    monkeypatch.setattr(tvm_build, "scheduled", scheduled)
+    monkeypatch.setattr("pbc.targets.tvm.lowering.scheduled", scheduled)
     return found
 
 

@@ -105,18 +105,18 @@ def heads_joined(emit: Write, x: Any, weight: Any) -> Any:
     return layer(emit, joined, weight)
 
 
-def samples_turned(emit: Write, x: Any, weight: Any) -> Any:
+def samples_transposed(emit: Write, x: Any, weight: Any) -> Any:
     """As gradients have it: the batch last, by a transposition and a reshape."""
     images, channels = x.ty.shape.values[:2]
-    turned = emit(op.reshape(emit(op.permute_dims(x, [1, 0, 2, 3])), (channels, images)))
-    return emit(op.matmul(weight, turned))
+    transposed = emit(op.reshape(emit(op.permute_dims(x, [1, 0, 2, 3])), (channels, images)))
+    return emit(op.matmul(weight, transposed))
 
 
 def images_joined(emit: Write, x: Any, weight: Any) -> Any:
     """As gradients of convolutions have it: the pixels of all images in a row."""
     images, channels, pixels = x.ty.shape.values
-    turned = emit(op.permute_dims(x, [1, 0, 2]))
-    return emit(op.matmul(weight, emit(op.reshape(turned, (channels, images * pixels)))))
+    transposed = emit(op.permute_dims(x, [1, 0, 2]))
+    return emit(op.matmul(weight, emit(op.reshape(transposed, (channels, images * pixels)))))
 
 
 def layer(emit: Write, x: Any, weight: Any) -> Any:
@@ -163,8 +163,8 @@ CASES: dict[str, tuple[tuple[Write, Write], list[Sequence[Size]]]] = {
         ),
         [("b", 5, 33, 16), (40, 80)],
     ),
-    "samples turned": (
-        (samples_turned, lambda x, weight: weight @ x.flatten(1).T),
+    "samples transposed": (
+        (samples_transposed, lambda x, weight: weight @ x.flatten(1).T),
         [("b", 24, 1, 1), (40, 24)],
     ),
     "open columns": (PRODUCT, [(13, 20), (20, "b")]),
@@ -306,8 +306,8 @@ def test_threads_and_vectors_are_used_for_what_no_product_is() -> None:
     assert elementwise(stage, Sink(stage, None), WIDE) is not None
 
 
-@pytest.mark.parametrize(("case", "is_turned"), [("tokens", False), ("few tokens", True)])
-def test_a_transposed_weight_is_read_where_it_lies(case: str, is_turned: bool) -> None:
+@pytest.mark.parametrize(("case", "is_transposed"), [("tokens", False), ("few tokens", True)])
+def test_a_transposed_weight_is_read_where_it_lies(case: str, is_transposed: bool) -> None:
     (write, _), shapes = CASES[case]
     module = network(write, shapes)
     before, after = functions(module), functions(fold_moves(module))
@@ -319,13 +319,13 @@ def test_a_transposed_weight_is_read_where_it_lies(case: str, is_turned: bool) -
         if (matrices := read_matrices(stage)) is not None
     )
     assert [int(n) for n in product.column_load.source.shape] == [40, 80]
-    assert turn(product, WIDE).turned is is_turned
+    assert turn(product, WIDE).is_transposed is is_transposed
 
 
 def test_a_transposition_that_others_read_stays() -> None:
     def write(emit: Write, x: Any, weight: Any) -> Any:
-        turned = emit(op.permute_dims(weight))
-        return emit(relax.Tuple([emit(op.matmul(x, turned)), turned]))
+        transposed = emit(op.permute_dims(weight))
+        return emit(relax.Tuple([emit(op.matmul(x, transposed)), transposed]))
 
     module = network(write, [("b", 48), (40, 48)])
     assert len(functions(fold_moves(module))) == len(functions(module))
@@ -495,7 +495,7 @@ def test_small_maps_of_all_images_lie_side_by_side(case: str, images: bool) -> N
 
 
 def test_what_was_never_fused_is_not_divided() -> None:
-    product = next(stage for stage in stages_of("samples turned") if stage.reduced)
+    product = next(stage for stage in stages_of("samples transposed") if stage.reduced)
     assert "//" not in str(product.value)
     assert "%" not in str(product.value)
 

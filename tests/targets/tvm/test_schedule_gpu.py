@@ -15,7 +15,7 @@ from pbc.util import progress
 tvm = pytest.importorskip("tvm")
 relax = pytest.importorskip("tvm.relax")
 gpu = pytest.importorskip("pbc.targets.tvm.cuda.schedule")
-tvm_schedules = pytest.importorskip("pbc.targets.tvm.scheduled")
+tvm_schedules = pytest.importorskip("pbc.targets.tvm.schedule_attributes")
 functions = tvm_schedules.functions
 in_turn = pytest.importorskip("gpu_schedules").in_turn
 
@@ -27,7 +27,7 @@ Build = Callable[..., Any]
 
 
 def fused(build: Build, *shapes: tuple[int | str, ...]) -> Any:
-    """What relax makes of a few operators before functions get their schedules."""
+    """A few operators as relax leaves them before functions get their schedules."""
     builder = relax.BlockBuilder()
     rows = tvm.tirx.Var("rows", "int64")
     sizes = [[rows if size == "rows" else size for size in shape] for shape in shapes]
@@ -161,6 +161,6 @@ def test_each_function_is_reported() -> None:
 
 
 def test_the_pass_is_installed_for_cuda_alone() -> None:
-    installed = plugins.load("pbc.tvm_passes", "schedule-gpu")
+    installed = plugins.load("pbc.tvm_schedules", "schedule-gpu")
     assert installed is gpu.schedule_gpu
     assert installed.kinds == ("cuda",)

@@ -266,7 +266,7 @@ def test_what_was_measured_is_used_and_computes_the_same(
 def test_each_choice_computes_the_same(trials: Trials) -> None:
     """Of the rules of the CPU schedule, on a convolution."""
     from pbc.targets.tvm.build import legalized, scheduled
-    from pbc.targets.tvm.tuning.search import Use, calls
+    from pbc.targets.tvm.tuning.schedule_search import Use, calls
 
     where = this_machine()
     lowering = TvmLowering()

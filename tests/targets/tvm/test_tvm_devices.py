@@ -27,7 +27,7 @@ SECOND = Device(CPU.kind, 1)
         np.array([True, False]),
         np.zeros((0, 3), np.float32),
     ],
-    ids=["matrix", "turned", "scalar", "labels", "flags", "empty"],
+    ids=["matrix", "transposed", "scalar", "labels", "flags", "empty"],
 )
 def test_a_tensor_comes_back_as_it_went(value: np.ndarray) -> None:
     own = runtime().from_dlpack(np.ascontiguousarray(value) if value.ndim else value)
@@ -47,7 +47,7 @@ def test_the_cpu_is_beside_every_other_device() -> None:
 
 
 class Pascal:
-    """What a driver says of a TX2's GPU."""
+    """The driver of a TX2's GPU."""
 
     def sm(self) -> int:
         return 62

@@ -1,4 +1,4 @@
-"""What the TVM runtime is told before it is loaded."""
+"""The settings of the TVM runtime before it is loaded."""
 
 from __future__ import annotations
 

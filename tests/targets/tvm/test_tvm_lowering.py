@@ -1,4 +1,4 @@
-"""What lowering to TVM writes, for this machine and for another."""
+"""Files that lowering to TVM writes, for this machine and for another."""
 
 from __future__ import annotations
 

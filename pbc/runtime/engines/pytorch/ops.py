@@ -23,8 +23,8 @@ _LAYERS = _aten(
     layer_norm.default native_layer_norm.default group_norm.default native_group_norm.default
     instance_norm.default rms_norm.default
     adaptive_avg_pool1d.default adaptive_avg_pool2d.default _adaptive_avg_pool2d.default
-    adaptive_max_pool2d.default avg_pool1d.default avg_pool2d.default
-    max_pool2d.default max_pool2d_with_indices.default
+    adaptive_max_pool2d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+    max_pool1d.default max_pool2d.default max_pool2d_with_indices.default
     scaled_dot_product_attention.default
     dropout.default feature_dropout.default
     pixel_shuffle.default pixel_unshuffle.default channel_shuffle.default unfold.default

@@ -73,7 +73,7 @@ def _digest(cubin: bytes, source: bytes) -> str:
 
 
 class Driver(Protocol):
-    """What is asked of a GPU's driver before kernels are given to it."""
+    """The questions to a GPU's driver before kernels are given to it."""
 
     def sm(self) -> int:
         """The architecture of the GPU: 62 is a Jetson TX2."""

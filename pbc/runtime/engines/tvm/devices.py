@@ -1,4 +1,4 @@
-"""Where a TVM library's tensors are: in the memory of the CPU, or of a GPU beside it."""
+"""The memory of a TVM library's tensors: the CPU's, or that of a GPU beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOADER = "ffi.Module.load_from_bytes.cuda"
 
 @dataclass(frozen=True)
 class Device:
-    """What runs a library's functions; its tensors are in this device's memory.
+    """A device that runs a library's functions; its tensors are in this device's memory.
 
     Only a second device needs copies. Beside a GPU, the CPU computes the sizes of tensors.
     """

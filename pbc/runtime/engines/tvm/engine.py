@@ -152,7 +152,7 @@ class _Loader:
             )
 
     def _device(self, facts: Mapping[str, Any]) -> Device:
-        """Where tensors are to be; what is there for a GPU is prepared."""
+        """The device of the tensors; a GPU is prepared for the bundle's kernels."""
         if "sm" not in facts:
             return CPU
         try:
@@ -227,7 +227,7 @@ class _Loader:
         return self._weights[file][key]
 
     def _unpacked(self, file: str, load: Callable[[Path], _T]) -> _T:
-        """What `load` makes of a file of the bundle."""
+        """Return what `load` makes of a file of the bundle."""
         name = PurePosixPath(file).name
 
         def write(folder: Path) -> None:

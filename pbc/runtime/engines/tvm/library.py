@@ -107,7 +107,7 @@ def _without(package: str) -> Iterator[None]:
 
 
 def use_threads(count: int) -> None:
-    """Let the graphs that this thread runs from now on use so many threads."""
+    """Let the graphs that this thread runs from now on use this many threads."""
     if getattr(_pools, "threads", None) == count:
         return
     # For the pool that is not made yet, and for the one that is.

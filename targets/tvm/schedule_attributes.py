@@ -1,4 +1,4 @@
-"""What a pass of the group `pbc.tvm_passes` says about the functions that it scheduled."""
+"""Attributes by which a schedule tells what it did to a function."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def _shape(node: Node) -> Any:
 
 
 def _value(node: Node) -> Any:
-    """What a node computes, on stand-ins."""
+    """The result of a node, as a fake tensor."""
     args = torch.fx.map_arg(node.args, lambda source: source.meta["val"])
     kwargs = torch.fx.map_arg(node.kwargs, lambda source: source.meta["val"])
     with next(a.fake_mode for a in args if isinstance(a, Tensor)):  # type: ignore[attr-defined]

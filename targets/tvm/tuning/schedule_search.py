@@ -1,7 +1,7 @@
-"""Tuning: try other schedules for the functions that take the time, and keep what is faster.
+"""Search schedules of the functions that take the time, and keep those that are faster.
 
-A pass of the group `pbc.tvm_passes` decides by rules. One that can decide otherwise has a
-`Tunable`, and here its choices are varied one at a time, each beside what the pass decides by
+A schedule of the group `pbc.tvm_schedules` decides by rules. One that can decide otherwise has a
+`Tunable`, and here its choices are varied one at a time, each beside what the schedule decides by
 itself. The schedules hold for every batch; what is measured is the device's.
 """
 
@@ -21,7 +21,7 @@ from tvm.sym import Analyzer
 from tvm_ffi import structural_equal, structural_hash, structural_map
 
 from pbc.targets.tvm.build import Platform, legalized, scheduled, schedules
-from pbc.targets.tvm.tuning.records import Record, Records, Settings
+from pbc.targets.tvm.tuning.records import Record, Records, ScheduleSettings
 from pbc.targets.tvm.tuning.trial import (
     TRIAL_SECONDS,
     WORTH_CONFIRMING,
@@ -33,7 +33,7 @@ from pbc.util.processor import cores, cpu_identity
 from pbc.util.progress import report
 
 FIRST_SHARE = 0.25
-"""How much of the time may go on measuring what there is, the largest functions first."""
+"""Share of the time that may go on measuring what there is, the largest functions first."""
 
 LEAST_SHARE = 0.002
 """Functions that take less of the time than this are left as they are."""
@@ -41,21 +41,21 @@ LEAST_SHARE = 0.002
 
 @dataclass(frozen=True)
 class Tunable:
-    """How a pass can decide otherwise; its attribute `tunable`.
+    """Other decisions that a schedule can make; its attribute `tunable`.
 
-    prepare: what the pass does to a module before it schedules the functions one by one.
+    prepare: what the schedule does to a module before it schedules the functions one by one.
     choices: by name, what may be chosen instead of what it decides by itself.
     variant: a function's schedule with some of these chosen.
     """
 
     prepare: Callable[[tvm.IRModule], tvm.IRModule]
     choices: Callable[[tvm.target.Target], Mapping[str, Sequence[Any]]]
-    variant: Callable[[tirx.PrimFunc, tvm.target.Target, Settings], tirx.PrimFunc]
+    variant: Callable[[tirx.PrimFunc, tvm.target.Target, ScheduleSettings], tirx.PrimFunc]
 
 
 @dataclass(frozen=True)
 class Use:
-    """How often a function of a module's graphs is run, and with which sizes for its symbols."""
+    """Runs of a function of a module's graphs, and the sizes of its symbols there."""
 
     times: float
     batch: int
@@ -81,7 +81,7 @@ class _Task:
     tried: set[str] = field(default_factory=set)
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> ScheduleSettings:
         return self.best.settings if self.best is not None else {}
 
     @property
@@ -89,12 +89,12 @@ class _Task:
         return self.best.gain if self.best is not None else 1.0
 
     @property
-    def urgency(self) -> float:
+    def priority(self) -> float:
         """Each function gets trials in proportion to the time that it takes."""
         return self.calls * self.seconds / self.gain / (1 + self.tries)
 
-    def next(self) -> Settings | None:
-        """What differs from the best in one choice; None where all of that was tried."""
+    def next(self) -> ScheduleSettings | None:
+        """Return settings that differ from the best in one choice; None where all were tried."""
         for name, values in self.choices.items():
             for value in values:
                 settings = {**self.settings, name: value}
@@ -102,15 +102,15 @@ class _Task:
                     return settings
         return None
 
-    def note(self, settings: Settings, record: Record) -> None:
+    def note(self, settings: ScheduleSettings, record: Record) -> None:
         self.tried.add(_text(settings))
         if record.gain * WORTH_CONFIRMING > 1.0 and record.gain > self.gain:
             self.best = record
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A module, scheduled, and its functions that have a faster schedule.
+class TunedModule:
+    """A scheduled module, and its functions that have a faster schedule.
 
     key: of both, and of the machine.
     """
@@ -129,7 +129,7 @@ class Tuned:
         return module
 
 
-class Search:
+class ScheduleSearch:
     """Tunes the functions of several modules together; equal functions once."""
 
     def __init__(self, where: Platform, records: Records) -> None:
@@ -141,7 +141,7 @@ class Search:
 
     @property
     def functions(self) -> int:
-        """How many functions there are to tune."""
+        """The number of functions to tune."""
         return len(self._tasks)
 
     def add(self, module: tvm.IRModule, uses: Mapping[str, Use]) -> int:
@@ -178,7 +178,7 @@ class Search:
             function = prepared[call.function]
             try:
                 baseline = plain[call.function]
-            except ValueError:  # another pass took it away
+            except ValueError:  # another schedule took it away
                 return
             if structural_equal(function, baseline):
                 return
@@ -214,7 +214,7 @@ class Search:
                 if task.calls * task.seconds > LEAST_SHARE * total
             ]
             while open_tasks:
-                task = max(open_tasks, key=lambda task: task.urgency)
+                task = max(open_tasks, key=lambda task: task.priority)
                 settings = task.next()
                 if settings is None:
                     open_tasks.remove(task)
@@ -231,10 +231,12 @@ class Search:
 
     @property
     def faster(self) -> int:
-        """How many functions have a faster schedule so far."""
+        """The number of functions with a faster schedule so far."""
         return sum(task.best is not None for task in self._tasks.values())
 
-    def _tried(self, task: _Task, settings: Settings, trials: Trials, left: float) -> Record | None:
+    def _tried(
+        self, task: _Task, settings: ScheduleSettings, trials: Trials, left: float
+    ) -> Record | None:
         """The record of a trial, which is made where there is none and time is left for it."""
         record = self._records.find(task.key, settings)
         if record is not None or left <= 0:
@@ -245,7 +247,9 @@ class Search:
         self._records.add(record)
         return record
 
-    def _trial(self, task: _Task, settings: Settings, trials: Trials, limit: float) -> Record:
+    def _trial(
+        self, task: _Task, settings: ScheduleSettings, trials: Trials, limit: float
+    ) -> Record:
         variant = task.baseline
         if settings:
             try:
@@ -262,11 +266,11 @@ class Search:
         seconds, baseline = answer.get("seconds", 0.0), answer.get("baseline", 0.0)
         return Record(task.key, settings, code, seconds, baseline, failure)
 
-    def _variant(self, task: _Task, settings: Settings) -> tirx.PrimFunc:
+    def _variant(self, task: _Task, settings: ScheduleSettings) -> tirx.PrimFunc:
         with self._where.target:
             return task.tunable.variant(task.function, self._where.target, settings)
 
-    def result(self, number: int) -> Tuned:
+    def result(self, number: int) -> TunedModule:
         """A module that was added, with the best schedules that were found."""
         module, named = self._modules[number]
         faster = {}
@@ -277,7 +281,7 @@ class Search:
             if _hash(variant) == task.best.code:
                 faster[name] = variant
         chosen = sorted((name, _hash(function)) for name, function in faster.items())
-        return Tuned(module, faster, _key(_hash(module), chosen, self._machine))
+        return TunedModule(module, faster, _key(_hash(module), chosen, self._machine))
 
     def share(self) -> float:
         """The share of the measured time that the functions with a faster schedule took."""
@@ -321,7 +325,7 @@ def calls(module: tvm.IRModule, uses: Mapping[str, Use]) -> Iterator[Call]:
 
 
 def _points(statement: Any, use: Use) -> int:
-    """How often the statements within loops are run."""
+    """Runs of the statements within loops."""
     if isinstance(statement, tirx.For):
         return _size(statement.extent, use) * _points(statement.body, use)
     if isinstance(statement, tirx.SeqStmt):

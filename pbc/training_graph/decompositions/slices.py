@@ -1,0 +1,30 @@
+"""Parts of a tensor whose gradients are joined in one copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def unbind(x: Tensor, axis: int) -> tuple[Tensor, ...]:
+    """Take a tensor apart along an axis; the gradients are put together again, in one copy.
+
+    torch's own spreads the gradient of each part over zeros of the whole, and adds those up.
+    """
+    parts: tuple[Tensor, ...] = _Unbind.apply(x, axis)  # type: ignore[no-untyped-call]
+    return parts
+
+
+class _Unbind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> tuple[Tensor, ...]:
+        ctx.axis = axis
+        return tuple(aten.select.int(x, axis, index) for index in range(x.shape[axis]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.stack(grads, ctx.axis), None
