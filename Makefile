@@ -1,6 +1,7 @@
 # make demo   compile, train, evaluate and predict on the photos under examples/
 # make test   lint, types and tests (make check is the same)
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
+# make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make clean  remove what they made
 # All install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
 
@@ -34,6 +35,9 @@ tests: $(installed)
 test-device: $(installed)
 	$(bin)/python tests/emulated/arm64.py
 	$(bin)/pytest -n $(JOBS) --dist loadgroup -m emulated tests/emulated
+
+zoo: $(installed)
+	OMP_NUM_THREADS=1 $(bin)/python tests/zoo $(ZOO)
 
 $(installed): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
