@@ -32,13 +32,16 @@ def with_head(
 
     The head is always drawn here, each parameter uniformly from ±1/sqrt(width of its layer), so
     that a seed means the same for a bundle whose classes were known at compile time and for one
-    left open.
+    left open. Weights come before biases, whatever the order in the manifest.
     """
     random = np.random.Generator(np.random.PCG64(seed))
     theta = dict(stored)
-    for name, width in manifest["head"].items():
-        bound = 1 / math.sqrt(width)
-        shape = [classes if size is None else size for size in manifest["parameters"][name]]
+    shapes = {
+        name: [classes if size is None else size for size in manifest["parameters"][name]]
+        for name in manifest["head"]
+    }
+    for name, shape in sorted(shapes.items(), key=lambda item: (-len(item[1]), item[0])):
+        bound = 1 / math.sqrt(manifest["head"][name])
         theta[name] = random.uniform(-bound, bound, shape)
     return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
 

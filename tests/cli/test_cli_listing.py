@@ -99,9 +99,9 @@ def test_passes_are_listed_as_they_run() -> None:
     rows = json.loads(run("passes", "--json").stdout)
     own = [row for row in rows if row["group"] == "pbc.passes"]
     assert [row["name"] for row in own] == [
-        "mark-trainable", "split-prefix", "independent-dims", "plan-levels", "prune-dims", "align",
-        "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy", "derive-train-step",
-        "lower",
+        "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels", "prune-dims",
+        "align", "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy",
+        "derive-train-step", "lower",
     ]  # fmt: skip
     assert [row["name"] for row in own] == [name for name, _ in pipeline.build({}).passes]
     assert own[1]["after"] == ["mark-trainable"]
