@@ -82,7 +82,8 @@ class Lower:
         step_found: dict[str, dict[str, float]] = {}
         graphs_found: dict[str, dict[str, float]] = {}
         notes: tuple[str, ...] = ()
-        seen: set[frozenset[bytes]] = set()
+        # A library may hold a level's step and the graphs beside it.
+        seen: set[tuple[bool, frozenset[bytes]]] = set()
         for number, level in enumerate(program.levels):
             step = {role for role in level.graphs if role == FORWARD or role.optimizer}
             runner: Runner | None = None
@@ -90,9 +91,10 @@ class Lower:
                 files = frozenset(
                     program.artifacts[lowering.graph_file(role.at(number))] for role in roles
                 )
-                if not roles or files in seen:
+                key = (roles == step, files)
+                if not roles or key in seen:
                     continue
-                seen.add(files)
+                seen.add(key)
                 runner = runner or lowering.runner(program, level)
                 if roles == step:
                     step_found[str(number)], told = _check_step(program, number, runner)

@@ -41,6 +41,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep what engines derive from bundles out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PBC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Workers of xdist are given the terminal's width, and tables would follow it.
+        patch.delenv("COLUMNS", raising=False)
         yield
 
 

@@ -500,6 +500,7 @@ def _unbind(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
 def _getitem(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     source, index = node.args
     assert isinstance(source, Node)
+    assert isinstance(index, int)
     return analysis.pieces[source.name][index]  # not there: of an operator without a rule
 
 

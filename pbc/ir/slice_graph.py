@@ -101,8 +101,10 @@ class _Resizer:
         if name in ("aten.split.Tensor", "aten.split_with_sizes.default"):
             self.resize_pieces(old, new)
         elif name == "aten.unflatten.int":
-            along = old.args[1] % (len(axes) - len(old.args[2]) + 1)  # type: ignore[operator, arg-type]
-            parts = axes[along : along + len(old.args[2])]  # type: ignore[arg-type]
+            sizes: Any = old.args[2]
+            axis_index: Any = old.args[1]
+            along = axis_index % (len(axes) - len(sizes) + 1)
+            parts = axes[along : along + len(sizes)]
             new.args = (*new.args[:2], [self.new_size(axis) for axis in parts])
         elif name in ("aten.reshape.default", "aten.view.default", "aten.expand.default"):
             shape = [

@@ -99,8 +99,8 @@ def test_passes_are_listed_as_they_run() -> None:
     rows = json.loads(run("passes", "--json").stdout)
     own = [row for row in rows if row["group"] == "pbc.passes"]
     assert [row["name"] for row in own] == [
-        "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels", "prune-dims",
-        "align", "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy",
+        "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels",
+        "prune-dims", "align", "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy",
         "derive-train-step", "lower",
     ]  # fmt: skip
     assert [row["name"] for row in own] == [name for name, _ in pipeline.build({}).passes]

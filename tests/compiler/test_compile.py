@@ -320,7 +320,7 @@ def test_nothing_to_prune_is_one_note_and_level_0(here: Path, custom: list[str |
         (["--engine", "pytorhc"], 2, "no engine named 'pytorhc'; did you mean 'pytorch'?"),
         (["--target", "jetson-tx3"], 2, "no target named 'jetson-tx3'; did you mean 'jetson-tx2'?"),
         (["--strategy", "last-k"], 2, "strategy 'last-k' needs a positive whole number"),
-        (["--strategy", "last-k:9"], 1, "SmallResNet has 4 residual blocks"),
+        (["--strategy", "last-k:9"], 1, "SmallResNet has 4 blocks"),
         (["--with", "prun"], 2, "no pass named 'prun'; did you mean 'prune-dims'?"),
         (["--levels", "-1"], 2, "--levels is -1; expected 0 (no proxies) or more"),
         (["--min-cost", "1.5"], 2, "--min-cost is 1.5; expected between 0 and 1"),

@@ -223,7 +223,7 @@ def test_bench_plays_without_the_rivals_of_torch(
 ) -> None:
     out, stderr = device.run(
         "bench", bundle, examples / "photos", "--quick", "--epochs", "2",
-        "--json", "r.json", "--html", "r.html", "--csv", "r.csv",
+        "-o", "r.json", "--html", "r.html", "--csv", "r.csv",
         tries=frozenset(("torch",)),  # to learn who can play
     )  # fmt: skip
     assert stderr.splitlines().count(_LEFT_OUT) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.passes.try_engine import TryEngine
-from pbc.testing import make_program, run_passes
+from pbc.testing import graph_of, make_program, run_passes, with_request
 from pbc.training_graph.autodiff import differentiate
 
 
@@ -109,7 +108,7 @@ def detached_in_place(net: Net, x: Tensor) -> Tensor:
 
 def weight_detached(net: Net, x: Tensor) -> Tensor:
     f = net.features(x)
-    return f + linear(net.fc(f), net.fc.weight.detach().T)
+    return f + linear(f, net.stem.weight.detach().flatten(1)[:, :8])
 
 
 def checkpointed(net: Net, x: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ def test_gradients_are_the_module_s_own(between: Callable[[Net, Tensor], Tensor]
     assert not program.notes
     x = torch.randn(5, 3, 16, 16)
     expected = gradients_of(net(x), dict(net.named_parameters()))
-    graph = program.model
+    graph = graph_of(program, "model")
     # They share the module's memory.
     leaves = {name: p.requires_grad_() for name, p in graph.named_parameters()}
     found = gradients_of(graph(x)[0], leaves)
@@ -195,7 +194,7 @@ def test_gradients_are_the_module_s_own(between: Callable[[Net, Tensor], Tensor]
 
 def test_a_detach_on_the_way_to_nothing_that_trains_is_no_node() -> None:
     for strategy, expected in (("full", True), ("linear-probe", False)):
-        graph = make_program(Net(straight_through), strategy).model
+        graph = graph_of(make_program(Net(straight_through), strategy), "model")
         names = [op_name(node) for node in graph.graph.nodes]
         assert ("aten.detach.default" in names) is expected
 
@@ -270,7 +269,7 @@ def clamped_data(net: Net, x: Tensor) -> Tensor:
 def under_autocast(net: Net, x: Tensor) -> Tensor:
     f = net.features(x)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        scale = f @ net.fc.weight.T
+        scale = f @ net.stem.weight.flatten(1)[:, :8]
     return f / (1 + scale.float().square().mean(1, keepdim=True))
 
 
@@ -355,7 +354,8 @@ def test_a_model_that_nothing_trains_is_refused() -> None:
 
 def test_what_has_no_gradient_in_pytorch_is_refused() -> None:
     def between(net: Net, x: Tensor) -> Tensor:
-        return torch.special.zeta(net.features(x).sigmoid() + 1.5, 2.0)
+        result: Tensor = torch.special.zeta(net.features(x).sigmoid() + 1.5, 2.0)
+        return result
 
     make_program(Net(between), "linear-probe")
     with pytest.raises(PbcError, match=r"Net cannot be trained in PyTorch either: the derivative"):
@@ -416,7 +416,7 @@ def test_dropout_that_is_off_and_a_counter_that_nothing_reads_are_nothing() -> N
         return nn.functional.dropout(f, 0.0, training=True)
 
     program = make_program(Net(between))
-    assert len(program.model(torch.zeros(2, 3, 16, 16))) == 1
+    assert len(graph_of(program, "model")(torch.zeros(2, 3, 16, 16))) == 1
 
 
 def test_control_flow_on_values_is_one_line_and_no_screen(
@@ -446,7 +446,7 @@ def test_a_derived_step_stops_there_too(between: Callable[[Net, Tensor], Tensor]
     known |= program.parameters
     for name, graph in (("forward/0", gradient.forward), ("update/0/sgd", gradient.backward)):
         results = graph(*[known[title] for title in graph_inputs(graph)])
-        known |= dict(zip(graph_outputs(name, graph), results, strict=True)) | {
+        known |= dict(zip(graph_outputs(graph), results, strict=True)) | {
             title: known[title] for title in program.parameters if name == "forward/0"
         }
     loss = nn.functional.cross_entropy(net(known["x"]), labels)
@@ -462,7 +462,7 @@ def test_a_derived_step_stops_there_too(between: Callable[[Net, Tensor], Tensor]
 def test_engines_of_derived_steps_run_it(engine: str) -> None:
     net = Net(straight_through)
     program = make_program(net, "full", passes=[MarkTrainable(), SplitPrefix()])
-    program = replace(program, engine=engine, class_count=4)
+    program = with_request(program, engine=engine, class_count=4)
     program = run_passes(program, TryEngine(), IndependentDims(), DeriveTrainStep(), Lower())
     assert program.artifacts
     # Lower verifies the lowered step beside torch's; what it saw:

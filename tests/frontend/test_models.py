@@ -305,4 +305,4 @@ def test_heads_of_library_networks(
 def test_a_library_s_backbone_gets_a_head() -> None:
     source = models.load("timm:vit_small_patch14_dinov2", "random", (3, 28, 28))
     assert source.head.parameters == {"added_head.weight": 384, "added_head.bias": 384}
-    assert "its outputs come from `native_layer_norm` in norm" in source.notes[0]
+    assert "no classifier (its get_classifier() has none): a linear head" in source.notes[0]

@@ -14,9 +14,9 @@ from pbc.frontend.capture import capture
 from pbc.ir.graph import get_tensor, op_name, tensor_names
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.runtime.engines.pytorch.engine import _Program
 from pbc.runtime.engines.pytorch.graph import parse
 from pbc.runtime.engines.pytorch.ops import OPS
+from pbc.runtime.engines.pytorch.resolved_graph import ResolvedGraph
 from pbc.targets.pytorch.lowering import graph_json
 from pbc.testing import make_program
 
@@ -167,10 +167,11 @@ def test_layers_run_as_in_pytorch(group: int) -> None:
     program = make_program(net, passes=[MarkTrainable(), SplitPrefix()])
     x = torch.randn(4, 3, 16, 16)
     values: dict[str, Tensor] = {"x": x, **program.parameters}
-    for title, graph in program.graphs.items():
+    for title, graph in reversed(program.graphs.items()):  # the prefix first
         tensors = {n: get_tensor(graph, n) for n in tensor_names(graph)}
-        data = graph_json(title, graph, {n: f"file#{n}" for n in tensors})
-        runs = _Program(parse(data, OPS, title), lambda file, key, t=tensors: t[key])  # type: ignore[misc]
+        data = graph_json(graph, {n: f"file#{n}" for n in tensors})
+        declared = parse(data, OPS, str(title))
+        runs = ResolvedGraph(declared, lambda file, key, t=tensors: t[key])  # type: ignore[misc]
         values |= runs.run(values)
     with torch.no_grad():
         torch.testing.assert_close(values["logits"], net(x), rtol=1e-4, atol=1e-5)

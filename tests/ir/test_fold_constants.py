@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from pbc.frontend.capture import capture
 from pbc.ir.fold_constants import LARGEST_BYTES, fold_constants
 from pbc.ir.graph import graph_text, op_name, tensor_names
-from pbc.testing import assert_text, make_program
+from pbc.testing import assert_text, graph_of, make_program
 
 SHAPE = (3, 16, 16)
 
@@ -69,13 +69,13 @@ REPARAMETRISED: dict[str, Callable[[], nn.Module]] = {
 def test_a_frozen_weight_is_a_constant_however_it_is_made(kind: str) -> None:
     torch.manual_seed(0)
     net = Net(REPARAMETRISED[kind]()).eval()
-    graph = make_program(net).model
+    graph = graph_of(make_program(net), "model")
     operators = [op_name(node) for node in graph.graph.nodes if node.op == "call_function"]
     assert operators == [
         "aten.conv2d.default", "aten.relu.default", "aten.mean.dim", "aten.linear.default"
     ]  # fmt: skip
     assert [n for n in tensor_names(graph) if n.startswith("conv.")] == []
-    assert sum(parameter.numel() for parameter in graph.buffers()) == 3 * 8 * 9
+    assert sum(int(buffer.numel()) for buffer in graph.buffers()) == 3 * 8 * 9
     x = torch.randn(5, *SHAPE)
     with torch.no_grad():
         torch.testing.assert_close(graph(x)[0], net(x))
@@ -83,7 +83,7 @@ def test_a_frozen_weight_is_a_constant_however_it_is_made(kind: str) -> None:
 
 def test_what_trains_does_not_fold() -> None:
     net = Net(Standardised(3, 8, 3, 2, bias=False))
-    graph = make_program(net, "full").model
+    graph = graph_of(make_program(net, "full"), "model")
     assert "conv.weight" in tensor_names(graph)
     assert not [name for name in tensor_names(graph) if name.startswith("folded.")]
 
@@ -128,7 +128,7 @@ class Masked(nn.Module):
 
 def test_tables_and_masks_are_made_once_and_equal_ones_shared() -> None:
     net = Masked().eval()
-    graph = make_program(net).model
+    graph = graph_of(make_program(net), "model")
     names = [name for name in tensor_names(graph) if name.startswith("folded.")]
     assert len(names) == 2
     operators = {op_name(node) for node in graph.graph.nodes}
@@ -153,7 +153,7 @@ class Wide(nn.Module):
 
 
 def test_what_would_be_much_larger_is_computed_there() -> None:
-    graph = make_program(Wide()).model
+    graph = graph_of(make_program(Wide()), "model")
     sizes = {name: tensor.nbytes for name, tensor in graph.named_buffers()}
     assert sizes == {"folded.exp": 64 * 4}
     assert LARGEST_BYTES < 64 * 256 * 256 * 4
