@@ -167,7 +167,7 @@ def test_layers_run_as_in_pytorch(group: int) -> None:
     program = make_program(net, passes=[MarkTrainable(), SplitPrefix()])
     x = torch.randn(4, 3, 16, 16)
     values: dict[str, Tensor] = {"x": x, **program.parameters}
-    for title, graph in reversed(program.graphs.items()):  # the prefix first
+    for title, graph in reversed(list(program.graphs.items())):  # the prefix first
         tensors = {n: get_tensor(graph, n) for n in tensor_names(graph)}
         data = graph_json(graph, {n: f"file#{n}" for n in tensors})
         declared = parse(data, OPS, str(title))
