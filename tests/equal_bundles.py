@@ -86,7 +86,7 @@ def differences(old: dict[str, bytes], new: dict[str, bytes]) -> list[str]:
                 for entries, names in zip((old, new), renamed, strict=True)
             )
             if one != other:
-                lines.append(f"{name}: {_first_difference(one, other)}")
+                lines.append(f"{name}: {_difference(one, other)}")
     return lines
 
 
@@ -147,15 +147,19 @@ def _onnx(model: Any) -> list[Any]:
     return [nodes, tensors, [names.get(o.name, o.name) for o in graph.output]]
 
 
-def _first_difference(one: Any, other: Any, path: str = "") -> str:
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        for key in one:
-            if one[key] != other[key]:
-                return _first_difference(one[key], other[key], f"{path}.{key}")
+def _difference(one: Any, other: Any, path: str = "") -> str:
+    if isinstance(one, dict) and isinstance(other, dict):
+        told = [f"only one has {path}.{key}" for key in sorted(one.keys() ^ other.keys())]
+        told += [
+            _difference(one[key], other[key], f"{path}.{key}")
+            for key in sorted(one.keys() & other.keys())
+            if one[key] != other[key]
+        ]
+        return "; ".join(told)
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
             if a != b:
-                return _first_difference(a, b, f"{path}[{number}]")
+                return _difference(a, b, f"{path}[{number}]")
     shown = [re.sub(r"\s+", " ", str(value))[:100] for value in (one, other)]
     return f"{path}: {shown[0]} | {shown[1]}"
 
