@@ -43,6 +43,12 @@ class Executable(Protocol):
     def update(self) -> None:
         """Run the backward of the last forward's mean loss, and one step of the optimizer."""
 
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Return the gradients of the last forward's mean loss, f32, by parameter; change nothing.
+
+        A parameter that the loss does not depend on is missing. `update` may follow.
+        """
+
     def parameters(self) -> dict[str, np.ndarray]:
         """Copy the trainable parameters out."""
 

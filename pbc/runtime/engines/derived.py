@@ -103,6 +103,22 @@ class DerivedExecutable(ABC):
             own = name.removeprefix(NEW)
             (self._moments if own in self._moments else self._theta)[own] = value
 
+    def gradients(self) -> dict[str, np.ndarray]:
+        # What SGD's momentum becomes when it was zero, and nothing decays, is the gradient.
+        assert self._pending is not None, "gradients() follows forward()"
+        level, values = self._pending
+        names = state_names("sgd", self._theta)
+        zeros = {state: np.zeros_like(self._theta[parameter].numpy()) for state, parameter in names}
+        still = {name: _scalar(0) for name in OPTIMIZERS["sgd"].scalars}
+        outputs = self._run(
+            str(update("sgd").at(level)), {**values, **still, **self._theta, **zeros}
+        )
+        return {
+            parameter: _copied(outputs[NEW + state])
+            for state, parameter in names
+            if NEW + state in outputs
+        }
+
     def _update_name(self, level: int) -> str:
         return str(update(self._objective.optimizer).at(level))
 

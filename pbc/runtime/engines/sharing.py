@@ -89,6 +89,9 @@ class TrainerExecutable:
     def update(self) -> None:
         self._shared.held_by(self).update()
 
+    def gradients(self) -> dict[str, np.ndarray]:
+        return self._shared.held_by(self).gradients()
+
     def parameters(self) -> dict[str, np.ndarray]:
         return self._shared.held_by(self).parameters()
 

@@ -99,6 +99,7 @@ def test_every_step_at_every_level_is_that_of_pytorch(
         for value, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(value, other, rtol=1e-3, atol=1e-3)
         if step % 4 != 3:
+            same_gradients(ours, twin)
             ours.update()
             twin.update()
     for get in ("parameters", "optimizer_state"):
@@ -110,6 +111,17 @@ def test_every_step_at_every_level_is_that_of_pytorch(
         not np.array_equal(value, initial_parameters(source, 4, 0)[name])
         for name, value in ours.parameters().items()
     )
+
+
+def same_gradients(ours: Executable, twin: Executable) -> None:
+    """They agree, and asking for them moves nothing."""
+    before = ours.parameters(), ours.optimizer_state()
+    gradients, expected = ours.gradients(), twin.gradients()
+    assert list(gradients) == list(expected) == list(ours.parameters())
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-3)
+    for kept, now in zip(before, (ours.parameters(), ours.optimizer_state()), strict=True):
+        assert all(np.array_equal(kept[name], now[name]) for name in kept)
 
 
 def fit(source: Bundle, photos: Path, out: Path, **settings: Any) -> list[dict[str, Any]]:

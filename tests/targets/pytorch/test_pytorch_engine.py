@@ -109,6 +109,12 @@ def torch_optimizer(objective: Objective, parameters: list[nn.Parameter]) -> tor
     return torch.optim.AdamW(parameters, rate, weight_decay=decay)
 
 
+def gradient_of(parameter: nn.Parameter) -> np.ndarray:
+    assert parameter.grad is not None
+    gradient: np.ndarray = parameter.grad.numpy()
+    return gradient
+
+
 OBJECTIVES = [
     Objective("sgd", 0.05),
     Objective("sgd", 0.05, momentum=0.0),
@@ -154,6 +160,8 @@ def test_training_is_torch_optim_to_the_bit(
         assert losses.tobytes() == expected.detach().numpy().tobytes()
         optimizer.zero_grad()
         expected.mean().backward()
+        for name, gradient in executable.gradients().items():
+            assert gradient.tobytes() == gradient_of(parameters[name]).tobytes()
         optimizer.step()
         executable.update()
     for name, value in executable.parameters().items():

@@ -50,13 +50,15 @@ def images(source: Bundle, count: int) -> np.ndarray:
     return InputSpec.from_json(source.manifest["input"]).normalise(pixels.astype(np.uint8))
 
 
-def step(executable: Executable, source: Bundle, number: int) -> tuple[np.ndarray, np.ndarray]:
+def step(executable: Executable, source: Bundle, number: int) -> tuple[np.ndarray, ...]:
     """One forward and, three times of four, its update; levels and batch sizes take turns."""
     level, count = number % len(source.manifest["levels"]), (6, 6, 5, 1)[number % 4]
     features = executable.prefix(level, images(source, count))
     found = executable.forward(level, features, np.arange(count) % 4)
     if number % 4 != 3:
+        gradients = executable.gradients()
         executable.update()
+        return *found, *gradients.values()
     return found
 
 

@@ -92,6 +92,17 @@ class PyTorchExecutable:
         with torch.no_grad():
             self._optimizer.step(gradients)
 
+    def gradients(self) -> dict[str, np.ndarray]:
+        assert self._loss is not None, "gradients() follows forward()"
+        gradients = torch.autograd.grad(
+            self._loss, list(self._theta.values()), allow_unused=True, retain_graph=True
+        )
+        return {
+            name: _to_numpy(gradient).copy()
+            for name, gradient in zip(self._theta, gradients, strict=True)
+            if gradient is not None
+        }
+
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: value.detach().numpy().copy() for name, value in self._theta.items()}
 
