@@ -1,18 +1,21 @@
 """Partition a traced training step where its loss is known: a forward, and a backward.
 
 Between them lies what the backward reads of the forward's values. It is saved, unless recomputing
-it costs less than the memory traffic.
+it costs less than the memory traffic, or unless what is read of it is smaller: of a ReLU that no
+trained weight meets, the mask alone.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
+from math import inf, prod
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pbc.ir.graph import GRADIENT, NAME, PARAMETER, get_tensor, output_node, put_tensor
+from pbc.ir.graph import GRADIENT, NAME, PARAMETER, get_tensor, output_node, put_tensor, shape_of
 from pbc.ir.rewrite import ancestors
 from pbc.training_graph.names import LOGITS, LOSS, LOSSES, SAVED
 
@@ -50,6 +53,8 @@ def partition(
     # Whoever computes several results computes those, too, that the backward alone reads.
     first |= {n for n in joint.graph.nodes if n.target is operator.getitem and n.args[0] in first}
     second = ancestors(gradients) - first
+    smaller = _smaller(second, first)
+    first, second = first | smaller, second - smaller
     saved = _saved(second, first)
     names = {**names} | {node: node.name for node in saved}
     forward = _part(joint, first, [], answers + saved, names)
@@ -60,6 +65,24 @@ def partition(
     backward = _part(joint, second | recomputed, saved, gradients, names, late=recomputed)
     output_node(backward).meta[NAME] = list(parameters)
     return forward, backward
+
+
+def _smaller(second: set[Node], first: set[Node]) -> set[Node]:
+    """Nodes of the backward that are saved in place of the larger tensor that they alone read."""
+    smaller: set[Node] = set()
+    recomputed = _recomputed(second, first)
+    for source in _saved(second, first):
+        readers = [user for user in source.users if user in second or user in recomputed]
+        early = all(n in second and first.issuperset(n.all_input_nodes) for n in readers)
+        if early and sum(map(_bytes, readers)) < _bytes(source):
+            smaller.update(readers)
+    return smaller
+
+
+def _bytes(node: Node) -> float:
+    """Size of a tensor for the example batch; no bound for what is no tensor."""
+    value = node.meta["val"]
+    return prod(shape_of(node)) * value.dtype.itemsize if isinstance(value, Tensor) else inf
 
 
 def _recomputed(second: set[Node], first: set[Node]) -> set[Node]:

@@ -418,8 +418,25 @@ def test_the_forward_alone_holds_no_backward(kind: Kind, text: str) -> None:
     extra = [node for node in forward.graph.nodes if node not in needed and node.op != "output"]
     # What only the backward reads is no work: views, and parts of results that are there anyway.
     work = [n for n in extra if n.op != "placeholder" and n.target is not operator.getitem]
-    assert not work
+    # Or it is one pass over a tensor that would be saved otherwise, and is larger.
+    saved = set(saved_nodes(derived(kind, text)).values())
+    for node in work:
+        assert node in saved
+        (source,) = node.all_input_nodes
+        assert source in needed - saved
+        assert node.meta["val"].dtype.itemsize < source.meta["val"].dtype.itemsize
     assert "backward" not in forward.code
+
+
+def test_of_a_relu_before_frozen_weights_the_mask_is_saved() -> None:
+    """One byte for each value instead of four (TinyTL, NeurIPS 2020, section 3.1, keeps a bit)."""
+    dtypes = {
+        source.target: node.meta["val"].dtype
+        for node in saved_nodes(derived(ConvNet, "norm")).values()
+        for source in node.all_input_nodes
+        if source.target == aten.relu.default
+    }
+    assert dtypes == {aten.relu.default: torch.bool}
 
 
 @every_case
