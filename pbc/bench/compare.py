@@ -57,9 +57,7 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
     if options.quick:
         train = _few(train, _QUICK_TRAIN, batch)
         test = _few(test, _QUICK_TEST, 1)
-    on_disk = [
-        name for name, part in (("training", train), ("test", test)) if not photos.in_memory(part)
-    ]
+    on_disk = [name for name, part in (("training", train), ("test", test)) if not part.in_memory]
     if options.train.threads is not None:
         runtime.engine.load(runtime.bundle, threads=options.train.threads)  # for every rival
     work = Work(folder)
@@ -188,7 +186,9 @@ def _few(samples: Samples, most: int, multiple: int) -> Samples:
     per_class = max(1, most // len(samples.classes))
     some = photos.first_of_each(samples, per_class, seed=0)
     whole = len(some) // multiple * multiple
-    return photos.subset(some, np.linspace(0, len(some) - 1, whole).astype(int)) if whole else some
+    if not whole:
+        return some
+    return photos.in_memory(some.subset(np.linspace(0, len(some) - 1, whole).astype(int)))
 
 
 def _rate(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pbc.data import ImageFolder, InputSpec, Samples
+from pbc.data.held_out import hold_out
 from pbc.errors import PbcError
 
 _SPLIT_SEED = 0
@@ -18,15 +19,10 @@ _RAM_BYTES = 4 << 30
 Progress = Callable[[int, int], None]
 
 
-def subset(samples: Samples, indices: np.ndarray) -> Samples:
-    """Return some of the samples, int64[n], decoded in memory; the classes stay."""
-    return replace(
-        samples,
-        names=tuple(samples.names[index] for index in indices),
-        labels=samples.labels[indices],
-        hashes=tuple(samples.hashes[index] for index in indices),
-        _decoded=samples.batch(indices),
-    )
+def in_memory(samples: Samples) -> Samples:
+    """Return the samples decoded in memory."""
+    decoded = samples.batch(np.arange(len(samples)))
+    return replace(samples, _decoded=decoded, _rows=None)
 
 
 def first_of_each(samples: Samples, count: int, seed: int) -> Samples:
@@ -36,25 +32,15 @@ def first_of_each(samples: Samples, count: int, seed: int) -> Samples:
         random.permutation(np.flatnonzero(samples.labels == label))[:count]
         for label in range(len(samples.classes))
     ]
-    return subset(samples, np.sort(np.concatenate(chosen)))
+    return in_memory(samples.subset(np.sort(np.concatenate(chosen))))
 
 
 def split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
-    """Split off a share of every class: (the rest, the share), at least one sample in each.
-
-    A class of one sample stays in the rest.
-    """
-    random = np.random.Generator(np.random.PCG64(seed))
-    apart = []
-    for label in range(len(samples.classes)):
-        members = random.permutation(np.flatnonzero(samples.labels == label))
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        apart.append(members[: max(count, 0)])
-    chosen = np.sort(np.concatenate(apart))
-    if len(chosen) == 0:
+    """Split off a share of every class: (the rest, the share); see pbc.data.held_out."""
+    rest, apart = hold_out(samples, share, seed)
+    if len(apart) == 0:
         raise PbcError("no class has two samples to split; give the test photos with --test")
-    rest = np.setdiff1d(np.arange(len(samples)), chosen)
-    return subset(samples, rest), subset(samples, chosen)
+    return in_memory(rest), in_memory(apart)
 
 
 def train_and_test(
@@ -77,11 +63,6 @@ def train_and_test(
         return train, tested, "given"
     rest, apart = split(train, 1 / 3, _SPLIT_SEED)
     return rest, apart, "a third of each class, set apart with seed 0"
-
-
-def in_memory(samples: Samples) -> bool:
-    """Return whether all photos stay decoded; the others are decoded whenever they are read."""
-    return len(samples._decoded) == len(samples)
 
 
 def _pair(data: Path) -> tuple[Path, Path] | None:

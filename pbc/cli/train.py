@@ -18,7 +18,9 @@ from rich.text import Text
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
-from pbc.data import ImageFolder, Samples, has_held_out, read_image
+from pbc.cli.verdict import accuracy_line, next_commands, verdict
+from pbc.data import ImageFolder, Samples, read_image
+from pbc.data.held_out import default_validation, train_and_validation
 from pbc.data.inventory import printable
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
@@ -27,7 +29,28 @@ from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
 
 _PATH = click.Path(path_type=Path)
+_NONE = "none"
 _DEFAULTS = TrainOptions()
+
+
+class _Val(click.ParamType[Any]):
+    """A share to hold out (float), a place of photos (Path), or `none`."""
+
+    name = "FOLDER|SHARE|none"
+
+    def convert(self, value: Any, param: Any, context: Any) -> Path | float | str:
+        if value == _NONE:
+            return _NONE
+        try:
+            share = float(value)
+        except ValueError:
+            return Path(value)
+        if not 0 < share < 1:
+            self.fail(
+                f"{value} is no share of the photos: expected more than 0 and less than 1, "
+                f"{_NONE}, or a folder (./{value})"
+            )
+        return share
 
 
 @click.command()
@@ -36,8 +59,9 @@ _DEFAULTS = TrainOptions()
 @click.option("-o", "--output", "out", type=_PATH, required=True, help="Folder of the result.")
 @click.option(
     "--val",
-    type=_PATH,
-    help="Labelled photos to evaluate the result on.  [default: val/ beside train/ in DATA]",
+    type=_Val(),
+    help="What to measure the result on: a folder of labelled photos, a share of DATA to hold out, "
+    "or none (train on all).  [default: val/ beside train/ in DATA, else 0.2]",
 )
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @click.option(
@@ -108,7 +132,7 @@ def train(
     bundle: Path,
     data: Path,
     out: Path,
-    val: Path | None,
+    val: Path | float | str | None,
     no_routing: bool,
     no_skip: bool,
     resume: bool,
@@ -118,7 +142,8 @@ def train(
 ) -> None:
     """Train a bundle on labelled photos: a folder of class folders, or a zip file of them.
 
-    Of a data set with train/ and val/, train/ is trained on and val/ evaluated.
+    A fifth of the photos of each class is held out, and what the model makes of them told in the
+    end. Of a data set with train/ and val/, train/ is trained on and val/ evaluated.
 
     Training can be killed at any moment; the same command with --resume goes on, to the same
     result. Photos, features and metrics stay on this machine; `pbc forget` removes them.
@@ -132,15 +157,16 @@ def train(
     try:
         display = TrainDisplay(options.epochs)
         with display:
-            samples = ImageFolder.open(data, runtime.spec, strict=strict, progress=display.reading)
+            val = default_validation(data) if val is None else val
+            samples, validation = train_and_validation(
+                data,
+                runtime.spec,
+                None if isinstance(val, str) else val,
+                strict=strict,
+                progress=display.reading,
+            )
             _tell(samples, display.line)
-            validation = None
-            if val is None and has_held_out(data):
-                val = data
-            if val is not None:
-                validation = ImageFolder.open(
-                    val, runtime.spec, held_out=True, strict=strict, progress=display.reading
-                )
+            if isinstance(val, Path) and validation is not None:
                 _tell(validation, display.line)
             result = runtime.fit(
                 samples,
@@ -155,8 +181,14 @@ def train(
         click.echo("interrupted: the same command with --resume goes on from here", err=True)
         sys.exit(130)
     if result is not None:
-        click.echo(f"accuracy {result.accuracy:.2%} on {result.count} samples (level 0)")
+        click.echo("\n".join(verdict(result, Output(out))))
+    elif isinstance(val, float):
+        click.echo("accuracy not measured: no class has enough photos to hold some out")
     click.echo(f"wrote {out}")
+    held_out = result is not None and isinstance(val, float)
+    onnx = bool(runtime.bundle.manifest.get("export"))
+    for line in next_commands(bundle, data, out, held_out=held_out, onnx=onnx):
+        click.echo(line)
 
 
 @click.command("eval")
@@ -183,10 +215,8 @@ def evaluate(
         }
         click.echo(json.dumps(facts))
         return
-    click.echo(
-        f"accuracy {result.accuracy:.2%}, loss {result.loss:.4f} "
-        f"on {result.count} samples (level {level})"
-    )
+    at = f" at level {level}" if level else ""
+    click.echo(f"{accuracy_line(result)}, loss {result.loss:.4f}{at}")
 
 
 @click.command()

@@ -34,6 +34,7 @@ class Samples:
     labels: int64[N], indices into `classes`; UNLABELLED where there are none.
     hashes: bytes[32] each, sha256 of the file's bytes: the sample's identity in a cache.
     inventory: every file of the data, read or left out, with the reason.
+    root: the folder or zip that the names are relative to; empty where they are of no file.
     """
 
     spec: InputSpec
@@ -44,6 +45,9 @@ class Samples:
     inventory: Inventory
     _decoded: np.ndarray
     _read: Callable[[str], bytes]
+    root: str = ""
+    # Which rows of what was read these samples are; None: all, in order.
+    _rows: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -55,8 +59,9 @@ class Samples:
 
     def decode(self, index: int) -> np.ndarray:
         """uint8[H, W, 3] of one sample."""
-        if index < len(self._decoded):
-            image: np.ndarray = self._decoded[index]
+        row = index if self._rows is None else self._rows[index]
+        if row < len(self._decoded):
+            image: np.ndarray = self._decoded[row]
             return image
         try:
             return self.spec.decode(self._read(self.names[index]))
@@ -65,14 +70,36 @@ class Samples:
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
         """uint8[B, H, W, 3] of several samples."""
-        if len(self._decoded) == len(self.names) or indices.max() < len(self._decoded):
-            gathered: np.ndarray = self._decoded[indices]
+        rows = indices if self._rows is None else self._rows[indices]
+        if rows.max() < len(self._decoded):
+            gathered: np.ndarray = self._decoded[rows]
             return gathered
         return np.stack([self.decode(int(index)) for index in indices])
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """f32[B, 3, H, W] of several samples, normalised (NHWC memory)."""
         return self.spec.normalise(self.batch(indices))
+
+    def subset(self, indices: np.ndarray) -> Samples:
+        """Some of the samples, int64[n]; classes and memory are shared."""
+        return replace(
+            self,
+            names=tuple(self.names[index] for index in indices),
+            labels=self.labels[indices],
+            hashes=tuple(self.hashes[index] for index in indices),
+            _rows=indices if self._rows is None else self._rows[indices],
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all stay decoded; the others are decoded whenever they are read."""
+        if self._rows is None:
+            return len(self._decoded) == len(self.names)
+        return not self._rows.size or bool(self._rows.max() < len(self._decoded))
+
+    def path(self, index: int) -> str:
+        """Where a sample is, for people: its file, or its place in a zip."""
+        return str(Path(self.root) / self.names[index])
 
     def with_classes(self, classes: Sequence[str]) -> Samples:
         """The same samples, labelled by position in `classes`, which must hold every name.
@@ -241,6 +268,7 @@ def _load(
         account,
         decoded[: len(alive)],
         listing.read,
+        str(listing.root),
     )
 
 

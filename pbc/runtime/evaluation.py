@@ -1,8 +1,9 @@
-"""Accuracy and loss of a model on labelled samples."""
+"""Accuracy and loss of a model on labelled samples, and what it answered for each."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,30 +11,60 @@ import numpy as np
 from pbc.data import Samples
 from pbc.runtime.engines import Executable
 
+_Z_95 = 1.959964
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A share of right answers in 0…1, mean cross-entropy, number of samples."""
+    """A share of right answers in 0…1, mean cross-entropy, number of samples.
+
+    answers: int64[count], the label that is the likeliest for each sample. probabilities:
+    f64[count], of that label.
+    """
 
     accuracy: float
     loss: float
     count: int
+    answers: np.ndarray = field(repr=False, compare=False)
+    probabilities: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the bounds of the accuracy at 95 % confidence."""
+        return wilson(round(self.accuracy * self.count), self.count)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "loss": self.loss,
+            "count": self.count,
+        }
 
 
 def evaluate(executable: Executable, samples: Samples, level: int, batch: int) -> Evaluation:
     """Run every sample at one level, `batch` at a time."""
-    right, loss = 0, 0.0
+    loss = 0.0
+    answers = np.empty(len(samples), np.int64)
+    probabilities = np.empty(len(samples))
     for start in range(0, len(samples), batch):
         indices = np.arange(start, min(start + batch, len(samples)))
         labels = samples.labels[indices]
         features = executable.prefix(level, samples.images(indices))
         shares = log_softmax(executable.logits(level, features))
-        right += int((shares.argmax(axis=1) == labels).sum())
+        answers[indices] = shares.argmax(axis=1)
+        probabilities[indices] = np.exp(shares.max(axis=1))
         loss -= float(shares[np.arange(len(indices)), labels].sum())
-    return Evaluation(right / len(samples), loss / len(samples), len(samples))
+    accuracy = float((answers == samples.labels).mean())
+    return Evaluation(accuracy, loss / len(samples), len(samples), answers, probabilities)
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return bounds of a share at 95 % confidence (Wilson's score interval, 1927)."""
+    share, z = right / count, _Z_95 * _Z_95 / count
+    middle = (share + z / 2) / (1 + z)
+    half = math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

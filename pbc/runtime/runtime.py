@@ -19,12 +19,12 @@ from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Report, silent
 from pbc.runtime.frames import Stream
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import write_model
+from pbc.runtime.output.validation import Validation
 from pbc.runtime.parameters import checked_theta, numbered_classes
 from pbc.runtime.stream import StreamTraining
 from pbc.runtime.trainer import Trainer
@@ -85,8 +85,10 @@ class Runtime:
         resume: bool = False,
         overwrite: bool = False,
         report: Report = silent,
-    ) -> Evaluation | None:
+    ) -> Validation | None:
         """Train, and write the personal model into the folder `out`; evaluate it on `val`.
+
+        `pbc.data.held_out.train_and_validation` sets photos aside for `val`, as `pbc train` does.
 
         A folder that holds a run already needs `resume` (go on) or `overwrite` (start again).
         Ctrl-C writes a checkpoint, then raises KeyboardInterrupt.

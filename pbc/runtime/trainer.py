@@ -23,6 +23,7 @@ from pbc.runtime.output.checkpoint import Checkpoint, difference, join
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
+from pbc.runtime.output.validation import Validation
 from pbc.runtime.parameters import checked_theta, initial_parameters, labelled_as, labelled_for
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.decisions import Decisions
@@ -137,6 +138,8 @@ class Trainer:
         self._meter.restart()
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None
+        if self._val is not None:
+            self._report(Note(_split_line(self._samples, self._val)))
         if checkpoint is not None:
             parameters = checkpoint.part("theta")
         self._executable.start(parameters, self.objective)
@@ -181,11 +184,14 @@ class Trainer:
             reports.append(self._end_epoch(report, last=left == 0))
         return tuple(reports)
 
-    def finish(self) -> Evaluation | None:
+    def finish(self) -> Validation | None:
         """Write the personal model, evaluated at level 0 on the validation samples if any."""
-        result = self.evaluate(self._val) if self._val is not None else None
         final: dict[str, Any] = {"final": True, "epochs": self.epoch}
-        if result is not None:
+        validation = None
+        if self._val is not None:
+            result = self.evaluate(self._val)
+            validation = Validation.of(result, self._val)
+            validation.save(self._output.validation)
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
         if self._run.decisions.findings:
             final["audit"] = [found.to_json() for found in self._run.decisions.findings]
@@ -202,7 +208,7 @@ class Trainer:
         )
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
-        return result
+        return validation
 
     def evaluate(self, samples: Samples, level: int = 0) -> Evaluation:
         """Evaluate the parameters as they are now; its time is not a part of training's."""
@@ -376,3 +382,10 @@ class Trainer:
                 f"cannot resume {self._output.root}: {different}; --overwrite starts again"
             )
         return checkpoint
+
+
+def _split_line(samples: Samples, val: Samples) -> str:
+    """Say how many photos are learnt from, and how many and which classes the result is shown."""
+    without = len(samples.classes) - len(set(val.labels.tolist()))
+    none = f" (none of {without} classes)" if without else ""
+    return f"{len(samples)} photos to train on, {len(val)} to measure the result on{none}"

@@ -14,7 +14,7 @@ import tiny
 from click.testing import CliRunner, Result
 
 from pbc import cli
-from pbc.bench.photos import first_of_each, in_memory, split, train_and_test
+from pbc.bench.photos import first_of_each, split, train_and_test
 from pbc.bench.sweep import ShuffledPolicy, _with_means, notes
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
@@ -146,10 +146,10 @@ def test_a_split_keeps_every_class_on_both_sides(samples: Samples) -> None:
 
 
 def test_what_does_not_stay_decoded_is_known(tmp_path: Path, samples: Samples) -> None:
-    assert in_memory(samples)
+    assert samples.in_memory
     most = ImageFolder.open(tmp_path / "p", tiny.SPEC, ram_bytes=26 * samples.decode(0).nbytes)
-    assert not in_memory(most)
-    assert in_memory(split(most, 1 / 3, seed=0)[0])
+    assert not most.in_memory
+    assert split(most, 1 / 3, seed=0)[0].in_memory
 
 
 def test_a_subset_is_those_samples(samples: Samples) -> None:
@@ -176,9 +176,9 @@ def test_where_the_test_photos_come_from(tmp_path: Path) -> None:
     assert counts("alone", "pair/test") == (18, 6)
     tiny.photos(tmp_path / "pair" / "val", 1)
     assert counts("pair") == (9, 6)
-    for name in ("train", "test"):  # two classes with unlucky names
-        some_class = min((tmp_path / "alone").iterdir())
-        shutil.copytree(some_class, tmp_path / "classes" / name)
+    some = sorted((tmp_path / "alone").iterdir())
+    for name, folder in zip(("train", "test"), some, strict=False):  # classes of unlucky names
+        shutil.copytree(folder, tmp_path / "classes" / name)
     assert counts("classes") == (8, 4)
     with pytest.raises(PbcError, match="holds train/ and test/ already"):
         counts("pair", "alone")

@@ -27,6 +27,7 @@ from pbc.cli import main
 from pbc.cli.display import epoch_line, level_shares
 from pbc.data import ImageFolder, read_image
 from pbc.errors import PbcError
+from pbc.runtime.evaluation import wilson
 from pbc.runtime.events import EpochReport, Event, Report, StepReport
 from pbc.runtime.features import cache as feature_cache
 from pbc.runtime.objective import Objective
@@ -61,6 +62,8 @@ def run(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     def call(*args: str, fails: int = 0) -> Result:
         if args[0] == "train" and "--costs" not in args:
             args = (*args, "--costs", "@costs.json")
+        if args[0] == "train" and "--val" not in args:
+            args = (*args, "--val", "none")
         words = [word.replace("@", f"{assets}/") for word in args]
         result = click.testing.CliRunner().invoke(main, words)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -99,7 +102,8 @@ def test_train_eval_predict(run: Run, optimizer: str) -> None:
     report = json.loads(run("eval", "mine", "@test", "--json").stdout)
     assert report["accuracy"] > 0.8
     assert report["count"] == 18
-    assert f"accuracy {report['accuracy']:.2%} on 18 samples (level 0)\nwrote mine" in result.stdout
+    assert result.stdout.startswith(f"accuracy {report['accuracy']:.2%} on 18 samples (95 %")
+    assert "\nwrote mine\nnext:\n  pbc predict mine PHOTO.jpg" in result.stdout
     assert "accuracy" in run("eval", "mine", "@test", "--level", "2").stdout
     (row,) = json.loads(run("predict", "mine", "@photos/red/001.png", "--json").stdout)
     assert row["image"].endswith("red/001.png")
@@ -280,7 +284,8 @@ def test_a_script_does_what_the_commands_do(run: Run, assets: Path, tmp_path: Pa
     assert [step.step for step in steps] == [*range(1, 9)] * 2
     assert steps[-1].samples == steps[-1].total == 30
     personal = Personal.open("b")
-    assert personal.evaluate(samples) == result
+    assert result is not None
+    assert personal.evaluate(samples) == result.evaluation
     best = personal.predict(read_image(assets / "photos" / "red" / "000.png", runtime.spec))
     assert {name for name, _ in best} == {"blue", "green", "red"}
     trainer = runtime.trainer(samples, options, "c")
@@ -290,6 +295,83 @@ def test_a_script_does_what_the_commands_do(run: Run, assets: Path, tmp_path: Pa
         trainer.run_epoch()
     trainer.finish()
     assert theta("c") == theta("a")
+
+
+# ---- what it learnt --------------------------------------------------------------------------
+
+
+def test_a_fifth_is_held_out_and_the_result_told(run: Run, tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "mixed", 10)
+    for index in range(5):  # green photos among the red ones cannot be told apart
+        (tmp_path / "mixed/green" / f"00{index}.png").rename(
+            tmp_path / "mixed/red" / f"green{index}.png"
+        )
+    result = run("train", "@probe.pbc", "mixed", "--val", "0.4", "-o", "mine", "--epochs", "3")
+    assert "18 photos to train on, 12 to measure the result on" in result.stderr
+    told = json.loads(Path("mine/validation.json").read_text())
+    assert Path("mine/validation.json").stat().st_mode & 0o777 == 0o600
+    rights = sum(row["right"] for row in told["classes"])
+    assert [row["count"] for row in told["classes"]] == [4, 2, 6]
+    assert told["accuracy"] == rights / 12
+    assert told["interval"] == pytest.approx(wilson(rights, 12))
+    assert len(told["wrong"]) == 12 - rights > 0
+    for wrong in told["wrong"]:
+        assert wrong["class"] != wrong["answer"]
+        assert wrong["class"] == Path(wrong["photo"]).parent.name
+        answers = json.loads(run("predict", "mine", wrong["photo"], "--json").stdout)
+        assert answers[0]["classes"][0]["class"] == wrong["answer"]
+        assert answers[0]["classes"][0]["probability"] == pytest.approx(wrong["probability"])
+    assert result.stdout.startswith(f"accuracy {rights / 12:.2%} on 12 samples (95 %")
+    assert "worst classes: " in result.stdout
+    assert f"\n  {told['wrong'][0]['photo']}: taken for {told['wrong'][0]['answer']} (" in (
+        result.stdout
+    )
+    assert "mixed --val none -o mine-all" in result.stdout
+    run("forget", "mine")
+    assert not Path("mine/validation.json").exists()
+
+
+def test_without_say_a_fifth_is_held_out(assets: Path, tmp_path: Path) -> None:
+    words = command(assets, tmp_path / "mine", "--epochs", "1")
+    at = words.index("--val")
+    done = subprocess.run(words[:at] + words[at + 2 :], capture_output=True, text=True, check=True)
+    assert "24 photos to train on, 6 to measure the result on" in done.stderr
+    assert " on 6 samples " in done.stdout
+
+
+def test_a_resumed_run_holds_out_the_same_photos(run: Run) -> None:
+    share = ["--val", "0.2", *LR, "--no-skip"]
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "2", *share)
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "4", "--resume", *share)
+    run("train", "@probe.pbc", "@photos", "-o", "b", "--epochs", "4", *share)
+    assert theta("a") == theta("b")
+    assert Path("a/validation.json").read_text() == Path("b/validation.json").read_text()
+    other = ["train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "4", "--resume"]
+    assert "with other photos to train on" in run(*other, "--val", "0.4", fails=1).stderr
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1", "--overwrite")
+    assert not Path("a/validation.json").exists()
+
+
+@pytest.mark.parametrize("val", ["0", "1", "1.5", "-0.1", "nan"])
+def test_a_share_that_is_none(run: Run, val: str) -> None:
+    result = run("train", "@probe.pbc", "@photos", "-o", "a", "--val", val, fails=2)
+    assert f"{val} is no share of the photos" in result.stderr
+    assert not Path("a").exists()
+
+
+def test_classes_too_small_to_hold_any_out(run: Run) -> None:
+    tiny.photos(Path("few"), 2)
+    result = run("train", "@probe.pbc", "few", "-o", "a", "--val", "0.2", "--epochs", "1")
+    assert "accuracy not measured: no class has enough photos" in result.stdout
+    assert not Path("a/validation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(9, 10, 0.5958, 0.9821), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0)],
+)
+def test_the_interval_is_wilson_s(right: int, count: int, low: float, high: float) -> None:
+    assert wilson(right, count) == pytest.approx((low, high), abs=1e-4)
 
 
 # ---- interruptions -------------------------------------------------------------------------
@@ -333,7 +415,7 @@ def command(assets: Path, out: Path, *options: str) -> list[str]:
     code = "from pbc.cli import main; main()"
     return [sys.executable, "-c", code, *words, "--lr", "0.1", "--checkpoint-seconds", "0",
             "--cache", "disk", "--epochs", "30", "--alpha", "0.5",
-            "--costs", str(assets / "costs.json"), *options]  # fmt: skip
+            "--costs", str(assets / "costs.json"), "--val", "none", *options]  # fmt: skip
 
 
 def test_kill_9_at_random_moments(assets: Path, tmp_path: Path) -> None:
@@ -444,7 +526,7 @@ def test_resuming_something_else_names_the_difference(run: Run) -> None:
         (["@probe.pbc", "@photos", "--momentum", "0"], "started with momentum 0.9, not 0.0"),
         (["@probe.pbc", "@photos", "--weight-decay", "1"], "started with weight_decay 0.0, not 1"),
         (["@probe.pbc", "@photos", "--label-smoothing", "0.1"], "with label_smoothing 0.0, not 0."),
-        (["@probe.pbc", "@test"], "started with another data"),
+        (["@probe.pbc", "@test"], "started with other photos to train on"),
         (["@maps.pbc", "@photos"], "started with another bundle"),
     ):
         result = run("train", *change, "-o", "a", "--epochs", "1", "--resume", fails=1)

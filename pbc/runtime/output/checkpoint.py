@@ -72,9 +72,10 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any], epochs: int) -> 
     Both hold `bundle` and `data` (digests) and `options` (values by name), the checkpoint's too the
     `epoch` that it is in and the `rounds` that were begun: no total of epochs bounds those.
     """
-    for name in ("bundle", "data"):
-        if then[name] != now[name]:
-            return f"it was started with another {name}"
+    if then["bundle"] != now["bundle"]:
+        return "it was started with another bundle"
+    if then["data"] != now["data"]:
+        return "it was started with other photos to train on (other data, or another --val)"
     for name, value in now["options"].items():
         before = then["options"].get(name)
         if before != value:

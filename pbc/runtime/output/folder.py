@@ -47,6 +47,11 @@ class Output:
         return self.root / "metrics.jsonl"
 
     @property
+    def validation(self) -> Path:
+        """What the model got right and wrong on photos that it was not trained on."""
+        return self.root / "validation.json"
+
+    @property
     def costs(self) -> Path:
         """Costs of a sample at each level on this device; `--costs` reads it."""
         return self.root / "costs.json"
@@ -89,7 +94,7 @@ class Output:
                 "--overwrite starts again, -o names another folder"
             )
         # Gone first: a folder is never half of one run and half of another.
-        for path in (self.model, self.checkpoint, self.trainable):
+        for path in (self.model, self.checkpoint, self.trainable, self.validation):
             path.unlink(missing_ok=True)
 
     def adopt(self, bundle: Bundle) -> None:
@@ -125,7 +130,7 @@ class Output:
 
     def forget(self, *, model: bool) -> list[Path]:
         """Remove what was derived from the user's photos, the model too if asked; say what."""
-        private = [self.cache, self.checkpoint, self.metrics, self.tensorboard]
+        private = [self.cache, self.checkpoint, self.metrics, self.validation, self.tensorboard]
         kept = [self.model, self.trainable, self.bundle, self.costs, self.root / ".lock"]
         wanted = [*private, *(kept if model else ())]
         gone = [path for path in wanted if path.exists()]
