@@ -36,6 +36,7 @@ from pbc.ir.graph import (
 )
 from pbc.lower.lowering import unsupported
 from pbc.lower.weights import unused
+from pbc.targets.onnxruntime.tail import append, cut
 
 # The first with Gelu as one operator; onnxruntime 1.17 and everything after runs it.
 OPSET = 20
@@ -56,7 +57,10 @@ _REFUSALS = (
 
 
 class Converter:
-    """Converts graphs; those of one structure are exported once, whatever is in their tensors."""
+    """Converts graphs; those of one structure are exported once, whatever is in their tensors.
+
+    Graphs that differ in the arithmetic of their optimizer at the end share the export of the rest.
+    """
 
     def __init__(self) -> None:
         # The latest last: a compilation meets the graphs of a few levels again and again.
@@ -87,16 +91,10 @@ class Converter:
             ]
             for node, given in zip(placeholders(graph), graph_inputs(graph), strict=True)
         ]
-        structure = _structure(graph, axes)
-        exported = self._exported.pop(structure, None)
-        if exported is None:
-            try:
-                exported = _exported(graph, axes)
-            except _REFUSALS as error:
-                raise _cannot(kind, graph, error) from error
-        self._exported[structure] = exported
-        if len(self._exported) > _KEPT:
-            del self._exported[next(iter(self._exported))]
+        try:
+            exported = self._whole(graph, axes)
+        except _REFUSALS as error:
+            raise _cannot(kind, graph, error) from error
         model = ModelProto()
         model.CopyFrom(exported)
         frozen = tensor_names(graph) if tensors is None else tensors
@@ -104,6 +102,25 @@ class Converter:
         _name_dimensions(model.graph, head)
         # Without the level: bodies that are the same have the same bytes, and are loaded once.
         model.graph.name = kind
+        return model
+
+    def _whole(self, graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
+        """Export a graph, or the part of it that is not written here; valid, and it can run."""
+        structure = _structure(graph, axes)
+        model = self._exported.pop(structure, None)
+        if model is None:
+            parts = cut(graph)
+            if parts is None:
+                model = _exported(graph, axes)
+            else:
+                own = {node.name for node in placeholders(parts.head)}
+                pairs = zip(placeholders(graph), axes, strict=True)
+                head_axes = [open_axes for node, open_axes in pairs if node.name in own]
+                model = append(self._whole(parts.head, head_axes), graph, parts)
+            check(model)
+        self._exported[structure] = model
+        if len(self._exported) > _KEPT:
+            del self._exported[next(iter(self._exported))]
         return model
 
 
@@ -126,10 +143,7 @@ def _structure(graph: GraphModule, axes: Sequence[Sequence[int]]) -> str:
 
 
 def _exported(graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
-    """The model that takes the graph's inputs and then its frozen tensors, by the exporter's names.
-
-    It is valid, and onnxruntime's CPU provider has every operator of it.
-    """
+    """The model of the graph's inputs and then its frozen tensors, by the exporter's names."""
     module = _tensors_as_inputs(graph)
     multiply_once(module)
     inputs = placeholders(module)
@@ -151,7 +165,6 @@ def _exported(graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
         if value.name in retransposed:
             _return_copy(model.graph, value)
         retransposed.add(value.name)
-    check(model)
     return model
 
 
@@ -432,7 +445,7 @@ def _cannot(name: str, graph: GraphModule, error: Exception) -> PbcError:
             continue
         seen.add(structure)
         try:
-            _exported(alone, [[] for _ in placeholders(alone)])
+            check(_exported(alone, [[] for _ in placeholders(alone)]))
         except _REFUSALS:
             return unsupported(node, "onnxruntime", remedy)
     reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]

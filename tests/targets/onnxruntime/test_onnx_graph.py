@@ -14,6 +14,7 @@ from onnx_checks import assert_logits, converted, run, session
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import PbcError
 from pbc.frontend.capture import EXAMPLE_BATCH
 from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, tensor_names
@@ -88,8 +89,10 @@ def test_an_open_head_takes_any_number_of_classes() -> None:
         run(closed, values)
 
 
-def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What torch's exporter is called with."""
+    calls: list[object] = []
     export: Callable[..., object] = torch.onnx.export
 
     def counted(*args: object, **kwargs: object) -> object:
@@ -97,6 +100,10 @@ def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPat
         return export(*args, **kwargs)
 
     monkeypatch.setattr(torch.onnx, "export", counted)
+    return calls
+
+
+def test_graphs_of_one_structure_are_exported_once(exports: list[object]) -> None:
     program = run_passes(pruned(ConvNet), FoldBatchNorm())
     graph = graph_of(program, "prefix/0")
     other = graph_of(run_passes(pruned(ConvNet), FoldBatchNorm()), "prefix/0")
@@ -105,7 +112,7 @@ def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPat
     converter = Converter()
     one = converter("prefix", graph)
     same = converter("prefix", other, [f"{name}!" for name in tensor_names(other)])
-    assert len(calls) == 1
+    assert len(exports) == 1
     assert [value.name for value in same.graph.input[1:]] == [
         f"{value.name}!" for value in one.graph.input[1:]
     ]
@@ -118,7 +125,7 @@ def test_graphs_of_one_structure_are_exported_once(monkeypatch: pytest.MonkeyPat
         got = run(session(source, model), images)["feature_0"]
         assert np.allclose(got, expected, rtol=1e-4, atol=1e-4), number
     converter("prefix", graph_of(program, "prefix/1"))  # other widths
-    assert len(calls) == 2
+    assert len(exports) == 2
 
 
 # ---- what derivation writes ----------------------------------------------------------------
@@ -193,7 +200,10 @@ def test_outputs_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("kind", "strategy"), [(ConvNet, "linear-probe"), (ResidualNet, "last-k:1")]
 )
-def test_a_derived_step_moves_as_its_graphs_do(kind: Kind, strategy: str) -> None:
+def test_a_derived_step_moves_as_its_graphs_do(
+    exports: list[object], kind: Kind, strategy: str
+) -> None:
+    """Whatever the optimizer, and its backward is exported once for all of them."""
     program = with_request(pruned(kind, strategy, levels=0), engine="onnxruntime")
     program = DeriveTrainStep()(run_passes(program, FoldBatchNorm()))
     generator = torch.Generator().manual_seed(0)
@@ -201,15 +211,16 @@ def test_a_derived_step_moves_as_its_graphs_do(kind: Kind, strategy: str) -> Non
     with torch.no_grad():
         values.update(program.levels[0].features(program.network.example))
     values["labels"] = torch.tensor([3, 8])
-    for scalar in ("label_smoothing", "learning_rate", "momentum", "weight_decay"):
-        values[scalar] = torch.tensor(0.1)
+    values["label_smoothing"] = torch.tensor(0.1)
+    for facts in OPTIMIZERS.values():
+        values.update({scalar: torch.tensor(0.1) for scalar in facts.scalars})
     converter = Converter()
-    for name in ("forward/0", "update/0/sgd"):
+    for name in ("forward/0", *(f"update/0/{optimizer}" for optimizer in OPTIMIZERS)):
         graph = graph_of(program, name)
         for given in graph_inputs(graph):
-            if given.startswith("momentum/"):
-                like = values[given.partition("/")[2]]
-                values[given] = torch.randn(like.shape, generator=generator)
+            state, _, parameter = given.partition("/")
+            if parameter and state in ("momentum", "exp_avg", "exp_avg_sq"):
+                values[given] = torch.rand(values[parameter].shape, generator=generator)
         arrays = {key: value.numpy() for key, value in values.items()}
         got = run(converted(program, name, converter), arrays)
         with torch.no_grad():
@@ -219,6 +230,7 @@ def test_a_derived_step_moves_as_its_graphs_do(kind: Kind, strategy: str) -> Non
         for key, value in outputs.items():
             assert np.allclose(got[key], value.numpy(), rtol=1e-5, atol=1e-5), key
         values.update(outputs)
+    assert len(exports) == 2
     weight = next(iter(program.network.head.parameters))
     assert not torch.equal(values["new/" + weight], values[weight])
 
