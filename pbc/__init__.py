@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pbc.compiler import CompileOptions as CompileOptions
     from pbc.compiler import compile as compile
-
-__all__ = ["__version__", "compile"]
+    from pbc.model import Model as Model
+    from pbc.model import load as load
 
 __version__ = "0.1.0"
 
+# Loaded on first use: a device that only trains has no compiler.
+_HOMES = {
+    "CompileOptions": "pbc.compiler",
+    "Model": "pbc.model",
+    "compile": "pbc.compiler",
+    "load": "pbc.model",
+}
+__all__ = ["CompileOptions", "Model", "__version__", "compile", "load"]
+
 
 def __getattr__(name: str) -> Any:
-    """Load `pbc.compile` on first use: a device that only trains has no compiler."""
-    if name == "compile":
-        from pbc.compiler import compile
-
-        return compile
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'pbc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

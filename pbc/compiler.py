@@ -12,7 +12,8 @@ from typing import Any
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
 from pbc.data import labelled
-from pbc.errors import PbcError, UsageError
+from pbc.data.spec import RESIZES
+from pbc.errors import PbcError, UsageError, suggest
 from pbc.frontend import models
 from pbc.frontend.start import begin
 from pbc.ir import pipeline
@@ -41,7 +42,8 @@ class CompileOptions:
     blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
     (see pbc.frontend.blocks).
     classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
-    left open. shape: channels, height, width; None is the model's own. levels counts proxies.
+    left open. shape: channels, height, width; None is the model's own. resize: "crop" or "squash";
+    None is the way of the zoo that the model is from. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. importance: the criterion that says
     which channels of it stay; see pbc.proxies.importance. cost: a profile of the device, to plan
     even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0 takes
@@ -64,6 +66,7 @@ class CompileOptions:
     engine: str | None = None
     calibration: Path | None = None
     shape: tuple[int, int, int] | None = None
+    resize: str | None = None
     batch: int = 8
     seed: int = 0
     align_steps: int | None = None
@@ -87,6 +90,8 @@ class CompileOptions:
             raise UsageError(f"--batch is {self.batch}; expected 1 or more")
         if self.tune is not None and self.tune < 0:
             raise UsageError(f"--tune is {self.tune}; expected minutes, or 0")
+        if self.resize is not None and self.resize not in RESIZES:
+            raise UsageError(suggest("resize", self.resize, RESIZES))
         if self.classes is not None and self.classes < 2:
             raise UsageError(f"--classes is {self.classes}; expected 2 or more")
 
@@ -184,6 +189,7 @@ def start(model: str | models.Source, options: CompileOptions, work: Path | None
         request,
         weights=options.weights,
         shape=options.shape,
+        resize=options.resize,
         operators=lowering.operators() or OPS,
     )
     return replace(program, notes=(*notes, *program.notes))

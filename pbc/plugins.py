@@ -65,6 +65,12 @@ GROUPS = {
             "a class that forms the mini-batches of a run and routes them to levels",
         ),
         Group(
+            "pbc.callbacks",
+            "callback",
+            "pbc.callbacks.CallbackPlugin",
+            "a class that is made for a training run, and called with each of its events",
+        ),
+        Group(
             "pbc.rivals",
             "rival",
             "pbc.bench.rival.Rival",

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli.inspect import show_blocks, show_levels
+from pbc.data import InputSpec
 from pbc.errors import UsageError
 from pbc.util.progress import reporting_to, telling
 from pbc.util.sizes import size_text
@@ -109,6 +110,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     "0: take what was measured.",
 )
 @click.option("--input", "shape", metavar="CxHxW", help="Input size; the model's own by default.")
+@click.option(
+    "--resize",
+    metavar="HOW",
+    help="Photos to that size: crop the centre, or squash.  [default: as the model's zoo does]",
+)
 @click.option("--batch", default=8, show_default=True, help="Samples per mini-batch on the device.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--with", "passes", multiple=True, metavar="PASS", help="Add a pass; repeatable.")
@@ -134,7 +140,10 @@ def compile(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compile MODEL into a bundle: resnet50, timm:NAME, torchvision:NAME or file.py:factory."""
+    """Compile MODEL into a bundle.
+
+    MODEL is resnet50, torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME or file.py:factory.
+    """
     chosen = compiler.CompileOptions(
         shape=None if shape is None else parse_shape(shape),
         axes=tuple(filter(None, axes.split(","))),
@@ -179,6 +188,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
 def _show_result(bundle: Bundle) -> None:
     manifest = bundle.manifest
     show_levels(manifest["levels"], manifest["cost_model"])
+    click.echo(f"photos: {InputSpec.from_json(manifest['input']).words()}")
     _show_requires(manifest["requires"])
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())

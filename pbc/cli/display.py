@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from pbc.runtime.events import EpochReport, Event, Note, Progress, StepReport
+from pbc.runtime.events import EpochReport, Event, Finished, Note, Progress, StepReport
 
 _REFRESH_SECONDS = 0.1
 
@@ -17,9 +17,10 @@ _REFRESH_SECONDS = 0.1
 class TrainDisplay:
     """A report callback that draws; costs next to nothing per step."""
 
-    def __init__(self, epochs: int) -> None:
+    def __init__(self, epochs: int, *, quiet: bool = False) -> None:
         self._epochs = epochs
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=quiet)
+        self._live = self._console.is_terminal or self._console.is_jupyter
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -28,7 +29,7 @@ class TrainDisplay:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=quiet or not self._live,
         )
         self._stage = ""
         self._shown_at = 0.0
@@ -52,7 +53,7 @@ class TrainDisplay:
             self.line(event.text)
         elif isinstance(event, EpochReport):
             self.line(epoch_line(event, self._epochs))
-        elif self._console.is_terminal and self._due(event):
+        elif not isinstance(event, Finished) and self._live and self._due(event):
             self._draw(event)
 
     def reading(self, done: int, total: int) -> None:

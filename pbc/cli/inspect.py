@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pbc.bundle import Bundle
 from pbc.cli.tables import console
+from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.runtime.routing.fidelity_floor import floor_for
 
@@ -51,7 +52,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
     trained = sum(_elements(size, count) for size in manifest["parameters"].values())
     rows = {
         "model": f"{manifest['model']} (weights: {provenance['weights']})",
-        "input": shape,
+        "input": f"{shape}: photos are {InputSpec.from_json(manifest['input']).words()}",
         "strategy": f"{manifest['strategy']}: {trained:,} trainable values in "
         f"{len(manifest['parameters'])} tensors",
         "prefix sends": "the images themselves (no prefix)" if list(frozen) == ["x"] else sent,

@@ -15,6 +15,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from pbc.callbacks import together
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
@@ -127,7 +128,13 @@ class _Val(click.ParamType[Any]):
 @click.option(
     "--checkpoint-seconds", type=float, default=_DEFAULTS.checkpoint_seconds, show_default=True
 )
-@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events too.")
+@click.option(
+    "--log",
+    "logs",
+    multiple=True,
+    metavar="NAME",
+    help="Bring the run to another tool too, by a callback of `pbc plugins`; repeatable.",
+)
 def train(
     bundle: Path,
     data: Path,
@@ -138,6 +145,7 @@ def train(
     resume: bool,
     overwrite: bool,
     strict: bool,
+    logs: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Train a bundle on labelled photos: a folder of class folders, or a zip file of them.
@@ -157,6 +165,7 @@ def train(
     try:
         display = TrainDisplay(options.epochs)
         with display:
+            report = together([display, *logs], out, options)
             val = default_validation(data) if val is None else val
             samples, validation = train_and_validation(
                 data,
@@ -175,7 +184,7 @@ def train(
                 val=validation,
                 resume=resume,
                 overwrite=overwrite,
-                report=display,
+                report=report,
             )
     except KeyboardInterrupt:
         click.echo("interrupted: the same command with --resume goes on from here", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,9 +47,9 @@ class Photo:
 
 
 def decode(
-    data: bytes, size: tuple[int, int], resampling: Image.Resampling, name: str = ""
+    data: bytes, fit: Callable[[Image.Image], Image.Image], longest: int, name: str = ""
 ) -> Photo:
-    """Decode an image file and squash it to `size`, (width, height).
+    """Decode an image file and `fit` it to the network's size, whose longest side is `longest`.
 
     The first picture of an animation is taken, EXIF's orientation applied, transparency laid on
     white, and more than 8 bits mapped as `depth.eight_bits` says. `name` helps to tell raw photos.
@@ -65,14 +66,14 @@ def decode(
         with opened(io.BytesIO(data), "") as image:
             full_size = image.size
             # A JPEG decodes at a fraction of its size: twice the target keeps the quality.
-            image.draft("RGB", (2 * max(size),) * 2)
+            image.draft("RGB", (2 * longest,) * 2)
             needed = _size_bytes(image, full_size, format, data)
             if needed > PIXELS.most_bytes:
                 raise BrokenImageError(_too_large(full_size, needed))
             with PIXELS.held(needed):
                 ImageOps.exif_transpose(image, in_place=True)
                 upright, remarks = _rgb(image, format, data)
-                return Photo(np.asarray(upright.resize(size, resampling)), remarks)
+                return Photo(np.asarray(fit(upright)), remarks)
     except BrokenImageError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything on malformed bytes

@@ -62,11 +62,16 @@ def train_and_validation(
     if isinstance(val, Path):
         other = ImageFolder.open(val, spec, held_out=True, strict=strict, progress=progress)
         return samples, other
-    if not 0 < val < 1:
+    return held_out_of(samples, val)
+
+
+def held_out_of(samples: Samples, share: float) -> tuple[Samples, Samples | None]:
+    """Split off a share of every class; None where no class has enough photos for it."""
+    if not 0 < share < 1:
         raise UsageError(
-            f"a share of {val:g} photos to hold out; it must be more than 0, less than 1"
+            f"a share of {share:g} photos to hold out; it must be more than 0, less than 1"
         )
-    rest, held = hold_out(samples, val)
+    rest, held = hold_out(samples, share)
     return (rest, held) if len(held) else (samples, None)
 
 

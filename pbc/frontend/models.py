@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pbc.data import InputSpec
+from pbc.data.spec import INTERPOLATIONS
 from pbc.errors import PbcError, UsageError, reason_of, suggest
 from pbc.frontend import head
 from pbc.frontend.torchvision_shim import import_torchvision, shim_imports
@@ -24,6 +25,8 @@ from pbc.ir.program import Head
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RANDOM = "random"
+# Names whose architecture and weights timm reads from a model's own configuration.
+_TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 DEFAULT = "default"
 
 
@@ -49,14 +52,18 @@ def load(
     weights: str = DEFAULT,
     shape: tuple[int, int, int] | None = None,
     seed: int = 0,
+    resize: str | None = None,
 ) -> Source:
     """Build the model called `name` and give it its weights.
 
-    name: `resnet50` (torchvision), `torchvision:NAME`, `timm:NAME` or `path/file.py:factory`,
-        where factory(num_classes=…) or factory() returns an nn.Module.
+    name: `resnet50` (torchvision), `torchvision:NAME`, `timm:NAME`, `hf-hub:OWNER/NAME` or
+        `local-dir:FOLDER` (what timm's push_to_hf_hub and save_for_hf wrote), or
+        `path/file.py:factory`, where factory(num_classes=…) or factory() returns an nn.Module.
     weights: a safetensors file (its classifier decides the class count, float16 is converted to
         float32), "default" (the zoo's pretrained weights) or "random".
     shape: channels, height, width; None takes the model's own default.
+    resize: how photos get to that size, "crop" or "squash"; None is the zoo's own way, and to
+        squash for a file of the user's. See pbc.data.InputSpec.
 
     Raises UsageError for an unknown name, PbcError for weights that do not fit and for a model that
     does not run on inputs of the shape.
@@ -67,7 +74,9 @@ def load(
         state, digest = read(Path(weights))
     torch.manual_seed(seed)
     try:
-        if kind == "timm" and rest:
+        if kind in _TIMM_SCHEMES and rest:
+            module, spec = _timm(name, weights == DEFAULT, shape)
+        elif kind == "timm" and rest:
             module, spec = _timm(rest, weights == DEFAULT, shape)
         elif ".py" in name and ":" in name:
             path, _, factory = name.rpartition(":")
@@ -80,6 +89,8 @@ def load(
         raise PbcError(
             f"{name} cannot be built for inputs of shape {shape}: {_reason(error)}"
         ) from error
+    if resize is not None:
+        spec = replace(spec, resize=resize)
     source = given(module, name, spec, None if state is None else (Path(weights), state))
     if state is None:
         return replace(source, weights=weights)
@@ -186,7 +197,12 @@ def _torchvision(
             raise _no_download(name, error) from error
     else:
         module = models.get_model(name, weights=None, **options)
-    return module, _spec(chosen, preset.mean, preset.std)
+    resize = preset.resize_size[0]
+    # Those of a few weights shrink nothing but the shorter side, to less than the crop.
+    crop_pct = min(size / resize, 1.0)
+    spec = _spec(chosen, preset.mean, preset.std)
+    interpolation = preset.interpolation.value
+    return module, replace(spec, resize="crop", crop_pct=crop_pct, interpolation=interpolation)
 
 
 def _size_options(name: str, shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -205,10 +221,7 @@ def _timm(
     import_torchvision()
     import timm
 
-    if not timm.is_model(name):
-        raise UsageError(suggest("timm model", name, timm.list_models()))
-    config = timm.get_pretrained_cfg(name)
-    own = config.to_dict() if config is not None else {}
+    own = _timm_config(timm, name)
     default = tuple(own.get("input_size", (3, 224, 224)))
     chosen = shape or default
     channels = {} if chosen[0] == default[0] else {"in_chans": chosen[0]}
@@ -223,7 +236,32 @@ def _timm(
             raise
         raise _no_download(name, error) from error
     mean, std = own.get("mean", IMAGENET_MEAN), own.get("std", IMAGENET_STD)
-    return module, _spec(chosen, mean, std)
+    return module, _timm_resized(_spec(chosen, mean, std), own)
+
+
+def _timm_config(timm: Any, name: str) -> dict[str, Any]:
+    """The configuration of a model by its name in timm, or in a model's own folder or hub."""
+    by_place = name.partition(":")[0] in _TIMM_SCHEMES
+    if not by_place and not timm.is_model(name):
+        raise UsageError(suggest("timm model", name, timm.list_models()))
+    if not by_place:
+        config = timm.get_pretrained_cfg(name)
+        return {} if config is None else dict(config.to_dict())
+    try:
+        return dict(timm.create_model(name, pretrained=False).pretrained_cfg)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise PbcError(f"{name} cannot be read: {reason_of(error)}") from error
+
+
+def _timm_resized(spec: InputSpec, config: Mapping[str, Any]) -> InputSpec:
+    """Take a model's way to its input size; a border, which pbc has not, becomes a crop."""
+    interpolation = config.get("interpolation", "bicubic")
+    if interpolation not in INTERPOLATIONS:
+        interpolation = "bicubic"
+    if config.get("crop_mode") == "squash":
+        return replace(spec, interpolation=interpolation)
+    crop_pct = min(float(config.get("crop_pct") or 0.875), 1.0)
+    return replace(spec, resize="crop", crop_pct=crop_pct, interpolation=interpolation)
 
 
 def _sized(build: Callable[..., nn.Module], shape: tuple[int, int, int]) -> nn.Module:

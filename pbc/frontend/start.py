@@ -24,17 +24,18 @@ def begin(
     *,
     weights: str = models.DEFAULT,
     shape: tuple[int, int, int] | None = None,
+    resize: str | None = None,
     operators: Collection[str] = OPS,
 ) -> Program:
     """Load a model, apply the strategy and capture it: the program that passes start from.
 
     model: its name, or a module with its facts; what a strategy inserts stays in that module.
-    weights, shape: for a name, see pbc.frontend.models.load. operators: those that the engine has;
-    others are taken apart where torch can. Raises PbcError for a model that does not run, is
-    damaged, or is no classifier.
+    weights, shape, resize: for a name, see pbc.frontend.models.load. operators: those that the
+    engine has; others are taken apart where torch can. Raises PbcError for a model that does not
+    run, is damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
-    source = _loaded(model, weights, shape, request.seed)
+    source = _loaded(model, weights, shape, request.seed, resize)
     torch.manual_seed(request.seed)
     if request.class_count is not None:
         head.resize(source.module, source.head, request.class_count)
@@ -88,11 +89,15 @@ def prepared(
 
 
 def _loaded(
-    model: str | models.Source, weights: str, shape: tuple[int, int, int] | None, seed: int
+    model: str | models.Source,
+    weights: str,
+    shape: tuple[int, int, int] | None,
+    seed: int,
+    resize: str | None,
 ) -> models.Source:
     if isinstance(model, models.Source):
         return model
-    return models.load(model, weights, shape, seed)
+    return models.load(model, weights, shape, seed, resize)
 
 
 def _notes(source: models.Source) -> tuple[str, ...]:

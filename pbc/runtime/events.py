@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
+
+from pbc.runtime.output.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,20 @@ class EpochReport:
         return asdict(self)
 
 
-Event: TypeAlias = Note | Progress | StepReport | EpochReport
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over: its model is written, and was evaluated if there were photos for it."""
+
+    result: Validation | None
+
+    def scalars(self) -> Iterator[tuple[str, float]]:
+        """Yield accuracy and loss by name; nothing where the model was not evaluated."""
+        if self.result is not None:
+            yield "accuracy", self.result.evaluation.accuracy
+            yield "loss", self.result.evaluation.loss
+
+
+Event: TypeAlias = Note | Progress | StepReport | EpochReport | Finished
 Report: TypeAlias = Callable[[Event], None]
 
 

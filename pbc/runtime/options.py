@@ -17,7 +17,7 @@ _MOMENTUM = Objective().momentum
 _MOST_VIEWS = 64
 # These may differ when a run is resumed: they decide when it ends and what is written beside it.
 # (Costs are read once, at the start; from then on those of the checkpoint count.)
-_FREE_ON_RESUME = ("epochs", "checkpoint_seconds", "tensorboard", "costs")
+_FREE_ON_RESUME = ("epochs", "checkpoint_seconds", "costs")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class TrainOptions:
     seed: int = 0
     threads: int | None = None
     checkpoint_seconds: float = 30.0
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be meant."""

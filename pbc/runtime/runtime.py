@@ -19,7 +19,7 @@ from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.events import EpochReport, Report, silent
+from pbc.runtime.events import EpochReport, Finished, Report, silent
 from pbc.runtime.frames import Stream
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
@@ -102,7 +102,9 @@ class Runtime:
             output.adopt(self.bundle)
             while not trainer.finished:
                 trainer.run_epoch()
-            return trainer.finish()
+            result = trainer.finish()
+        report(Finished(result))
+        return result
 
     def fit_stream(
         self,

@@ -68,7 +68,7 @@ class StreamTraining:
         image: uint8[H, W, 3], or floats in 0…1, of any size. label: a class name or its index in
         `classes`. Raises PbcError for an image or label that is neither, and for an empty stream.
         """
-        metrics = Metrics(self._output.metrics, None)
+        metrics = Metrics(self._output.metrics)
         metrics.rewind(0)
         totals, meter = Totals.zero(len(self._bundle.ladder)), self._meter
         run: Prepared | None = None

@@ -132,9 +132,7 @@ class Trainer:
         """
         options = self.options
         self._interrupt = interrupt or self._interrupt
-        self._metrics = Metrics(
-            self._output.metrics, self._output.tensorboard if options.tensorboard else None
-        )
+        self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None

@@ -21,6 +21,8 @@ DEVICE_MODULES = [
     "pbc.data",
     "pbc.errors",
     "pbc.bundle.ladder",
+    "pbc.callbacks",
+    "pbc.model",
     "pbc.plugins",
     "pbc.runtime",
     "pbc.target",

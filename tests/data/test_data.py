@@ -198,6 +198,17 @@ def test_a_large_photo_is_squashed() -> None:
     assert abs(small.astype(int) - 77).max() <= 2
 
 
+def test_a_crop_keeps_the_centre_and_the_ratio_of_the_sides() -> None:
+    spec = InputSpec((3, 20, 20), (0.5,) * 3, (0.5,) * 3, resize="crop", crop_pct=0.5)
+    pixels = np.zeros((40, 120, 3), np.uint8)
+    pixels[:, 50:70] = 200  # the middle 20 of 120 columns, and all the crop takes
+    assert (spec.decode(encoded(pixels))[:, 2:-2] == 200).all()
+    wide = spec.decode(encoded(np.pad(pixels[:, 50:70], ((0, 0), (5, 5), (0, 0)))))
+    assert wide.shape == (20, 20, 3)
+    assert spec.words() == "resized to 40 (bilinear), centre 20x20 kept"
+    assert InputSpec.from_json(spec.to_json()) == spec
+
+
 def test_bytes_that_are_no_image() -> None:
     with pytest.raises(BrokenImageError):
         tiny.SPEC.decode(b"\x89PNG\r\n\x1a\n" + b"x" * 50)
@@ -225,7 +236,8 @@ def test_the_spec_survives_json() -> None:
         ("shape", [1, 16, 16], r"input shape \[1, 16, 16\] is not \[3, height, width\]"),
         ("shape", [16, 16], "not an input description"),
         ("std", [1, 1, 0], "std above 0"),
-        ("resize", "crop", "resize 'crop' is not supported; 'squash' is"),
+        ("resize", "crp", "no resize named 'crp'; did you mean 'crop'?"),
+        ("crop_pct", 1.5, "crop_pct is 1.5; expected above 0 and at most 1"),
         ("interpolation", "best", "interpolation 'best' is not supported; one of nearest"),
     ],
 )

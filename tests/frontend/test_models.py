@@ -5,14 +5,17 @@ import sys
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pbc.compiler import CompileOptions, start
 from pbc.errors import PbcError, UsageError
 from pbc.frontend import head, models
+from pbc.frontend.torchvision_shim import import_torchvision
 from pbc.testing import TARGET
 
 WEIGHTS = "weights/mobilenet_v3_large.safetensors"
@@ -306,3 +309,47 @@ def test_a_library_s_backbone_gets_a_head() -> None:
     source = models.load("timm:vit_small_patch14_dinov2", "random", (3, 28, 28))
     assert source.head.parameters == {"added_head.weight": 384, "added_head.bias": 384}
     assert "no classifier (its get_classifier() has none): a linear head" in source.notes[0]
+
+
+# ---- how photos get to the input's size ----------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (231, 229), (50, 90)])
+def test_photos_are_resized_and_cropped_as_the_zoo_does(size: tuple[int, int]) -> None:
+    """Beside torchvision's own transform, on a photo without a file's losses."""
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    photo = noise.resize(size, Image.Resampling.BICUBIC)
+    source = models.load("resnet18", "random")
+    assert source.input.words() == "resized to 256 (bilinear), centre 224x224 kept"
+    preset = import_torchvision().models.get_model_weights("resnet18").DEFAULT.transforms()
+    wanted = preset(photo).permute(1, 2, 0).numpy()
+    found = source.input.normalise(np.asarray(source.input.fit(photo))[None])[0]
+    # The last row and column differ where torchvision rounds a crop's edge to another pixel.
+    assert np.abs(found.transpose(1, 2, 0) - wanted).max() < 0.02
+
+
+def test_timms_own_way_is_taken_and_squash_is_an_option() -> None:
+    source = models.load("timm:deit_tiny_patch16_224", "random")
+    assert source.input.words() == "resized to 248 (bicubic), centre 224x224 kept"
+    source = models.load("timm:deit_tiny_patch16_224", "random", resize="squash")
+    assert source.input.words() == "squashed to 224x224 (bicubic)"
+    with pytest.raises(UsageError, match="no resize named 'squish'; did you mean 'squash'"):
+        CompileOptions(resize="squish")
+
+
+def test_a_model_of_timm_in_a_folder_as_on_the_hub(tmp_path: Path) -> None:
+    import_torchvision()
+    import timm
+    from timm.models import save_for_hf
+
+    net = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    save_for_hf(net, str(tmp_path / "net"), model_config={"crop_pct": 0.9})
+    source = models.load(f"local-dir:{tmp_path / 'net'}", shape=(3, 64, 64))
+    name = source.head.parameters
+    assert len(source.module.get_parameter(next(iter(name)))) == 7
+    assert torch.equal(
+        source.module.get_parameter("conv_stem.weight"), net.get_parameter("conv_stem.weight")
+    )
+    with pytest.raises(PbcError, match="hf-hub:nobody/nothing cannot be read: "):
+        models.load("hf-hub:nobody/nothing")

@@ -152,7 +152,7 @@ GREY = np.zeros((4, 4, 3), np.uint8)
         ([], "the stream is empty"),
         ([(GREY, 3)], "sample 0 has label 3; expected one of 3 classes"),
         ([(GREY, "violet")], "sample 0 has label 'violet'; expected one of 3 classes"),
-        ([(GREY, 0), (GREY[0], 0)], r"sample 1 has shape \[4, 3\]; expected \[height, width, 3\]"),
+        ([(GREY, 0), (GREY[0, 0], 0)], r"sample 1 has shape \[3\]; expected \[height, width, 3\]"),
         ([(GREY.astype(np.int32), 0)], "sample 0 is of int32; expected uint8 or floats"),
         ([(GREY + 2.0, 0)], "sample 0 has floats in 2…2; expected 0…1"),
         ([(GREY + np.nan, 0)], "sample 0 has floats in nan…nan; expected 0…1"),

@@ -769,7 +769,7 @@ def test_an_engine_that_is_not_installed(run: Run, tmp_path: Path) -> None:
 
 def test_tensorboard_is_optional(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    result = run("train", "@probe.pbc", "@photos", "-o", "a", "--tensorboard", fails=1)
+    result = run("train", "@probe.pbc", "@photos", "-o", "a", "--log", "tensorboard", fails=1)
     assert "pip install 'pbc[tensorboard]'" in result.stderr
 
 
