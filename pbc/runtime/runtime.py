@@ -103,8 +103,8 @@ class Runtime:
             while not trainer.finished:
                 trainer.run_epoch()
             result = trainer.finish()
-        report(Finished(result))
-        return result
+            report(Finished(result))
+            return result
 
     def fit_stream(
         self,
