@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from time import monotonic
 from types import TracebackType
 
@@ -9,7 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from pbc.runtime.events import EpochReport, Event, Finished, Note, Progress, StepReport
+from pbc.runtime.events import (
+    EpochReport,
+    Event,
+    Finished,
+    Note,
+    Plan,
+    Progress,
+    StepReport,
+)
 
 _REFRESH_SECONDS = 0.1
 
@@ -51,6 +60,8 @@ class TrainDisplay:
         """Take an event of the run."""
         if isinstance(event, Note):
             self.line(event.text)
+        elif isinstance(event, Plan):
+            self._epochs = event.epochs
         elif isinstance(event, EpochReport):
             self.line(epoch_line(event, self._epochs))
         elif not isinstance(event, Finished) and self._live and self._due(event):
@@ -79,7 +90,8 @@ class TrainDisplay:
         # Epochs visit different numbers of samples; in the bar all have the length of the fullest.
         self._longest = longest = max(self._longest, event.total)
         done = (event.epoch - 1) * longest + longest * event.samples // event.total
-        facts = f"loss {event.loss:.3f}  {level_shares(event.levels)}"
+        loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}  "
+        facts = f"{loss}{level_shares(event.levels)}"
         self._advance("training", done, self._epochs * longest, facts)
 
     def _advance(self, stage: str, done: int, total: int, facts: str) -> None:

@@ -74,6 +74,13 @@ class _Val(click.ParamType[Any]):
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
 @objective_options
 @click.option(
+    "--head",
+    default="auto",
+    show_default=True,
+    help="closed: the head of all photos in one visit (elsewhere than with linear-probe its "
+    "start); sgd: by epochs; auto: closed from about four photos a class on.",
+)
+@click.option(
     "--max-accuracy-loss",
     type=float,
     default=_DEFAULTS.max_accuracy_loss,

@@ -17,6 +17,13 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How many epochs the run is going to have, decided before the first of them."""
+
+    epochs: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """Preparation under way: `done` of `total` samples."""
 
@@ -29,7 +36,8 @@ class Progress:
 class StepReport:
     """A training iteration that is over; epoch and step count from 1.
 
-    samples: those of this epoch so far, of the `total` that it visits. loss: the mini-batch's mean.
+    samples: those of this epoch so far, of the `total` that it visits. loss: the mini-batch's mean;
+    where a head is made in closed form, the last one's, NaN before the first.
     levels: visits per level in this epoch so far.
     """
 
@@ -81,7 +89,7 @@ class Finished:
             yield "loss", self.result.evaluation.loss
 
 
-Event: TypeAlias = Note | Progress | StepReport | EpochReport | Finished
+Event: TypeAlias = Note | Plan | Progress | StepReport | EpochReport | Finished
 Report: TypeAlias = Callable[[Event], None]
 
 

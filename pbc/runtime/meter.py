@@ -23,8 +23,9 @@ STAGES = (
 
 measure: timing levels before the first epoch. decode: from files, or from a stream and whatever it
 waits for, to pixels. policy: predicting fidelities. audit: comparing levels with level 0 on the
-user's photos. prefix: features. cache: filling it and gathering from it. forward: of the body.
-backward: of the body, with the optimizer's update. bookkeeping: all else that the run does, such as
+user's photos. prefix: features. cache: filling it and gathering from it. forward: of the body,
+or a closed form's sums. backward: of the body, with the optimizer's update, or a closed form's
+solution. bookkeeping: all else that the run does, such as
 planning, reporting and checkpoints.
 """
 

@@ -12,6 +12,7 @@ from pbc.runtime.objective import Objective, default_rate
 
 CACHES = ("off", "ram", "disk")
 CACHE_DTYPES = ("float32", "float16")
+HEADS = ("auto", "closed", "sgd")
 _MOMENTUM = Objective().momentum
 # More would be a cache of mostly the same image.
 _MOST_VIEWS = 64
@@ -25,6 +26,9 @@ class TrainOptions:
     """Options of one run; None means the default that the bundle or the optimizer implies.
 
     momentum, weight_decay, label_smoothing: see Objective; momentum is for sgd alone.
+    head: `closed` makes the head of all samples in one visit where nothing else trains, and starts
+        it elsewhere (pbc.runtime.closed_head); `sgd` learns it in the epochs alone, as rounds need;
+        `auto` is closed where there is a closed form and at least four samples per class.
     alpha: a mini-batch whose loss is at most alpha times the running mean is not learnt from
         (for schedulers that judge whole mini-batches).
     max_accuracy_loss: how many points of accuracy cheap levels may cost; the bundle's map turns
@@ -49,6 +53,7 @@ class TrainOptions:
     momentum: float = _MOMENTUM
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
+    head: str = "sgd"
     alpha: float = 0.8
     max_accuracy_loss: float = 0.5
     fidelity_floor: float | None = None
@@ -72,6 +77,7 @@ class TrainOptions:
         for kind, value, known in (
             ("cache", self.cache, CACHES),
             ("cache dtype", self.cache_dtype, CACHE_DTYPES),
+            ("head", self.head, HEADS),
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
+from pbc.runtime.closed_head import ClosedHead, collect, told
 from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.events import EpochReport, Progress, Report, silent
+from pbc.runtime.events import EpochReport, Note, Progress, Report, silent
 from pbc.runtime.frames import Stream, blocks
 from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
@@ -61,6 +63,7 @@ class StreamTraining:
         keep_freed_memory()
         self._executable: Executable = engine.load(bundle, threads=options.threads)
         self._meter = Meter()
+        self._closed: ClosedHead | None = None  # known with the first block
 
     def __call__(self, stream: Stream) -> EpochReport:
         """Train on (image, label) pairs, and write the personal model.
@@ -84,13 +87,19 @@ class StreamTraining:
                 break
         if run is None:
             raise PbcError("the stream is empty; it must yield at least one (image, label)")
+        head: dict[str, Any] = {}
+        if self._closed is not None:
+            found = self._closed.settle(last=True)
+            totals.loss, head = found.loss * totals.samples, {"head": found.facts()}
+            meter.lap("backward")
+            self._report(Note(told(found)))
         try:
             theta = finite_parameters(self._executable)
         except DivergedError as error:
             raise _diverged(error, totals) from error
         result = totals.report(1, meter.seconds, skipped_samples=0)
         metrics.append(result.to_json())
-        final = {"final": True, "epochs": 1}
+        final = {"final": True, "epochs": 1, **head}
         write_model(
             self._output,
             self._bundle,
@@ -130,12 +139,21 @@ class StreamTraining:
         run = preparation(None)
         # Measuring trained on the first samples: begin again.
         self._executable.start(theta, objective)
+        self._closed = ClosedHead.find(
+            self._bundle, self._executable, theta, self._options, samples=None
+        )
         return run
 
     def _learn(self, run: Prepared, block: Samples, totals: Totals) -> None:
         batches = run.scheduler.plan(0)
+        meter, labels = self._meter, block.labels
+        losses = (
+            train(self._executable, run, labels, batches, meter, totals)
+            if self._closed is None
+            else collect(self._closed, run, labels, batches, meter, totals)
+        )
         try:
-            for _ in train(self._executable, run, block.labels, batches, self._meter, totals):
+            for _ in losses:
                 pass
         except DivergedError as error:
             raise _diverged(error, totals) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -13,10 +13,11 @@ from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
+from pbc.runtime.closed_head import ClosedHead, collect, told
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.evaluation import Evaluation, evaluate
-from pbc.runtime.events import EpochReport, Note, Progress, Report, StepReport
-from pbc.runtime.loop import DivergedError, finite_parameters, train
+from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
+from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint, difference, join
@@ -30,6 +31,7 @@ from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.preparation import Preparation
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.run_state import RunState
+from pbc.runtime.schedulers import Batch
 from pbc.util.interrupt import Interrupt
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
@@ -73,7 +75,8 @@ class Trainer:
         self._interrupt = Interrupt()
         self._saved_at = monotonic()
         self._epochs = options.epochs
-        # Set by prepare().
+        # Set by prepare(); None where SGD alone makes the head.
+        self._closed: ClosedHead | None = None
         self._metrics: Metrics
         self._run: Prepared
 
@@ -118,6 +121,7 @@ class Trainer:
         theta: every parameter by name; raises PbcError for other names or shapes, and for values
         that are not finite. keep_optimizer: whether momentum and the like stay, or are zero again.
         """
+        self._refuse_rounds()
         checked = checked_theta(self._bundle, theta, len(self._samples.classes))
         state = self._executable.optimizer_state()
         self._executable.start(checked, self.objective)
@@ -138,6 +142,9 @@ class Trainer:
         checkpoint = self._resumable() if resume else None
         if self._val is not None:
             self._report(Note(_split_line(self._samples, self._val)))
+        self._closed = ClosedHead.find(
+            self._bundle, self._executable, parameters, options, len(self._samples)
+        )
         if checkpoint is not None:
             parameters = checkpoint.part("theta")
         self._executable.start(parameters, self.objective)
@@ -155,10 +162,13 @@ class Trainer:
         if not self.finished:
             self._run = preparation.fill(self._run)
             self._epochs = self._run.scheduler.epochs
+        if self._closed is not None:
+            self._begin_closed(self._closed, checkpoint)
         if checkpoint is not None:
             self._run.scheduler.load_state(checkpoint.part("scheduler"))
         else:
             self.save_checkpoint()
+        self._report(Plan(self._epochs))
         self._meter.lap("bookkeeping")
 
     def run_epoch(self) -> EpochReport:
@@ -173,6 +183,7 @@ class Trainer:
         Views that the options' epochs do not show are not cached: with `augment`, `options.epochs`
         should be as many as the views.
         """
+        self._refuse_rounds()
         if epochs < 1:
             raise UsageError(f"a round of {epochs} epochs; it must have at least 1")
         self._state.rounds += 1
@@ -191,6 +202,8 @@ class Trainer:
             validation = Validation.of(result, self._val)
             validation.save(self._output.validation)
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
+        if self._closed is not None and self._closed.head is not None:
+            final["head"] = self._closed.head.facts()
         if self._run.decisions.findings:
             final["audit"] = [found.to_json() for found in self._run.decisions.findings]
         write_model(
@@ -220,6 +233,7 @@ class Trainer:
             "optimizer": self._executable.optimizer_state(),
             "scheduler": self._run.scheduler.state(),
             "decisions": self._run.decisions.arrays(),
+            "closed": self._sums(),
         }
         self._state.totals.seconds = dict(self._meter.seconds)
         facts = {
@@ -240,16 +254,7 @@ class Trainer:
         begun_seconds = meter.total_seconds() - totals.iterating_seconds
         batches = self._run.scheduler.plan(state.epoch)
         planned = sum(len(batch.samples) for batch in batches)
-        losses = train(
-            self._executable,
-            self._run,
-            self._samples.labels,
-            batches,
-            meter,
-            totals,
-            epoch=state.epoch,
-            first=state.step,
-        )
+        losses = self._losses(batches)
         try:
             for loss in losses:
                 state.step += 1
@@ -257,6 +262,8 @@ class Trainer:
                 self._after_step(loss, len(batches), planned)
         except DivergedError as error:
             raise self._diverged(error, self.step + 1) from error
+        if self._closed is not None and self._closed.complete:
+            self._settle(self._closed)
         self._finite_parameters()
         report = totals.report(
             self.epoch + 1, meter.seconds, skipped_samples=len(self._samples) - totals.samples
@@ -265,6 +272,58 @@ class Trainer:
         iterating_seconds = meter.total_seconds() - begun_seconds
         meter.reset()
         return report, iterating_seconds
+
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[float]:
+        """Learn from the mini-batches that are left of an epoch, and yield their losses."""
+        state, labels = self._state, self._samples.labels
+        at = {"epoch": state.epoch, "first": state.step}
+        if self._closed is not None and self._closed.complete:
+            return collect(
+                self._closed, self._run, labels, batches, self._meter, state.totals, **at
+            )
+        return train(self._executable, self._run, labels, batches, self._meter, state.totals, **at)
+
+    def _settle(self, closed: ClosedHead) -> None:
+        """Make the head of all samples, and tell how it was judged."""
+        head = closed.settle(last=True)
+        self._state.totals.loss = head.loss * self._state.totals.samples
+        self._meter.lap("backward")
+        self._report(Note(told(head)))
+
+    def _begin_closed(self, closed: ClosedHead, checkpoint: Checkpoint | None) -> None:
+        """Take up the sums of a closed form, or start the epochs with its head."""
+        if closed.complete:
+            if checkpoint is not None:
+                closed.load_state(checkpoint.part("closed"))
+            closed.use(self.parameters())
+            return
+        cache = self._run.features.cache
+        # Without the features a start would cost as much as an epoch.
+        affordable = self.options.head == "closed" or (cache is not None and cache.complete)
+        if checkpoint is not None or not affordable:
+            return
+        batches, totals = self._run.scheduler.plan(0), Totals.zero(len(self._bundle.ladder))
+        visited = 0
+        for batch, _ in zip(
+            batches,
+            collect(closed, self._run, self._samples.labels, batches, self._meter, totals),
+            strict=True,
+        ):
+            visited += len(batch.samples)
+            self._prepared("starting the head", visited, len(self._samples))
+        closed.settle(last=True)
+        self._meter.lap("backward")
+
+    def _sums(self) -> dict[str, np.ndarray]:
+        """Return what the closed form was made of; once every view was seen, nothing."""
+        if self._closed is None or self.epoch >= self.options.views:
+            return {}
+        return self._closed.state()
+
+    def _refuse_rounds(self) -> None:
+        """Refuse to be driven by rounds where sums make the head, and no steps do."""
+        if self._closed is not None and self._closed.complete:
+            raise UsageError("rounds train by steps: give TrainOptions(head='sgd')")
 
     def _after_step(self, loss: float, steps: int, planned: int) -> None:
         self._report(
@@ -346,7 +405,7 @@ class Trainer:
             engine=self._engine,
             executable=self._executable,
             samples=self._samples,
-            options=self.options,
+            options=self.options if self._closed is None else self._closed.options(self.options),
             batch=self.batch,
             meter=self._meter,
             output=self._output,

@@ -64,6 +64,8 @@ def run(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             args = (*args, "--costs", "@costs.json")
         if args[0] == "train" and "--val" not in args:
             args = (*args, "--val", "none")
+        if args[0] == "train" and "--head" not in args:
+            args = (*args, "--head", "sgd")  # these tests watch epochs
         words = [word.replace("@", f"{assets}/") for word in args]
         result = click.testing.CliRunner().invoke(main, words)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -414,7 +416,7 @@ def command(assets: Path, out: Path, *options: str) -> list[str]:
     words = ["train", str(assets / "maps.pbc"), str(assets / "photos"), "-o", str(out)]
     code = "from pbc.cli import main; main()"
     return [sys.executable, "-c", code, *words, "--lr", "0.1", "--checkpoint-seconds", "0",
-            "--cache", "disk", "--epochs", "30", "--alpha", "0.5",
+            "--cache", "disk", "--epochs", "30", "--alpha", "0.5", "--head", "sgd",
             "--costs", str(assets / "costs.json"), "--val", "none", *options]  # fmt: skip
 
 

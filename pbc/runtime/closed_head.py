@@ -1,0 +1,172 @@
+"""A run's head in closed form: of all its samples, visited once; or the start of its epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from pbc.bundle import Bundle
+from pbc.errors import UsageError
+from pbc.runtime.closed_form import ClassStatistics, Head
+from pbc.runtime.engines import Arrays, Executable
+from pbc.runtime.head_inputs import HeadInputs
+from pbc.runtime.loop import Totals
+from pbc.runtime.meter import Meter
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.routing.prepared import Prepared
+from pbc.runtime.schedulers import Batch
+
+# With fewer photos a class a covariance says too little: SGD is as good.
+_LEAST_PER_CLASS = 4
+# Heads for the time being come with so many more samples each time.
+_GROWTH = 1.6
+_FIRST = 64
+
+
+class ClosedHead:
+    """The sums of a run's samples, and the head that they give.
+
+    complete: whether nothing but the head trains, so that it replaces the epochs.
+    """
+
+    def __init__(
+        self,
+        inputs: HeadInputs,
+        executable: Executable,
+        theta: Mapping[str, np.ndarray],
+        options: TrainOptions,
+        classes: int,
+        *,
+        complete: bool,
+    ) -> None:
+        """Take a head's inputs, the parameters it starts from, and those options that count."""
+        self.complete = complete
+        self.head: Head | None = None
+        self._inputs = inputs
+        self._executable = executable
+        self._theta = dict(theta)
+        self._objective = options.objective
+        self._statistics = ClassStatistics(classes, inputs.width, options.seed)
+        self._next = max(_FIRST, 2 * classes)
+
+    @classmethod
+    def find(
+        cls,
+        bundle: Bundle,
+        executable: Executable,
+        theta: Mapping[str, np.ndarray],
+        options: TrainOptions,
+        samples: int | None,
+    ) -> ClosedHead | None:
+        """Return the head that the options ask for; None for SGD alone.
+
+        theta: with a head of all classes. samples: how many there are, None for a stream. Raises
+        UsageError where a closed form was asked for and there is none.
+        """
+        classes = len(theta[next(iter(bundle.manifest["head"]))])
+        if options.head == "sgd":
+            return None
+        few = samples is not None and samples < _LEAST_PER_CLASS * classes
+        if options.head == "auto" and few:
+            return None
+        inputs = HeadInputs.find(bundle, executable, theta)
+        complete = set(bundle.manifest["parameters"]) == set(bundle.manifest["head"])
+        if inputs is not None and (complete or samples is not None):
+            return cls(inputs, executable, theta, options, classes, complete=complete)
+        if options.head == "auto":
+            return None
+        reason = (
+            "this bundle's head is not linear with a bias"
+            if inputs is None
+            else f"with {bundle.manifest['strategy']} more trains than the head, and a stream "
+            "comes once"
+        )
+        raise UsageError(f"no closed form: {reason} (--head auto or sgd)")
+
+    def options(self, options: TrainOptions) -> TrainOptions:
+        """Return the options to prepare a run with: one visit of every view needs no cache."""
+        if not self.complete:
+            return options
+        cache = "disk" if options.cache == "disk" else "off"
+        return replace(options, epochs=min(options.views, options.epochs), cache=cache, skip=False)
+
+    @property
+    def due(self) -> bool:
+        """Return whether so many samples came since the last head that another is worth it."""
+        return self._statistics.count >= self._next
+
+    def add(self, level: int, features: Arrays, labels: np.ndarray) -> None:
+        """Take features of one level's body with int64[b] labels."""
+        self._statistics.add(self._inputs(level, features), labels)
+        if not self._inputs.direct:
+            self._executable.start(self._theta, self._objective)
+
+    def settle(self, *, last: bool) -> Head:
+        """Make the head of what was added, and start the executable with it.
+
+        last: whether it is to stay; one for the time being costs a fifth.
+        """
+        self.head = self._statistics.solve() if last else self._statistics.glance()
+        self.use(self._inputs.theta(self.head))
+        return self.head
+
+    def use(self, theta: Mapping[str, np.ndarray]) -> None:
+        """Start the executable with these parameters, as they are until the next head."""
+        self._theta = dict(theta)
+        self._executable.start(self._theta, self._objective)
+        while self.due:
+            self._next = int(self._next * _GROWTH)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the sums, for a checkpoint; none before the first sample."""
+        return self._statistics.state() if self._statistics.count else {}
+
+    def load_state(self, state: Arrays) -> None:
+        """Continue from what `state` returned."""
+        if state:
+            self._statistics.load_state(state)
+
+
+def told(head: Head) -> str:
+    """Return the line that says how a head was found."""
+    judges = f"{head.judged} photo{'s' if head.judged > 1 else ''}"
+    return (
+        f"head in closed form: shrinkage {head.shrinkage:g}, accuracy {head.accuracy:.1%} "
+        f"by leave-one-out on {judges}"
+    )
+
+
+def collect(
+    closed: ClosedHead,
+    run: Prepared,
+    labels: np.ndarray,
+    batches: Sequence[Batch],
+    meter: Meter,
+    totals: Totals,
+    *,
+    epoch: int = 0,
+    first: int = 0,
+) -> Iterator[float]:
+    """Add an epoch's mini-batches from number `first` on to the sums, as `loop.train` learns.
+
+    Yields the last head's loss, NaN before the first. A head for the time being is made at growing
+    intervals; whoever calls makes the last.
+    """
+    meter.lap("bookkeeping")
+    fetched = run.fetch(batches, first, epoch)
+    for batch, features in zip(batches[first:], fetched, strict=True):
+        meter.lap("bookkeeping")
+        closed.add(batch.level, features, labels[batch.samples])
+        meter.lap("forward")
+        if closed.complete and closed.due:
+            closed.settle(last=False)
+            meter.lap("backward")
+        loss = math.nan if closed.head is None else closed.head.loss
+        totals.count(0.0, run.levels(batch), updated=True)
+        yield loss
+        meter.lap("bookkeeping")
+    run.scheduler.finish_epoch()
+    meter.lap("bookkeeping")

@@ -1,0 +1,171 @@
+"""Runs whose head is made in closed form: one visit, or a start for the epochs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from test_stream import CLASSES, frames
+
+from pbc.data import ImageFolder
+from pbc.errors import UsageError
+from pbc.runtime.events import EpochReport, Event, Note, Plan, StepReport
+from pbc.runtime.head_inputs import HeadInputs
+from pbc.runtime.objective import Objective
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.personal import Personal
+from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.runtime import Runtime
+
+
+class Case:
+    """A bundle of a kind, photos to train and test on."""
+
+    def __init__(self, root: Path, kind: str = "probe", per_class: int = 10) -> None:
+        self.root = root
+        tiny.photos(root / "photos", per_class)
+        tiny.photos(root / "test", 6, seed=1)
+        tiny.write(root / "m.pbc", kind)
+        self.costs = tiny.costs(root / "costs.json")
+        self.runtime = Runtime.open(root / "m.pbc")
+        self.samples = ImageFolder.open(root / "photos", self.runtime.spec)
+        self.test = ImageFolder.open(root / "test", self.runtime.spec)
+
+    def options(self, **changes: Any) -> TrainOptions:
+        return TrainOptions(**{"costs": self.costs, "head": "closed", "batch": 4, **changes})
+
+    def fit(self, out: str, **changes: Any) -> list[Event]:
+        events: list[Event] = []
+        self.runtime.fit(
+            self.samples, self.options(**changes), self.root / out, report=events.append
+        )
+        return events
+
+    def accuracy(self, out: str) -> float:
+        return Personal.open(self.root / out).evaluate(self.test).accuracy
+
+
+def theta(root: Path) -> bytes:
+    return (root / "trainable.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["probe", "maps", "bodies", "whole"])
+def test_what_the_head_reads_is_found_by_trying(tmp_path: Path, kind: str) -> None:
+    case = Case(tmp_path, kind)
+    bundle = case.runtime.bundle
+    executable = case.runtime.engine.load(bundle, threads=1)
+    parameters = initial_parameters(bundle, 3, 0)
+    inputs = HeadInputs.find(bundle, executable, parameters)
+    assert inputs is not None
+    assert inputs.direct is (kind == "probe")
+    assert inputs.width == tiny.CHANNELS
+    features = executable.prefix(0, case.samples.images(np.arange(5)))
+    rows = inputs(0, features)
+    executable.start(parameters, Objective())
+    weight, bias = (parameters[f"head.{name}"] for name in ("weight", "bias"))
+    np.testing.assert_allclose(
+        rows @ weight.T + bias, executable.logits(0, features), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_one_visit_replaces_the_epochs_of_a_linear_probe(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    events = case.fit("mine")
+    assert [event.epochs for event in events if isinstance(event, Plan)] == [1]
+    (epoch,) = (event for event in events if isinstance(event, EpochReport))
+    assert sum(epoch.levels) == len(case.samples)
+    assert epoch.loss < 0.5
+    assert any("head in closed form" in event.text for event in events if isinstance(event, Note))
+    assert case.accuracy("mine") == 1
+    final = json.loads((tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["head"]["judged"] == len(case.samples)
+
+
+def test_elsewhere_it_starts_the_epochs(tmp_path: Path) -> None:
+    case = Case(tmp_path, "whole")
+    options = {"epochs": 2, "learning_rate": 0.01}
+    closed = [e for e in case.fit("closed", **options) if isinstance(e, EpochReport)]
+    plain = [e for e in case.fit("sgd", head="sgd", **options) if isinstance(e, EpochReport)]
+    assert len(closed) == len(plain) == 2
+    assert closed[0].loss < plain[0].loss
+    assert case.accuracy("closed") >= case.accuracy("sgd")
+
+
+def test_few_photos_a_class_are_left_to_sgd(tmp_path: Path) -> None:
+    case = Case(tmp_path, per_class=3)
+    plain = case.fit("sgd", head="sgd", epochs=2)
+    automatic = case.fit("auto", head="auto", epochs=2)
+    assert len([e for e in automatic if isinstance(e, EpochReport)]) == 2
+    assert theta(tmp_path / "auto") == theta(tmp_path / "sgd")
+    assert len(plain) == len(automatic)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("stopped_at", [1, 4, 6])
+def test_an_interrupted_visit_ends_at_the_same_bits(
+    tmp_path: Path, views: int, stopped_at: int
+) -> None:
+    case = Case(tmp_path)
+    options = case.options(augment=views, checkpoint_seconds=0)
+    whole = case.runtime.trainer(case.samples, options, tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    whole.prepare()
+    while not whole.finished:
+        whole.run_epoch()
+    (tmp_path / "parts").mkdir()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, StepReport) and event.step == stopped_at:
+            raise KeyboardInterrupt
+
+    cut = case.runtime.trainer(case.samples, options, tmp_path / "parts", report=stop)
+    cut.prepare()
+    with pytest.raises(KeyboardInterrupt):
+        cut.run_epoch()
+    again = case.runtime.trainer(case.samples, options, tmp_path / "parts")
+    again.prepare(resume=True)
+    while not again.finished:
+        again.run_epoch()
+    assert whole.epoch == again.epoch == views
+    for name, value in whole.parameters().items():
+        assert np.array_equal(value, again.parameters()[name])
+
+
+@pytest.mark.parametrize("kind", ["probe", "maps"])
+def test_a_stream_is_summed_up(tmp_path: Path, kind: str) -> None:
+    tiny.write(tmp_path / "m.pbc", kind)
+    case = Case(tmp_path / "case")
+    runtime = Runtime.open(tmp_path / "m.pbc")
+    costs = tiny.costs(tmp_path / "costs.json")
+    for head in ("closed", "auto"):
+        options = TrainOptions(costs=costs, head=head)
+        report = runtime.fit_stream(frames(200), CLASSES, options, tmp_path / head)
+        assert sum(report.levels) == 200
+    assert theta(tmp_path / "closed") == theta(tmp_path / "auto")
+    assert Personal.open(tmp_path / "auto").evaluate(case.test).accuracy == 1
+
+
+def test_rounds_are_refused_a_closed_form(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    trainer = case.runtime.trainer(case.samples, case.options(), tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    trainer.prepare()
+    with pytest.raises(UsageError, match="rounds train by steps"):
+        trainer.run_round(1)
+    with pytest.raises(UsageError, match="rounds train by steps"):
+        trainer.set_parameters(trainer.parameters(), keep_optimizer=False)
+
+
+def test_a_stream_of_bodies_that_train_is_refused_a_closed_form(tmp_path: Path) -> None:
+    case = Case(tmp_path, "whole")
+    with pytest.raises(UsageError, match=r"no closed form: with .* more trains than the head"):
+        case.runtime.fit_stream(frames(40), CLASSES, case.options(), tmp_path / "mine")
+
+
+def test_a_head_that_is_unknown_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no head named 'lda'"):
+        TrainOptions(head="lda")
