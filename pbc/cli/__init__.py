@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, Command] = {
     "forget": Command("pbc.cli.train", "forget"),
     "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),
     "profile": Command("pbc.cli.profile", "profile", DEVICE_EXTRAS),
+    "audit": Command("pbc.cli.audit", "audit", DEVICE_EXTRAS),
     "deploy": Command("pbc.cli.deploy", "deploy"),
     "pack": Command("pbc.cli.pack", "pack"),
     "targets": Command("pbc.cli.targets", "targets"),

@@ -61,6 +61,7 @@ def test_every_runtime_module_but_the_engines_is_light(root: Path) -> None:
         ["eval", "--help"],
         ["predict", "--help"],
         ["inspect", "--help"],
+        ["audit", "--help"],
         ["bench", "--help"],
         ["forget", "--help"],
         ["export", "--help"],

@@ -22,6 +22,7 @@ from pbc.data import InputSpec
 COLOURS = {"blue": (0.1, 0.2, 0.9), "green": (0.2, 0.9, 0.1), "red": (0.9, 0.1, 0.2)}
 SPEC = InputSpec((3, 16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 CHANNELS = 8
+PIXELS = 3 * 16 * 16
 WEIGHTS = "weights/level-{}.safetensors"
 
 Json = dict[str, Any]
@@ -122,7 +123,14 @@ def _whole(level: int) -> tuple[None, Json]:
     return None, graph(["x", "b", *THETA], {"logits": "logits"}, frozen, nodes)
 
 
-_KINDS = {"probe": _probe, "maps": _maps, "bodies": _bodies, "whole": _whole}
+def _pixels(level: int) -> tuple[Json, Json]:
+    """The pixels are the features: many more than photos, as a real network's are."""
+    flat = node("flat", "aten.reshape.default", "@x", [-1, PIXELS])
+    prefix = graph(["x"], {"flat": "flat"}, {}, [flat])
+    return prefix, graph(["flat", *THETA], {"logits": "logits"}, {}, [_HEAD])
+
+
+_KINDS = {"pixels": _pixels, "probe": _probe, "maps": _maps, "bodies": _bodies, "whole": _whole}
 
 
 def _policy() -> Json:
@@ -183,8 +191,9 @@ def contents(
             "bias": np.linspace(8, 4, count, dtype=np.float32),
         }
         files["weights/policy.safetensors"] = safetensors.numpy.save(steep)
+    width = PIXELS if kind == "pixels" else CHANNELS
     parameters: dict[str, list[int | None]] = {
-        "head.weight": [None, CHANNELS],
+        "head.weight": [None, width],
         "head.bias": [None],
     }
     trainable = {}
@@ -195,6 +204,7 @@ def contents(
     features = {
         "maps": {"map": [CHANNELS, 8, 8]},
         "whole": {"x": list(SPEC.shape)},
+        "pixels": {"flat": [PIXELS]},
     }.get(kind, {"flat": [CHANNELS]})
     levels = [_level(0, 1.0, "original")]
     for number, fidelity in enumerate(fidelities, 1):
@@ -209,7 +219,7 @@ def contents(
         "batch": batch,
         "classes": list(classes) if classes is not None else None,
         "class_count": len(classes) if classes is not None else class_count,
-        "head": {"head.weight": CHANNELS, "head.bias": CHANNELS},
+        "head": {"head.weight": width, "head.bias": width},
         "parameters": parameters,
         "features": features,
         "cost_model": "macs",

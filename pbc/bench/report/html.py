@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from pbc.bench.report import charts, tables
 from pbc.bench.report.charts import Part, Series
+from pbc.bench.report.page import page, section, table
 from pbc.bench.results import Results
 from pbc.bench.standings import BASELINES, REFERENCE, Standing
 from pbc.bench.sweep import Study
@@ -35,51 +35,22 @@ def html(results: Results, with_budgets: bool) -> str:
     title = f"pbc bench: {bundle['model']}, {bundle['strategy']}"
     sections = [
         f"<header><h1>{escape(title)}</h1>{_summary(results)}</header>",
-        _section("Results", _table(tables.headline(results)), _reading(results)),
-        _section("Accuracy over time", _accuracy(results)),
-        _section("Routing: visits per level and epoch", _routing(results)),
-        _section("The ladder: what a level costs, and how faithful it is", _ladder(results)),
-        _section("Where the time goes", _stages(results)),
+        section("Results", table(tables.headline(results)), _reading(results)),
+        section("Accuracy over time", _accuracy(results)),
+        section("Routing: visits per level and epoch", _routing(results)),
+        section("The ladder: what a level costs, and how faithful it is", _ladder(results)),
+        section("Where the time goes", _stages(results)),
     ]
     if with_budgets:
         rows = tables.budgets(results)
         what = "Seconds until a share of full training's accuracy is first reached."
-        sections.append(_section("Accuracy budgets", _table(rows), f"<p>{what}</p>"))
+        sections.append(section("Accuracy budgets", table(rows), f"<p>{what}</p>"))
     studies = zip(results.sweeps, tables.sweeps(results), strict=True)
     sections += [_study(study, rows, results) for study, rows in studies]
     notes = "".join(f"<li>{escape(note)}</li>" for note in results.notes)
-    sections.append(_section("Notes", f"<ul>{notes}</ul>" if notes else "<p>None.</p>"))
-    sections.append(_section("Protocol and machine", _facts(results)))
-    style = files("pbc.bench.report").joinpath("report.css").read_text()
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, *content: str) -> str:
-    inside = "".join(content)
-    return f"<section><h2>{escape(title)}</h2>{inside}</section>" if inside else ""
-
-
-def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
-    """Return a table; the first `names` columns are words, the others figures."""
-    if len(rows) < 2:
-        return ""
-
-    def line(kind: str, cells: Sequence[str]) -> str:
-        tags = [f'{kind} class="name"'] * names + [kind] * (len(cells) - names)
-        marked = zip(tags, cells, strict=True)
-        return "".join(f"<{tag}>{escape(cell)}</{kind}>" for tag, cell in marked)
-
-    head = line("th", rows[0])
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows[1:])
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    sections.append(section("Notes", f"<ul>{notes}</ul>" if notes else "<p>None.</p>"))
+    sections.append(section("Protocol and machine", _facts(results)))
+    return page(title, sections)
 
 
 def _summary(results: Results) -> str:
@@ -190,7 +161,7 @@ def _stages(results: Results) -> str:
     ]
     if not rows:
         return ""
-    return charts.legend(parts) + charts.shares(rows, parts) + _table(tables.stages(results))
+    return charts.legend(parts) + charts.shares(rows, parts) + table(tables.stages(results))
 
 
 def _study(study: Study, rows: Sequence[Sequence[str]], results: Results) -> str:
@@ -214,12 +185,12 @@ def _study(study: Study, rows: Sequence[Sequence[str]], results: Results) -> str
             faster = [(place[p.value], p.faster.mean) for p in mine if p.faster is not None]
             ratios.append(Series(rival, colour, faster))
     kwargs: dict[str, Any] = {"height": 260, "x_names": study.values}
-    return _section(
+    return section(
         f"Sweep: {study.title}",
         charts.legend(accuracies),
         charts.lines(accuracies, study.title, "test accuracy, %", str, **kwargs),
         charts.lines(ratios, study.title, "times as fast as pet", str, **kwargs),
-        _table(rows, names=2),
+        table(rows, names=2),
     )
 
 

@@ -1,0 +1,119 @@
+"""Attacks on one update, in numpy: whose photos are in it, with which labels and features.
+
+The attacker has the bundle, θ before the update, and candidate photos, the true ones among them. A
+gradient is a weighted sum of the candidates' gradients, an update nearly one: a regression on them
+has the weights. Nothing is tuned with knowledge of the truth.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_RIDGES = 10.0 ** np.arange(-9, 4)
+_ITERATIONS = 500
+
+
+def weights(gradients: np.ndarray, update: np.ndarray) -> np.ndarray:
+    """Return f64[n]: how much of each candidate is in an update, by regression.
+
+    gradients: f32[n, d], each candidate's, of those d values that the attacker sees. update:
+    f32[d], in the direction of the gradients. A ridge regression, its ridge chosen by generalised
+    cross-validation (Golub, Heath and Wahba, 1979); where compression leaves fewer values than
+    there are candidates, non-negative least squares, which find a mixture of few all the same.
+    """
+    columns = gradients.astype(np.float64)
+    sizes = np.linalg.norm(columns, axis=1)
+    scale = float(sizes.mean()) or 1.0
+    columns, target = columns / scale, update.astype(np.float64)
+    target = target / (float(np.linalg.norm(target)) or 1.0)
+    if len(target) < len(columns):
+        return _non_negative(columns, target)
+    values, vectors = np.linalg.eigh(columns @ columns.T)
+    kept = values > values[-1] * 1e-12
+    values, vectors = values[kept], vectors[:, kept]
+    projected = vectors.T @ (columns @ target)
+    # The share of the target along each singular direction; the rest no candidate explains.
+    shares = projected**2 / values
+    rest = max(float(target @ target) - float(shares.sum()), 0.0)
+    scores = []
+    for ridge in _RIDGES * values.mean():
+        left = ridge / (values + ridge)
+        freedom = len(target) - float((1 - left).sum())
+        residual = rest + float((left**2 * shares).sum())
+        scores.append(residual / max(freedom, 1e-9) ** 2)
+    ridge = _RIDGES[int(np.argmin(scores))] * values.mean()
+    found: np.ndarray = vectors @ (projected / (values + ridge))
+    return found
+
+
+def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Minimise ‖wᵀ columns − target‖ over w ≥ 0 (accelerated projected gradient, FISTA)."""
+    correlation = columns @ target
+    step = 1 / max(float(np.linalg.norm(columns, 2)) ** 2, 1e-30)
+    found = ahead = np.zeros(len(columns))
+    for iteration in range(_ITERATIONS):
+        last = found
+        found = np.maximum(ahead - step * (columns @ (ahead @ columns - target)), 0)
+        ahead = found + iteration / (iteration + 3) * (found - last)
+    # Among those that are in no solution, the most alike come first.
+    sizes = np.maximum(np.linalg.norm(columns, axis=1), 1e-30)
+    scores: np.ndarray = found + 1e-6 * correlation / sizes
+    return scores
+
+
+def auc(scores: np.ndarray, member: np.ndarray) -> float | None:
+    """Return the probability that a member scores above another; ties count half.
+
+    member: bool[n]. None where there are not both.
+    """
+    inside, outside = scores[member], np.sort(scores[~member])
+    if not len(inside) or not len(outside):
+        return None
+    below = np.searchsorted(outside, inside, "left") + np.searchsorted(outside, inside, "right")
+    return float(below.mean() / (2 * len(outside)))
+
+
+def auc_within(scores: np.ndarray, member: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return `auc` over pairs of one class; over all, classes alone may tell members apart."""
+    total, pairs = 0.0, 0
+    for label in np.unique(labels).tolist():
+        here = labels == label
+        value = auc(scores[here], member[here])
+        if value is not None:
+            count = int(member[here].sum()) * int((~member[here]).sum())
+            total, pairs = total + value * count, pairs + count
+    return total / pairs if pairs else None
+
+
+def identified(scores: np.ndarray, member: np.ndarray) -> float:
+    """Return which share of the members are among as many highest scores as there are members."""
+    count = int(member.sum())
+    first = np.argsort(-scores, kind="stable")[:count]
+    return float(member[first].mean())
+
+
+def labels_recovered(bias: np.ndarray, probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return which share of a batch's labels an attacker names without any photo.
+
+    bias: f64[classes], minus the mean gradient of the head's bias, which is the share of each label
+    less its mean probability (Zhao et al., iDLG, 2020, for one photo). probabilities: f64[classes],
+    what the network gives each class on average. labels: int64[n], the truth.
+    """
+    count = len(labels)
+    if count == 1:  # the one positive entry
+        return float(int(bias.argmax()) == int(labels[0]))
+    expected = np.maximum(bias + probabilities, 0) * count
+    guessed = np.floor(expected)
+    for label in np.argsort(guessed - expected, kind="stable")[
+        : max(count - int(guessed.sum()), 0)
+    ]:
+        guessed[label] += 1
+    true = np.bincount(labels, minlength=len(bias))
+    return float(np.minimum(guessed, true).sum() / count)
+
+
+def cosine(found: np.ndarray, true: np.ndarray, mean: np.ndarray) -> float:
+    """Return the cosine of two vectors f[d] about the mean of all, 0 for none."""
+    a, b = (np.asarray(value, np.float64) - mean for value in (found, true))
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size > 0 else 0.0
