@@ -17,7 +17,6 @@ import numpy as np
 from pbc.audit import attack
 from pbc.audit.network import Network, features_of
 from pbc.audit.options import AuditOptions
-from pbc.bench.photos import subset
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
 from pbc.fleet.protection import Protection
@@ -97,7 +96,7 @@ def audit(
     chosen = _chosen(samples, options)
     tell(f"computing the features of {len(chosen)} photos")
     executable = runtime.engine.load(runtime.bundle, threads=options.threads)
-    part = subset(samples, chosen)
+    part = samples.subset(chosen)
     manifest = runtime.bundle.manifest
     network = Network(
         executable,
