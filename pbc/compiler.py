@@ -41,9 +41,9 @@ class CompileOptions:
 
     blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
     (see pbc.frontend.blocks).
-    classes: how many; `data` (class folders or a zip of them) names them. With neither the head is
-    left open. shape: channels, height, width; None is the model's own. resize: "crop" or "squash";
-    None is the way of the zoo that the model is from. levels counts proxies.
+    classes: how many are expected; `data` (class folders or a zip of them) names them. Training
+    takes those of its photos. shape: channels, height, width; None is the model's own. resize:
+    "crop" or "squash"; None is the way of the zoo that the model is from. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. importance: the criterion that says
     which channels of it stay; see pbc.proxies.importance. cost: a profile of the device, to plan
     even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0 takes

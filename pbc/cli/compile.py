@@ -53,12 +53,12 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     help="The modules that the strategy counts, such as 'layers.*'; found by pbc by default.",
 )
 @click.option(
-    "--classes", type=int, help="How many classes; without it and --data, training decides."
+    "--classes", type=int, help="How many classes to expect; training takes those of its photos."
 )
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Class folders, or a zip of them, to take the class names from.",
+    help="Class folders, or a zip of them: the classes to expect, in this order.",
 )
 @click.option(
     "--levels", default=4, show_default=True, help="How many proxies; the original is extra."

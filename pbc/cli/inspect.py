@@ -49,17 +49,15 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
     sent = ", ".join(f"{name} {size}" for name, size in frozen.items())
     names = manifest["classes"]
     count = manifest["class_count"]
-    trained = sum(_elements(size, count) for size in manifest["parameters"].values())
+    likely = count or len(names or ()) or None
+    trained = sum(_elements(size, likely) for size in manifest["parameters"].values())
     rows = {
         "model": f"{manifest['model']} (weights: {provenance['weights']})",
         "input": f"{shape}: photos are {InputSpec.from_json(manifest['input']).words()}",
         "strategy": f"{manifest['strategy']}: {trained:,} trainable values in "
         f"{len(manifest['parameters'])} tensors",
         "prefix sends": "the images themselves (no prefix)" if list(frozen) == ["x"] else sent,
-        "classes": "open: training sizes the head"
-        if count is None
-        else f"{count}"
-        + (f" ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})" if names else ""),
+        "classes": _classes(names, count),
         "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
         "requires": "; ".join(f"{k} {v}" for k, v in manifest["requires"].items()),
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
@@ -112,6 +110,16 @@ def _show_accuracy_map(points: list[list[float]] | None) -> None:
         return
     needed = ", ".join(f"{lost:g}: {floor_for(points, lost):.3f}" for lost in SHOWN_LOSSES)
     click.echo(f"accuracy: fidelity that keeps the loss to N points: {needed}")
+
+
+def _classes(names: list[str] | None, count: int | None) -> str:
+    """Say which classes a bundle expects, and whether it takes others."""
+    if names is None:
+        return "open: training sizes the head" if count is None else f"{count}, and no other number"
+    shown = f"{len(names)} ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+    return f"{shown}; " + (
+        "training takes others too" if count is None else "training takes as many others"
+    )
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:

@@ -47,6 +47,6 @@ def _open(node: Node, count: int) -> None:
             return
     raise PbcError(
         f"the number of classes, {count}, is written into `{node.name}` "
-        f"({[str(size) for size in sizes]}) in a way that it cannot be left open; give --classes, "
-        "or --data to count them"
+        f"({[str(size) for size in sizes]}) in a way that it cannot be left open (--classes, or "
+        "--data to count them, says how many there are going to be)"
     )

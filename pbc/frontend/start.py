@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pbc.errors import PbcError
 from pbc.frontend import head, models, strategy
@@ -14,7 +16,8 @@ from pbc.frontend.capture import capture
 from pbc.frontend.open_classes import open_classes
 from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.fold_constants import fold_constants
-from pbc.ir.program import Network, Program, Request
+from pbc.ir.program import Head, Network, Program, Request
+from pbc.ir.rewrite import copy_graph
 from pbc.runtime.engines.pytorch.ops import OPS
 
 
@@ -46,14 +49,13 @@ def begin(
     graph = capture(source.module, source.input.shape, trainable, operators)
     graph = fold_constants(graph, trainable)
     unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
-    if request.class_count is None:
-        open_classes(graph, source.head)
+    graph, fixed, bound = _with_open_classes(graph, source.head, request.class_count)
     network = Network(
         name=source.name,
         weights=source.weights,
         weights_sha256=source.weights_sha256,
         input=source.input,
-        head=source.head,
+        head=replace(source.head, fixed=fixed),
         example=example,
         reference=reference,
         blocks=traced.described(trainable),
@@ -63,8 +65,25 @@ def begin(
         network=network,
         trainable=trainable,
         model=graph,
-        notes=(*_notes(source), *unreached),
+        notes=(*_notes(source), *unreached, *bound),
     )
+
+
+def _with_open_classes(
+    graph: GraphModule, found: Head, count: int | None
+) -> tuple[GraphModule, int | None, tuple[str, ...]]:
+    """Return the graph for any number of classes; where that cannot be, for this one, and a note.
+
+    Raises PbcError where it cannot be and no count is known.
+    """
+    opened = copy_graph(graph)
+    try:
+        open_classes(opened, found)
+    except PbcError as error:
+        if count is None:
+            raise
+        return graph, count, (f"the bundle is for {count} classes alone: {error}",)
+    return opened, None, ()
 
 
 def prepared(

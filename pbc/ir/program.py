@@ -31,8 +31,8 @@ class Request:
 
     strategy: its text, such as `last-k:3`. blocks: a glob over the modules that it counts, None
     where pbc finds them. batch: samples per mini-batch on the device.
-    class_names, class_count: None where the head is left open. work: a folder in which long passes
-    keep what lets them resume. command: for the provenance.
+    class_names, class_count: those that are expected; training takes its photos' own. work: a
+    folder in which long passes keep what lets them resume. command: for the provenance.
     """
 
     target: Target
@@ -54,9 +54,11 @@ class Head:
     parameters: the name of each of its parameters, whose first axis is the classes, and the width
     of the layer that it belongs to, from which its first values are drawn. Two heads that are
     averaged, a 1×1 convolution and a weight given by parts are all of this form.
+    fixed: how many classes the graphs are bound to; None where the device decides.
     """
 
     parameters: Mapping[str, int]
+    fixed: int | None = None
 
     def classes_in(self, theta: Mapping[str, Tensor]) -> int:
         """Return how many classes there are at these values of the trainable parameters."""
@@ -154,8 +156,8 @@ class Program:
 
     @property
     def open_axes(self) -> dict[str, int]:
-        """The axis that counts classes, by parameter; none where the compiler knows how many."""
-        if self.request.class_count is not None:
+        """The axis that counts classes, by parameter; none where the graphs bind it."""
+        if self.network.head.fixed is not None:
             return {}
         return dict.fromkeys(self.network.head.parameters, 0)
 

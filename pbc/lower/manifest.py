@@ -39,7 +39,7 @@ def manifest(
         "input": network.input.to_json(),
         "batch": request.batch,
         "classes": None if request.class_names is None else list(request.class_names),
-        "class_count": request.class_count,
+        "class_count": network.head.fixed,
         "head": dict(network.head.parameters),
         "blocks": [vars(block) for block in network.blocks],
         "blocks_pattern": request.blocks,

@@ -164,7 +164,9 @@ def _classes(bundle: Bundle, photos: Path | None) -> int:
     known = manifest.get("class_count")
     if known is not None:
         return int(known)
-    return _CLASSES if photos is None else max(2, len(class_names(photos)))
+    if photos is not None:
+        return max(2, len(class_names(photos)))
+    return len(manifest["classes"] or ()) or _CLASSES
 
 
 def _against(options: ProfileOptions) -> tuple[bool, list[str]]:

@@ -82,23 +82,32 @@ def labelled_for(bundle: Bundle, samples: Samples, classes: Sequence[str] | None
 
 
 def numbered_classes(bundle: Bundle, classes: Sequence[str]) -> tuple[str, ...]:
-    """Return class names by label: in the bundle's order, as given where its head is open.
+    """Return class names by label: in the bundle's order if they are its own, else as given.
 
-    Raises PbcError where they are not those of the bundle, or fewer than two.
+    Raises PbcError for fewer than two, and for another number than a bundle's graphs are bound to.
     """
     if len(set(classes)) != len(classes):
         raise PbcError(f"a class is named twice among {_first(classes)}")
     if len(classes) < 2:
         raise PbcError(f"the data has one class, {_first(classes)}; two are the least")
     names, count = bundle.manifest.get("classes"), bundle.manifest.get("class_count")
-    if names is not None:
-        differences = _differences(_composed(classes), _composed(names), "data", "bundle")
-        if differences:
-            raise PbcError(f"the classes of data and bundle differ: {differences}")
+    if names is not None and _composed(classes) == _composed(names):
         return tuple(names)
     if count is not None and count != len(classes):
-        raise PbcError(f"the data has {len(classes)} classes, the bundle {count}")
+        raise PbcError(
+            f"the data has {len(classes)} classes, and this network's head could be compiled for "
+            f"{count} alone; compile it again with --data that has those of the photos"
+        )
     return tuple(classes)
+
+
+def other_classes(bundle: Bundle, classes: Sequence[str]) -> str | None:
+    """Say that these classes are not those that the bundle was compiled with; None if they are."""
+    names = bundle.manifest.get("classes")
+    if names is None or _composed(classes) == _composed(names):
+        return None
+    differences = _differences(_composed(classes), _composed(names), "data", "bundle")
+    return f"the head is sized for the {len(classes)} classes of the data: {differences}"
 
 
 def labelled_as(classes: Sequence[str], samples: Samples) -> Samples:

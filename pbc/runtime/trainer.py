@@ -25,7 +25,13 @@ from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
 from pbc.runtime.output.validation import Validation
-from pbc.runtime.parameters import checked_theta, initial_parameters, labelled_as, labelled_for
+from pbc.runtime.parameters import (
+    checked_theta,
+    initial_parameters,
+    labelled_as,
+    labelled_for,
+    other_classes,
+)
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.preparation import Preparation
@@ -140,6 +146,8 @@ class Trainer:
         self._meter.restart()
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None
+        for line in filter(None, [other_classes(self._bundle, self._samples.classes)]):
+            self._report(Note(line))
         if self._val is not None:
             self._report(Note(_split_line(self._samples, self._val)))
         self._closed = ClosedHead.find(

@@ -209,7 +209,7 @@ def starting_parameters(program: Program, level: LevelGraphs) -> dict[str, Tenso
     theta = {}
     for name in parameter_names(level.body):
         value = program.parameters[name].detach()
-        if name in head and program.request.class_count is None:
+        if name in head and program.network.head.fixed is None:
             bound = head[name] ** -0.5
             shape = (_OPEN_CLASSES, *value.shape[1:])
             value = (2 * torch.rand(shape, generator=generator) - 1) * bound

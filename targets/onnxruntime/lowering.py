@@ -118,7 +118,7 @@ class OnnxRuntimeLowering(Lowering):
         self, program: Program, name: GraphName, graph: GraphModule, tensors: Sequence[str]
     ) -> ModelProto:
         head = program.network.head.parameters
-        open_head = program.request.class_count is None
+        open_head = program.network.head.fixed is None
         return _convert(name.kind, graph, tensors, head, open_head=open_head)
 
 

@@ -166,7 +166,7 @@ class TvmLowering(Lowering):
     ) -> tuple[tvm.IRModule, dict[str, Reads]]:
         """Graphs, by their functions' names, as one module."""
         head = list(program.network.head.parameters)
-        return convert(graphs, head, open_head=program.request.class_count is None)
+        return convert(graphs, head, open_head=program.network.head.fixed is None)
 
     def keep(self, where: Platform, module: tvm.IRModule, content: bytes) -> None:
         """Take this library wherever this module is lowered."""

@@ -462,7 +462,7 @@ def test_a_derived_step_stops_there_too(between: Callable[[Net, Tensor], Tensor]
 def test_engines_of_derived_steps_run_it(engine: str) -> None:
     net = Net(straight_through)
     program = make_program(net, "full", passes=[MarkTrainable(), SplitPrefix()])
-    program = with_request(program, engine=engine, class_count=4)
+    program = with_request(program, engine=engine)
     program = run_passes(program, TryEngine(), IndependentDims(), DeriveTrainStep(), Lower())
     assert program.artifacts
     # Lower verifies the lowered step beside torch's; what it saw:

@@ -241,7 +241,9 @@ def test_the_errors_of_the_check_are_in_the_manifest(tmp_path: Path) -> None:
 
 
 def test_a_closed_head_is_checked_at_its_own_classes() -> None:
-    before = with_request(on_onnxruntime(split(ConvNet)), class_count=10)
+    before = on_onnxruntime(split(ConvNet))
+    network = replace(before.network, head=replace(before.network.head, fixed=10))
+    before = replace(before, network=network)
     after = assert_unchanged(DeriveTrainStep(), before)
     (weight,) = (
         node

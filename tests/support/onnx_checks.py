@@ -39,7 +39,7 @@ def run(
 
 def converted(program: Program, name: str, converter: Converter) -> onnxruntime.InferenceSession:
     head = program.network.head.parameters
-    open_head = program.request.class_count is None
+    open_head = program.network.head.fixed is None
     graph = graph_of(program, name)
     return session(graph, converter(name.partition("/")[0], graph, None, head, open_head=open_head))
 

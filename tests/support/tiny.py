@@ -218,7 +218,7 @@ def contents(
         "input": SPEC.to_json(),
         "batch": batch,
         "classes": list(classes) if classes is not None else None,
-        "class_count": len(classes) if classes is not None else class_count,
+        "class_count": class_count,
         "head": {"head.weight": width, "head.bias": width},
         "parameters": parameters,
         "features": features,
