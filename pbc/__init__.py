@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ _HOMES = {
     "load": "pbc.model",
 }
 __all__ = ["CompileOptions", "Model", "__version__", "compile", "load"]
+# onnxruntime makes a database in the home folder and reports to its maker, unless it is told not to
+# before it is imported; what pbc starts inherits it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def __getattr__(name: str) -> Any:

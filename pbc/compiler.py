@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ from pbc.lower.engine_choice import choose_engine, require_tuning
 from pbc.proxies import parallel
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.target import load_target
+from pbc.util.artifacts import default_folder
 from pbc.util.progress import tell
+
+# torch's own compiler, which nothing here uses, makes a folder as soon as it is imported.
+with suppress(OSError):
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(default_folder() / "torchinductor"))
 
 UP_TO_PLAN = STAGES.index("plan")
 

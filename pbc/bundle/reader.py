@@ -1,19 +1,21 @@
 """Read a bundle: what the compiler ships to a device, one `.pbc` file (a stored zip) or a folder.
 
 Every file is named in manifest.json with its sha256 and size, and the manifest carries its own
-digest, which names the bundle. Nothing in a bundle is ever executed or unpickled: weights are
-safetensors, graphs are JSON.
+digest, which names the bundle. What is read is bounded before it is read, and compared with its
+declared shape. Nothing is unpickled: weights are safetensors, graphs are JSON or ONNX. Libraries of
+native engines are code (docs/trust.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,23 +26,18 @@ from safetensors import SafetensorError
 
 from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import MACS, Ladder
-from pbc.errors import PbcError
+from pbc.bundle.requires import checked
+from pbc.bundle.shape import MOST_FILES, check_manifest
+from pbc.errors import PbcError, reason_of
+from pbc.util import strict_json
+from pbc.util.files import opened
+from pbc.util.shapes import ShapeError
+from pbc.util.terminal import CONTROL
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
-_REQUIRED = {
-    "model": str,
-    "strategy": str,
-    "engine": str,
-    "input": dict,
-    "batch": int,
-    "head": dict,
-    "parameters": dict,
-    "features": dict,
-    "levels": list,
-    "graphs": dict,
-    "trainable": str,
-}
+# The directory of a zip has 46 bytes and a name for each entry.
+_MOST_DIRECTORY_BYTES = (MOST_FILES + 2) * (46 + 1024)
 # A flipped bit in a zip's own headers surfaces as almost any of these, depending on the field.
 _ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -72,7 +69,8 @@ class Bundle:
         if MANIFEST not in names:
             raise PbcError(f"{path} is not a bundle: it has no {MANIFEST}")
         with _archive(path) as archive:
-            manifest = _parse_manifest(path, _read_entry(path, MANIFEST, None, archive))
+            data = _read_entry(path, MANIFEST, None, archive)
+        manifest = _parse_manifest(path, data)
         named = set(manifest["files"])
         for name in sorted(named - names):
             raise PbcError(f"{path} is incomplete: {name} is missing; copy or compile it again")
@@ -84,6 +82,11 @@ class Bundle:
     def digest(self) -> str:
         """Return the sha256 (hex) of the manifest, which covers every file and names the bundle."""
         return str(self.manifest["digest"])
+
+    @property
+    def entries(self) -> list[str]:
+        """Return the names of all that belongs to the bundle, the manifest among it."""
+        return [MANIFEST, *self.manifest["files"]]
 
     @property
     def ladder(self) -> Ladder:
@@ -136,7 +139,7 @@ class Bundle:
     def json(self, name: str) -> Any:
         """Return the verified content of one JSON file."""
         try:
-            return json.loads(self.read(name))
+            return strict_json.loads(self.read(name))
         except ValueError as error:
             raise PbcError(f"{self.path}: {name} is not JSON: {error}") from error
 
@@ -144,7 +147,7 @@ class Bundle:
         """Return the verified content of one safetensors file, in the dtypes it was stored in."""
         try:
             return safetensors.numpy.load(self.read(name))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise PbcError(f"{self.path}: {name} is not a safetensors file: {error}") from error
 
     def sha256(self, name: str) -> str:
@@ -175,10 +178,10 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(data)
+        manifest = strict_json.loads(data)
     except ValueError as error:
         raise PbcError(f"{path} is damaged: its {MANIFEST} is not JSON ({error})") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("schema"), int):
+    if not isinstance(manifest, dict) or type(manifest.get("schema")) is not int:
         raise PbcError(f"{path} is not a bundle: its {MANIFEST} has no schema number")
     # The schema comes first: a newer one may compute its digest in another way.
     if manifest["schema"] > SCHEMA:
@@ -195,13 +198,13 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
         raise PbcError(
             f"{path} is damaged: {MANIFEST} does not match its digest; copy or compile it again"
         )
-    for key, kind in {"files": dict, **_REQUIRED}.items():
-        if not isinstance(manifest.get(key), kind):
-            raise PbcError(f"{path}: {MANIFEST} has no valid {key!r} (a JSON {kind.__name__})")
-    for name, facts in manifest["files"].items():
+    try:
+        check_manifest(manifest)
+        checked(manifest["requires"])
+    except (ShapeError, PbcError) as error:
+        raise PbcError(f"{path}: its {MANIFEST} is not valid: {error}") from error
+    for name in manifest["files"]:
         check_name(path, name)
-        if not isinstance(facts, dict) or not {"sha256", "size_bytes"} <= facts.keys():
-            raise PbcError(f"{path}: {MANIFEST} gives no sha256 and size_bytes for {name}")
     return manifest
 
 
@@ -209,7 +212,7 @@ def check_name(path: Path, name: str) -> None:
     """Refuse what could leave the bundle's folder: absolute names, `..`, drives, backslashes."""
     parts = PurePosixPath(name).parts
     safe = parts and name == "/".join(parts) and not name.startswith("/") and ".." not in parts
-    if not safe or set(name) & set("\\:\0"):
+    if not safe or set(name) & set("\\:") or CONTROL.search(name):
         raise PbcError(f"{path}: unsafe file name {name!r}; names are relative, without '..'")
 
 
@@ -219,22 +222,36 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile | None]:
     if path.is_dir():
         yield None
         return
-    try:
-        archive = zipfile.ZipFile(path)
-    except (*_ZIP_ERRORS, OSError) as error:
-        raise PbcError(
-            f"{path} is not a bundle (a zip file) or is truncated: {error}; "
-            "copy or compile it again"
-        ) from error
-    with archive:
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(path))
+            _refuse_many(path, zipfile._EndRecData(file))  # type: ignore[attr-defined]
+            archive = stack.enter_context(zipfile.ZipFile(file))
+        except (*_ZIP_ERRORS, OSError) as error:
+            raise PbcError(
+                f"{path} is not a bundle (a zip file) or is truncated: {reason_of(error)}; "
+                "copy or compile it again"
+            ) from error
         yield archive
+
+
+def _refuse_many(path: Path, end: list[Any] | None) -> None:
+    """Refuse a zip of more entries than a bundle has, before its directory is read.
+
+    end: the record at the end of the file, as zipfile reads it: its sixth field is the length of
+    the directory, with which the number of entries need not agree.
+    """
+    if end is not None and end[5] > _MOST_DIRECTORY_BYTES:
+        raise PbcError(f"{path} holds too many entries; a bundle has at most {MOST_FILES}")
 
 
 def _entry_names(path: Path) -> set[str]:
     with _archive(path) as archive:
         if archive is None:
-            return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+            return _names_below(path)
         infos = archive.infolist()
+    if len(infos) > MOST_FILES + 2:
+        raise PbcError(f"{path} holds {len(infos)} entries; a bundle has at most {MOST_FILES}")
     names: set[str] = set()
     for info in infos:
         check_name(path, info.filename)
@@ -244,14 +261,42 @@ def _entry_names(path: Path) -> set[str]:
     return names
 
 
+def _names_below(root: Path) -> set[str]:
+    """Return the files of a bundle that is a folder: regular ones, no link is followed."""
+    names: set[str] = set()
+    folders = [""]
+    try:
+        while folders:
+            folder = folders.pop()
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}{entry.name}"
+                    check_name(root, name)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{name}/")
+                    elif entry.is_file(follow_symlinks=False):
+                        names.add(name)
+                    else:
+                        kind = "a link" if entry.is_symlink() else "no regular file"
+                        raise PbcError(f"{root} holds {name}, which is {kind}; remove it")
+            if len(names) + len(folders) > 2 * MOST_FILES:
+                raise PbcError(f"{root} holds too many files; a bundle has at most {MOST_FILES}")
+    except OSError as error:
+        raise PbcError(f"cannot read the bundle {root}: {error.strerror or error}") from error
+    return names
+
+
 def _read_entry(
     path: Path, name: str, size_bytes: int | None, archive: zipfile.ZipFile | None
 ) -> bytes:
     try:
         if archive is None:
-            data = (path / name).read_bytes()
+            with opened(path / name, follow=False) as file:
+                _compare_size(path, name, os.fstat(file.fileno()).st_size, size_bytes)
+                data = file.read()
         else:
             info = archive.getinfo(name)
+            _compare_size(path, name, info.file_size, size_bytes)
             # Stored only: the size is then bounded by the file's, whatever a header claims.
             if info.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile("the entry is compressed; a bundle stores it as is")
@@ -260,9 +305,18 @@ def _read_entry(
         raise PbcError(
             f"{path} is damaged: cannot read {name} ({error}); copy or compile it again"
         ) from error
-    if size_bytes is not None and len(data) != size_bytes:
+    _compare_size(path, name, len(data), size_bytes)
+    return data
+
+
+def _compare_size(path: Path, name: str, found: int, size_bytes: int | None) -> None:
+    """Refuse an entry of another size, before and after it is read; None: the manifest itself."""
+    if size_bytes is None and found > strict_json.MOST_BYTES:
         raise PbcError(
-            f"{path} is damaged: {name} has {len(data)} bytes instead of {size_bytes}; "
+            f"{path}: its {name} has {found} bytes; at most {strict_json.MOST_BYTES} are read"
+        )
+    if size_bytes is not None and found != size_bytes:
+        raise PbcError(
+            f"{path} is damaged: {name} has {found} bytes instead of {size_bytes}; "
             "copy or compile it again"
         )
-    return data

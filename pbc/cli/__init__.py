@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -19,6 +20,9 @@ from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.util.source import summary
+from pbc.util.terminal import escaped
+
+_LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,26 @@ class Main(click.Group):
             _fail(error.format_message(), error.exit_code)
         except click.Abort:
             _fail("interrupted", 130)
+        except MemoryError:
+            _fail("not enough memory", 1)
+        except OSError as error:  # of a disk or a terminal, wherever it was met
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     plain = "NO_COLOR" in os.environ
     head = click.style("error:", fg="red", bold=True)
-    click.echo(f"{head} {message}", err=True, color=False if plain else None)
+    line = " ".join(escaped(message).splitlines())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE - 1]}…"
+    with suppress(OSError):
+        click.echo(f"{head} {line}", err=True, color=False if plain else None)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # what could not be written is not tried again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(exit_code)
 
 

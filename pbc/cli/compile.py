@@ -189,7 +189,7 @@ def _show_result(bundle: Bundle) -> None:
     manifest = bundle.manifest
     show_levels(manifest["levels"], manifest["cost_model"])
     click.echo(f"photos: {InputSpec.from_json(manifest['input']).words()}")
-    _show_requires(manifest["requires"])
+    _show_requires({**manifest["requires"], **manifest["by_hand"]})
     _show_notes(manifest["notes"])
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(

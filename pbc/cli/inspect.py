@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc.bundle import Bundle
+from pbc.bundle.ladder import MACS
 from pbc.cli.tables import console
 from pbc.data import InputSpec
 from pbc.errors import PbcError
@@ -43,12 +44,13 @@ def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
 
 
 def _show_manifest(manifest: dict[str, Any]) -> None:
-    provenance = manifest["provenance"]
+    provenance = {"weights": "?", "pbc": "?", "torch": "?", "command": "?"}
+    provenance |= manifest.get("provenance", {})
     shape = "x".join(str(size) for size in manifest["input"]["shape"])
     frozen = manifest["features"]
     sent = ", ".join(f"{name} {size}" for name, size in frozen.items())
-    names = manifest["classes"]
-    count = manifest["class_count"]
+    names = manifest.get("classes")
+    count = manifest.get("class_count")
     likely = count or len(names or ()) or None
     trained = sum(_elements(size, likely) for size in manifest["parameters"].values())
     rows = {
@@ -59,7 +61,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         "prefix sends": "the images themselves (no prefix)" if list(frozen) == ["x"] else sent,
         "classes": _classes(names, count),
         "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
-        "requires": "; ".join(f"{k} {v}" for k, v in manifest["requires"].items()),
+        "requires": requirements(manifest),
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
         "digest": manifest["digest"],
     }
@@ -68,15 +70,15 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         grid.add_row(Text(key, style="bold"), Text(str(value)))
     console().print(grid)
     show_blocks(manifest.get("blocks", []))
-    show_levels(manifest["levels"], manifest["cost_model"])
-    _show_policy(manifest["policy"])
-    _show_accuracy_map(manifest["accuracy_map"])
+    show_levels(manifest["levels"], manifest.get("cost_model", MACS))
+    _show_policy(manifest.get("policy"))
+    _show_accuracy_map(manifest.get("accuracy_map"))
     files = Table("file", "bytes", "sha256", box=None, pad_edge=False, header_style="bold")
     files.columns[1].justify = "right"
     for name, facts in manifest["files"].items():
         files.add_row(name, f"{facts['size_bytes']:,}", facts["sha256"][:16] + "…")
     console().print(files)
-    for note in manifest["notes"]:
+    for note in manifest.get("notes", []):
         click.echo(f"{click.style('note:', fg='yellow')} {note}")
 
 
@@ -86,17 +88,22 @@ def _show_policy(policy: dict[str, Any] | None) -> None:
         return
     report = policy["report"]
     _, height, width = policy["view"]
+    if "shipped" not in report:
+        click.echo(f"policy: predicts fidelity from {height}x{width} views")
+        return
     text = f"policy: predicts fidelity from {height}x{width} views (ships the {report['shipped']})"
-    network = report["network"]
+    network = report.get("network")
     if network is None:
-        text += f"; {report['held_out_samples']} held-out images are too few to judge a network"
+        count = report.get("held_out_samples", 0)
+        text += f"; {count} held-out images are too few to judge a network"
     else:
+        best = max(network.get("explained_variance", [0]))
         text += (
-            f"; its network explains {max(network['explained_variance']):.0%} of the variance "
-            f"between images at best, at {report['cost_share']:.1%} of level 0's cost"
+            f"; its network explains {best:.0%} of the variance between images at best, "
+            f"at {report.get('cost_share') or 0:.1%} of level 0's cost"
         )
     click.echo(text)
-    for row in report[report["shipped"]]["floors"]:
+    for row in (report.get(report["shipped"]) or {}).get("floors", ()):
         click.echo(
             f"  at floor {row['floor']}: {row['right']:.0%} at the right level, "
             f"{row['off_by_one_at_most']:.0%} within one, {row['violations']:.0%} below the floor, "
@@ -120,6 +127,12 @@ def _classes(names: list[str] | None, count: int | None) -> str:
     return f"{shown}; " + (
         "training takes others too" if count is None else "training takes as many others"
     )
+
+
+def requirements(manifest: dict[str, Any]) -> str:
+    """Return what a device must have, in one line: versions, then what no wheel brings."""
+    wanted = {**manifest["requires"], **manifest.get("by_hand", {})}
+    return "; ".join(f"{name} {text}" for name, text in wanted.items())
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:

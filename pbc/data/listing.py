@@ -12,6 +12,7 @@ from pbc.data import formats, junk
 from pbc.data.budget import Budget
 from pbc.data.decoding import BrokenImageError
 from pbc.errors import PbcError
+from pbc.util.terminal import escaped
 
 FILES = Budget(256 << 20)
 """What all files that are being read may take together, and so the most of one file."""
@@ -126,13 +127,13 @@ def too_large(size_bytes: int) -> str:
 
 
 def normal(name: str) -> str:
-    r"""Return a name in NFC, bytes that are no UTF-8 written as \xNN.
+    r"""Return a name in NFC, bytes that are no UTF-8 and control characters as \xNN.
 
     Composed and decomposed spellings, as Linux and macOS write them, become the same name, and
     every name can be stored and printed.
     """
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text)
+    return escaped(unicodedata.normalize("NFC", text))
 
 
 def suffix(name: str) -> str:

@@ -18,6 +18,7 @@ from pbc.deploy.payload import PROBE, SCRIPT, Payload, needs, payload
 from pbc.deploy.requirements import device_requirements
 from pbc.deploy.wheels import BoardPython, board_python, collect
 from pbc.errors import PbcError, UsageError, suggest
+from pbc.util import strict_json
 from pbc.util.sizes import size_text
 
 _CHUNK_BYTES = 1 << 18
@@ -171,9 +172,11 @@ class _Conversation:
     def _result(self, session: Session, ready: Payload | None) -> dict[str, Any]:
         for line in session.read:
             try:
-                message = json.loads(line)
+                message = strict_json.loads(line)
             except ValueError:
                 continue  # a login shell's own greeting
+            if not isinstance(message, dict):
+                continue
             if "result" in message:
                 result: dict[str, Any] = message["result"]
                 return result

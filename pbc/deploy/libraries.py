@@ -23,7 +23,7 @@ class DeviceLibraries:
     """Libraries for the boards of an engine; entry point group `pbc.device_libraries`, by its name.
 
     requirement: the wheel, as pip is asked for it. members: their places there. variable: by which
-    the engine finds the first, with the others beside it. unless: where the manifest requires this
+    the engine finds the first, with the others beside it. unless: where the board has to bring this
     of the board, the board has libraries of its own.
     """
 
@@ -55,7 +55,7 @@ def libraries(
             f"{plugins.kind(GROUP)} {entry.name!r} is a {type(wanted).__name__}, "
             "not a pbc.deploy.libraries.DeviceLibraries"
         )
-    if wanted.unless in manifest["requires"]:
+    if wanted.unless in manifest.get("by_hand", {}):
         return []
     found: dict[str, Library] = {}
     collected = collect(

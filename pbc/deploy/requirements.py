@@ -8,10 +8,12 @@ from importlib import metadata
 from typing import Any
 
 from pbc import plugins
+from pbc.bundle.requires import FACTS, checked
 from pbc.errors import PbcError
+from pbc.util.extras import EXTRAS
 
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?P<rest>[^;]*)(?:;(?P<marker>.*))?")
-_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
+_EXTRA = re.compile(r"""(?:\s+and\s+)?\bextra\s*==\s*['"]([^'"]+)['"]""")
 _DEVICE = "device"
 
 
@@ -26,7 +28,9 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
     core, extras = own_requirements()
     if entry.distribution != "pbc":
         return [*core, f"{entry.distribution}=={entry.version}"]
+    checked(manifest["requires"])
     wanted = {_normal(name): spec for name, spec in manifest["requires"].items()}
+    _refuse_unknown(manifest["requires"], core, extras)
     for extra, requirements in sorted(extras.items()):
         names = {_normal(requirement_name(requirement)) for requirement in requirements}
         if extra.startswith(_DEVICE) and names & wanted.keys():
@@ -38,14 +42,27 @@ def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
     )
 
 
+def _refuse_unknown(
+    requires: Mapping[str, str], core: list[str], extras: Mapping[str, list[str]]
+) -> None:
+    """Refuse names that are neither facts of a board nor packages that pbc itself asks for."""
+    packages = [requirement_name(line) for lines in (core, *extras.values()) for line in lines]
+    known = {*map(_normal, packages), *map(_normal, EXTRAS), *FACTS}
+    for name in requires:
+        if _normal(name) not in known:
+            raise PbcError(f"the bundle requires {name!r}, which this pbc does not know")
+
+
 def own_requirements() -> tuple[list[str], dict[str, list[str]]]:
     """Return the requirements of pbc itself, and those of each extra."""
     core: list[str] = []
     extras: dict[str, list[str]] = {}
     for line in metadata.requires("pbc") or []:
         found = _parsed(line)
-        bare = f"{found['name']}{found['rest'].strip()}"
-        extra = _EXTRA.search(found["marker"] or "")
+        marker = found["marker"] or ""
+        extra = _EXTRA.search(marker)
+        condition = _EXTRA.sub("", marker).strip()
+        bare = f"{found['name']}{found['rest'].strip()}" + (f"; {condition}" if condition else "")
         if extra is None:
             core.append(line)
         else:

@@ -8,7 +8,6 @@ what would be in proportion to the work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
 from pbc.ir.program import Program
+from pbc.util import strict_json
 
 # Rounding to whole channels puts a level this far beside the one it was planned as.
 _NEAR = 0.98
@@ -42,7 +42,7 @@ class CostProfile:
     def open(cls, path: Path) -> CostProfile:
         """Read what `pbc profile -o` wrote; raises PbcError for anything else."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = strict_json.load(path)
         except (OSError, ValueError) as error:
             raise PbcError(f"the profile {path} cannot be read: {error}") from error
         try:

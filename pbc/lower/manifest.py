@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import pbc
+from pbc.bundle.requires import told_apart
 from pbc.ir.dims import Dims
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import ladder
@@ -30,12 +31,14 @@ def manifest(
     """
     request, network = program.request, program.network
     levels = ladder(program.levels, program.cost_model)
+    versions, by_hand = told_apart(requires)
     return {
         "model": network.name,
         "strategy": request.strategy,
         "engine": request.engine,
         "target": request.target.to_json(),
-        "requires": requires,
+        "requires": versions,
+        "by_hand": by_hand,
         "input": network.input.to_json(),
         "batch": request.batch,
         "classes": None if request.class_names is None else list(request.class_names),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pbc.deploy.connection import Connection, Destination
 from pbc.errors import PbcError, UsageError
 from pbc.profile.measure import Profile, Tell
 from pbc.profile.options import ProfileOptions
+from pbc.util import strict_json
 
 # Arguments: the folder of the deploy, how to deploy there, and what to call pbc with.
 _SCRIPT = """\
@@ -40,7 +40,7 @@ def profile_on(
     words = ["sh", "-c", _SCRIPT, "sh", connection.destination.folder, deploy]
     printed = connection.run([*words, *_arguments(options)], b"")
     try:
-        content = json.loads(printed)
+        content = strict_json.loads(printed)
         digest = content["bundle"]["digest"]
     except (ValueError, KeyError, TypeError) as error:
         raise PbcError(

@@ -10,7 +10,27 @@ from typing import Any
 import numpy as np
 
 from pbc.errors import PbcError
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.shapes import check, flag, integer, list_of, number, record
+
+_LEVEL_COST = record(
+    {
+        "prefix_ms": number(),
+        "chunk": integer(-1, 1 << 20),
+        "forward_ms": number(),
+        "backward_ms": number(),
+        "measured": flag,
+    }
+)
+_COSTS = record(
+    {
+        "levels": list_of(_LEVEL_COST, most=64),
+        "decode_ms": number(),
+        "gather_ms": number(),
+        "policy_ms": number(),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Costs:
     def from_json(cls, data: Any, levels: int) -> Costs:
         """Read what `to_json` gave, for a ladder of `levels`; raises PbcError on anything else."""
         try:
+            check(data, _COSTS)
             costs = cls(
                 tuple(LevelCost(**level) for level in data["levels"]),
                 float(data["decode_ms"]),
@@ -89,9 +110,9 @@ class Costs:
     def load(cls, path: Path, levels: int) -> Costs:
         """Read what `save` wrote for a bundle of `levels` levels."""
         try:
-            return cls.from_json(json.loads(path.read_bytes()), levels)
+            return cls.from_json(strict_json.load(path), levels)
         except OSError as error:
-            raise PbcError(f"cannot read {path}: {error.strerror}") from error
+            raise PbcError(f"cannot read {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise PbcError(f"{path} is no JSON: {error}") from error
         except PbcError as error:

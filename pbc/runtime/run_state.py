@@ -7,6 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pbc.runtime.loop import Totals
+from pbc.util.shapes import ShapeError, check, dict_of, integer, list_of, number, record
+
+_TOTALS = record(
+    {
+        "visits": list_of(integer()),
+        "iterations": integer(),
+        "samples": integer(),
+        "loss": number(),
+        "skipped_updates": integer(),
+        "seconds": dict_of(number()),
+        "iterating_seconds": number(),
+    }
+)
 
 
 @dataclass
@@ -45,7 +58,10 @@ class RunState:
         return asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> RunState:
-        """Read what `facts` gave, among others."""
+    def from_facts(cls, facts: Mapping[str, Any], levels: int) -> RunState:
+        """Read what `facts` gave, among others, of a ladder of `levels`; raises ShapeError."""
+        check(facts["totals"], _TOTALS, "totals")
+        if len(facts["totals"]["visits"]) != levels:
+            raise ShapeError(f"totals are of {len(facts['totals']['visits'])} levels")
         names = ("epoch", "step", "rounds", "spent_seconds", "late")
         return cls(Totals(**facts["totals"]), **{name: facts[name] for name in names})

@@ -26,7 +26,7 @@ from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
-from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.objective import Objective
 from pbc.runtime.parameters import initial_parameters
 
@@ -109,7 +109,7 @@ def run(bundle: Bundle, engine: Engine | None = None) -> SelfTest:
     start = time.perf_counter()
     bundle.verify()
     engine = engine or plugins.load("pbc.engines", bundle.manifest["engine"])()
-    executable = engine.load(bundle)
+    executable = guarded.load(engine, bundle)
     errors: dict[str, float] = {}
     tolerances: dict[str, float] = {}
     for level, numbers in expected["levels"].items():

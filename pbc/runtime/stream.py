@@ -15,7 +15,7 @@ from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, collect, told
-from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.events import EpochReport, Note, Progress, Report, silent
 from pbc.runtime.frames import Stream, blocks
 from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
@@ -61,7 +61,7 @@ class StreamTraining:
         self._interrupt = interrupt
         self._batch: int = options.batch or bundle.manifest["batch"]
         keep_freed_memory()
-        self._executable: Executable = engine.load(bundle, threads=options.threads)
+        self._executable: Executable = guarded.load(engine, bundle, threads=options.threads)
         self._meter = Meter()
         self._closed: ClosedHead | None = None  # known with the first block
 

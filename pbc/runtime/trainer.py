@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -11,16 +12,16 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.data import Samples
-from pbc.errors import PbcError, UsageError
+from pbc.errors import PbcError, UsageError, reason_of
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, collect, told
-from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
 from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.checkpoint import Checkpoint, difference, join
+from pbc.runtime.output.checkpoint import FACTS, Checkpoint, difference, join
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
@@ -39,6 +40,7 @@ from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.run_state import RunState
 from pbc.runtime.schedulers import Batch
 from pbc.util.interrupt import Interrupt
+from pbc.util.shapes import check
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
 # share a checkpoint.
@@ -75,7 +77,7 @@ class Trainer:
         self._output = output
         self._report = report
         keep_freed_memory()
-        self._executable = executable or engine.load(bundle, threads=options.threads)
+        self._executable = executable or guarded.load(engine, bundle, threads=options.threads)
         self._meter = Meter()
         self._state = RunState.at_start(len(bundle.ladder))
         self._interrupt = Interrupt()
@@ -154,18 +156,24 @@ class Trainer:
             self._bundle, self._executable, parameters, options, len(self._samples)
         )
         if checkpoint is not None:
-            parameters = checkpoint.part("theta")
+            with self._reading_checkpoint():
+                theta = checkpoint.part("theta")
+                parameters = checked_theta(self._bundle, theta, len(self._samples.classes))
         self._executable.start(parameters, self.objective)
         preparation = Preparation(self._context())
-        known = Decisions.load(checkpoint, len(self._bundle.ladder)) if checkpoint else None
+        known = None
+        if checkpoint is not None:
+            with self._reading_checkpoint():
+                known = Decisions.load(checkpoint, len(self._bundle.ladder), len(self._samples))
+                self._state = RunState.from_facts(checkpoint.facts, len(self._bundle.ladder))
         self._run = preparation(known)
         # Measuring trained on the first samples: begin again.
         self._executable.start(parameters, self.objective)
         self._epochs = self._run.scheduler.epochs
         if checkpoint is not None:
-            self._state = RunState.from_facts(checkpoint.facts)
             self._meter.seconds = dict(self._state.totals.seconds)
-            self._executable.load_optimizer_state(checkpoint.part("optimizer"))
+            with self._reading_checkpoint():
+                self._executable.load_optimizer_state(_finite(checkpoint.part("optimizer")))
         self._metrics.rewind(self.epoch)
         if not self.finished:
             self._run = preparation.fill(self._run)
@@ -173,7 +181,8 @@ class Trainer:
         if self._closed is not None:
             self._begin_closed(self._closed, checkpoint)
         if checkpoint is not None:
-            self._run.scheduler.load_state(checkpoint.part("scheduler"))
+            with self._reading_checkpoint():
+                self._run.scheduler.load_state(checkpoint.part("scheduler"))
         else:
             self.save_checkpoint()
         self._report(Plan(self._epochs))
@@ -434,6 +443,17 @@ class Trainer:
             "options": {**self.options.deciding(), **self.options.resolved(self.batch)},
         }
 
+    @contextmanager
+    def _reading_checkpoint(self) -> Iterator[None]:
+        """Say of whatever does not fit this run that it is the checkpoint."""
+        try:
+            yield
+        except (PbcError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise PbcError(
+                f"the checkpoint {self._output.checkpoint} is damaged ({reason_of(error)}); "
+                "start again with --overwrite"
+            ) from error
+
     def _resumable(self) -> Checkpoint | None:
         """Load the checkpoint if it is of this very run; None if there is none yet."""
         path = self._output.checkpoint
@@ -441,6 +461,8 @@ class Trainer:
             self._report(Note(f"no checkpoint in {self._output.root}: starting at the beginning"))
             return None
         checkpoint = Checkpoint.load(path)
+        with self._reading_checkpoint():
+            check(checkpoint.facts, FACTS, "facts")
         different = difference(checkpoint.facts, self._identity(), self.options.epochs)
         if different is not None:
             raise PbcError(
@@ -454,3 +476,11 @@ def _split_line(samples: Samples, val: Samples) -> str:
     without = len(samples.classes) - len(set(val.labels.tolist()))
     none = f" (none of {without} classes)" if without else ""
     return f"{len(samples)} photos to train on, {len(val)} to measure the result on{none}"
+
+
+def _finite(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return arrays whose values are all finite; raises ValueError for others."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name!r} is not finite")
+    return arrays

@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pbc.util import strict_json
+
 _COMPLETE = "entry.json"
 _CHUNK_BYTES = 1 << 20
 _ABANDONED_SECONDS = 24 * 3600.0
@@ -116,7 +118,7 @@ class Artifacts:
         own = {file.name: _facts(file) for file in new.iterdir()}
         for entry in self._entries():
             with suppress(OSError, ValueError, AttributeError):
-                known = json.loads((entry / _COMPLETE).read_bytes())
+                known = strict_json.load(entry / _COMPLETE)
                 for name, facts in own.items():
                     if known.get(name) == facts and int(facts[0]) >= _SHARED_BYTES:
                         twin = new / f"{name}.twin"
@@ -150,7 +152,7 @@ def _mark_complete(folder: Path) -> None:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        facts = json.loads((folder / _COMPLETE).read_bytes())
+        facts = strict_json.load(folder / _COMPLETE)
         return bool(facts) and all(_facts(folder / name) == known for name, known in facts.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,7 +37,8 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
         raise PbcError(cannot_write(path, error)) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that refused the write may refuse this too
+                temporary.unlink(missing_ok=True)
 
 
 def replace_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of inside one, where state is half written."""
+"""Ctrl-C and SIGTERM between two steps instead of inside one, where state is half written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 
 
 class Interrupt:
-    """The fact that Ctrl-C was pressed."""
+    """The fact that Ctrl-C was pressed, or that the system asks the process to end."""
 
     requested = False
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Note the first Ctrl-C instead of raising; the second raises KeyboardInterrupt as ever."""
+    """Note the first Ctrl-C or SIGTERM instead of raising; the second raises KeyboardInterrupt."""
     interrupt = Interrupt()
     # Python lets only the main thread handle signals; elsewhere nothing changes.
     if threading.current_thread() is not threading.main_thread():
@@ -29,8 +29,9 @@ def deferred_interrupt() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.requested = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -178,7 +178,7 @@ def test_a_library_out_of_a_wheel(tmp_path: Path) -> None:
     runtime, cuda = libraries.libraries(manifest, PI, wheels=house, offline=False)
     assert runtime == libraries.Library("lib/libtvm_runtime.so", b"runtime", "PBC_TVM_RUNTIME")
     assert cuda == libraries.Library("lib/libtvm_runtime_cuda.so", b"cuda", None)
-    own = {"engine": "tvm", "requires": {"tvm runtime": "built on the board"}}
+    own = {"engine": "tvm", "requires": {}, "by_hand": {"tvm runtime": "built on the board"}}
     assert libraries.libraries(own, PI, wheels=house, offline=False) == []
     other = {"engine": "onnxruntime", "requires": {}}
     assert libraries.libraries(other, PI, wheels=house, offline=False) == []

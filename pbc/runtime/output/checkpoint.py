@@ -13,9 +13,26 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from pbc.errors import PbcError
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.shapes import anything, dict_of, flag, integer, number, record, text
 
 FORMAT = 2
+FACTS = record(
+    {
+        "bundle": text(),
+        "data": text(),
+        "options": dict_of(anything),
+        "epoch": integer(),
+        "step": integer(),
+        "rounds": integer(),
+        "spent_seconds": number(),
+        "late": flag,
+        "totals": dict_of(anything),
+    },
+    more=True,
+)
+"""Shape of the facts that a training run writes."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,10 @@ class Checkpoint:
                     f"{path} has checkpoint format {metadata['format']}; this pbc reads {FORMAT}: "
                     "start again with --overwrite"
                 )
-            return cls(json.loads(metadata["facts"]), arrays)
+            facts = strict_json.loads(metadata["facts"])
+            if not isinstance(facts, dict):
+                raise ValueError("its facts are no object")
+            return cls(facts, arrays)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise PbcError(
                 f"the checkpoint {path} is damaged ({error}); start again with --overwrite"

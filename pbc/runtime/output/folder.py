@@ -12,7 +12,10 @@ from pathlib import Path
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
-from pbc.util.atomic import cannot_write, replacing
+from pbc.util.atomic import cannot_write, replacing, sync_folder
+from pbc.util.files import opened
+
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Output:
 
     @property
     def bundle(self) -> Path:
-        """The bundle that the model personalises, a hard link where possible."""
+        """The bundle that the model personalises, a copy."""
         return self.root / "bundle.pbc"
 
     @property
@@ -78,8 +81,13 @@ class Output:
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise PbcError(f"another run is training in {self.root}; wait for it") from error
+            except OSError as error:
+                raise PbcError(
+                    f"cannot lock {lock}: {error.strerror or error}; its file system may have no "
+                    "locks: -o names a folder elsewhere"
+                ) from error
             for path in self.root.glob(".*.tmp"):  # a write that a kill cut short
                 _remove(path)
             yield
@@ -94,35 +102,59 @@ class Output:
                 "--overwrite starts again, -o names another folder"
             )
         # Gone first: a folder is never half of one run and half of another.
-        for path in (self.model, self.checkpoint, self.trainable, self.validation):
-            path.unlink(missing_ok=True)
+        try:
+            for path in (
+                self.model,
+                self.checkpoint,
+                self.trainable,
+                self.validation,
+                self.cache,
+            ):
+                _remove(path)
+        except OSError as error:
+            raise PbcError(f"cannot remove {path}: {error.strerror or error}") from error
 
     def adopt(self, bundle: Bundle) -> None:
-        """Put the bundle beside the model; a hard link costs no space, a copy works everywhere."""
+        """Put a copy of the bundle beside the model.
+
+        Not a link: where the bundle is overwritten in place, the model would be without its own.
+        """
         if self._has(bundle):
             return
         try:
             _remove(self.bundle)
             if bundle.path.is_dir():
-                shutil.copytree(bundle.path, self.bundle)
+                self._copy_folder(bundle)
                 return
-            try:
-                os.link(bundle.path.resolve(), self.bundle)
-            except OSError:  # another file system, or one without links
-                with replacing(self.bundle, mode=0o644) as file, bundle.path.open("rb") as source:
-                    shutil.copyfileobj(source, file)
+            with replacing(self.bundle, mode=0o644) as file, opened(bundle.path) as source:
+                shutil.copyfileobj(source, file, _CHUNK_BYTES)
         except OSError as error:
             raise PbcError(cannot_write(self.bundle, error)) from error
+
+    def _copy_folder(self, bundle: Bundle) -> None:
+        """Copy what the manifest names, and nothing else; the folder appears when it is whole."""
+        new = self.root / ".bundle.tmp"
+        _remove(new)
+        for name in bundle.entries:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            with opened(bundle.path / name, follow=False) as source, (new / name).open("wb") as to:
+                shutil.copyfileobj(source, to, _CHUNK_BYTES)
+                to.flush()
+                os.fsync(to.fileno())
+        new.rename(self.bundle)
+        sync_folder(self.root)
 
     def _has(self, bundle: Bundle) -> bool:
         if not self.bundle.exists():
             return False
-        if self.bundle.samefile(bundle.path):
-            return True
         try:
-            return Bundle.open(self.bundle).digest == bundle.digest
+            own = Bundle.open(self.bundle)
+            if own.digest != bundle.digest:
+                return False
+            own.verify()
         except PbcError:  # what a kill left of a copy
             return False
+        return True
 
     def is_run(self) -> bool:
         """Say whether a training run wrote into this folder."""

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pbc.errors import PbcError
+from pbc.util import strict_json
 from pbc.util.atomic import cannot_write, replace_bytes
+from pbc.util.files import read_bytes
+from pbc.util.shapes import check, integer, record
+
+_MOST_BYTES = 256 << 20
+_EPOCH_LINE = record({"epoch": integer()}, more=True)
 
 
 class Metrics:
@@ -21,14 +27,21 @@ class Metrics:
         """Drop the final line and those of `epoch` and later, which are going to be run again."""
         kept: list[bytes] = []
         if self._path.exists():
-            for line in self._path.read_bytes().splitlines(keepends=True):
+            for line in self._lines():
                 try:
-                    record = json.loads(line)
+                    facts = strict_json.loads(line)
+                    check(facts, _EPOCH_LINE)
                 except ValueError:  # a line that a kill cut short
                     continue
-                if "epoch" in record and record["epoch"] <= epoch:
+                if facts["epoch"] <= epoch:
                     kept.append(line)
         replace_bytes(self._path, b"".join(kept))
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return read_bytes(self._path, _MOST_BYTES).splitlines(keepends=True)
+        except OSError as error:
+            raise PbcError(f"cannot read {self._path}: {error.strerror or error}") from error
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""

@@ -17,12 +17,32 @@ from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError, UsageError
-from pbc.runtime.engines import Executable
+from pbc.runtime.engines import Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
 from pbc.runtime.output.folder import Output
-from pbc.runtime.parameters import labelled_as
+from pbc.runtime.parameters import checked_theta, labelled_as
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.files import read_bytes
+from pbc.util.shapes import anything, check, dict_of, integer, list_of, maybe, number, record, text
+
+_MOST_THETA_BYTES = 1 << 34
+_MODEL = record(
+    {
+        "bundle": text(),
+        "classes": list_of(text(1024), 2, 1 << 20),
+        "batch": integer(1, 1 << 20),
+    },
+    {
+        "format": integer(),
+        "samples": integer(),
+        "options": dict_of(anything),
+        "fidelity_floor": maybe(number()),
+        "metrics": dict_of(anything),
+    },
+    more=True,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class Personal:
         """Load the folder; refuses one whose training has not ended."""
         bundle, model, parameters = stored(root)
         engine = plugins.load("pbc.engines", bundle.manifest["engine"])()
-        executable: Executable = engine.load(bundle, threads=threads)
+        executable: Executable = guarded.load(engine, bundle, threads=threads)
         # The optimizer is never stepped; an executable takes parameters in no other way.
         executable.start(parameters, Objective())
         return cls(bundle, model, InputSpec.from_json(bundle.manifest["input"]), executable)
@@ -78,15 +98,18 @@ def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarr
         hint = "finish it with pbc train … --resume" if unfinished else "pbc train makes one"
         raise PbcError(f"{root} holds no personal model; {hint}")
     try:
-        model = json.loads(output.model.read_bytes())
-        parameters = safetensors.numpy.load_file(output.trainable)
-        digest = model["bundle"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model = strict_json.load(output.model)
+        check(model, _MODEL, "model.json")
+        parameters = safetensors.numpy.load(read_bytes(output.trainable, _MOST_THETA_BYTES))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
     bundle = Bundle.open(output.bundle)
-    if bundle.digest != digest:
+    if bundle.digest != model["bundle"]:
         raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
-    return bundle, model, parameters
+    try:
+        return bundle, model, checked_theta(bundle, parameters, len(model["classes"]))
+    except PbcError as error:
+        raise PbcError(f"the personal model in {root} is damaged: {error}") from error
 
 
 def write_model(

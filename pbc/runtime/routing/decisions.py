@@ -10,6 +10,7 @@ import numpy as np
 from pbc.runtime.costs import Costs
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.routing.audit import Finding
+from pbc.util.shapes import check, flag
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,17 @@ class Decisions:
         return {} if self.predicted is None else {"predicted": self.predicted}
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, levels: int) -> Decisions:
-        """Read what `facts` and `arrays` put into a checkpoint."""
+    def load(cls, checkpoint: Checkpoint, levels: int, samples: int) -> Decisions:
+        """Read what `facts` and `arrays` put into a checkpoint; raises ValueError and the like."""
         costs = checkpoint.facts["costs"]
+        predicted = checkpoint.part("decisions").get("predicted")
+        if predicted is not None and predicted.shape != (samples, levels - 1):
+            raise ValueError(f"predicted fidelities are of the shape {list(predicted.shape)}")
+        if predicted is not None and np.isnan(predicted).any():
+            raise ValueError("a predicted fidelity is not a number")
+        check(checkpoint.facts.get("cache", True), flag, "cache")
         return cls(
-            checkpoint.part("decisions").get("predicted"),
+            predicted,
             Costs.from_json(costs, levels) if costs is not None else None,
             tuple(Finding.from_json(found) for found in checkpoint.facts["audit"]),
             checkpoint.facts.get("cache", True),

@@ -82,6 +82,9 @@ class CostModel:
         self._losses[:] = state["losses"]
         self._told[:] = state["told"]
         self._in_a_row[:] = state["in_a_row"]
+        # Of a sample that was visited a loss is known.
+        if np.isinf(self._losses).any() or np.isinf(self._told).any():
+            raise ValueError("a loss is infinite")
 
     def carry(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up nothing: losses are of samples that do not come again."""

@@ -85,7 +85,7 @@ def test_compiling_says_what_the_board_must_have_and_what_nobody_has_seen(
     output, bundle = for_tx2[0].stdout, for_tx2[1]
     assert bundle.manifest["requires"]["libc"] == "glibc>=2.27"
     assert bundle.manifest["requires"]["cuda"] == ">=10.2"
-    assert "docs/cuda.md" in bundle.manifest["requires"]["tvm runtime"]
+    assert "docs/cuda.md" in bundle.manifest["by_hand"]["tvm runtime"]
     assert re.search(r"requires on the device: .*cuda >=10\.2.*built on the board", output)
     said = r"note: \d+ kernels are compiled for GPUs of sm_62, and were not run: checks ran"
     assert re.search(said, output)

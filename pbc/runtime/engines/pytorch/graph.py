@@ -19,6 +19,17 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pbc.errors import PbcError
+from pbc.util.shapes import (
+    ShapeError,
+    anything,
+    check,
+    dict_of,
+    integer,
+    list_of,
+    one_of,
+    record,
+    text,
+)
 
 FORMAT = 2
 PRECISIONS = ("float32", "bfloat16")
@@ -36,6 +47,25 @@ DTYPES = frozenset(
         "float64",
     )
 )
+_NODE = record(
+    {
+        "name": text(),
+        "op": text(),
+        "args": list_of(anything, most=4096),
+        "kwargs": dict_of(anything, most=64),
+    }
+)
+_GRAPH = record(
+    {
+        "format": integer(),
+        "precision": one_of(*PRECISIONS),
+        "inputs": list_of(text(), most=2**16),
+        "outputs": dict_of(text(), most=2**16),
+        "tensors": dict_of(text(), most=2**18),
+        "nodes": list_of(_NODE, most=2**18),
+    }
+)
+_LARGEST = 2**63
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -87,11 +117,10 @@ def parse(data: Any, ops: frozenset[str], where: str) -> DeclaredGraph:
         raise PbcError(
             f"{where} has format {found}; this pbc reads format {FORMAT}: compile the model again"
         )
-    _expect_keys(data, {"format", "precision", "inputs", "outputs", "tensors", "nodes"}, where)
-    if data["precision"] not in PRECISIONS:
-        raise PbcError(
-            f"{where} computes in {data['precision']!r}; this pbc knows {', '.join(PRECISIONS)}"
-        )
+    try:
+        check(data, _GRAPH)
+    except ShapeError as error:
+        raise PbcError(f"{where} is not valid: {error}") from error
     slots: dict[str, Slot] = {}
 
     def define(name: str) -> Slot:
@@ -108,7 +137,6 @@ def parse(data: Any, ops: frozenset[str], where: str) -> DeclaredGraph:
         tensors[define(name)] = (file, key)
     calls = []
     for node in data["nodes"]:
-        _expect_keys(node, {"name", "op", "args", "kwargs"}, f"a node of {where}")
         if node["op"] not in ops:
             raise PbcError(f"{where}: {node['name']!r} uses {node['op']!r}, which is not allowed")
         at = f"{where}: {node['name']!r}"
@@ -129,26 +157,24 @@ def parse(data: Any, ops: frozenset[str], where: str) -> DeclaredGraph:
     return DeclaredGraph(data["precision"], inputs, outputs, tensors, resolved, len(slots))
 
 
-def _expect_keys(data: Any, keys: set[str], where: str) -> None:
-    found = set(data) if isinstance(data, dict) else set()
-    if found != keys:
-        raise PbcError(f"{where} has the fields {sorted(found)}; expected {sorted(keys)}")
-
-
 def _argument(value: Any, slots: dict[str, Slot], where: str) -> Argument:
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise PbcError(f"{where} has a whole number beyond 64 bits")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
         return [_argument(item, slots, where) for item in value]
     if isinstance(value, dict) and len(value) == 1:
         ((kind, content),) = value.items()
-        if kind == "ref" and content in slots:
-            return slots[content]
-        if kind == "dtype" and content in DTYPES:
-            return DType(content)
-        if kind == "float" and content in _FLOATS:
-            return _FLOATS[content]
-    raise PbcError(f"{where} has the argument {value!r}, which is not a value of this format")
+        if isinstance(content, str):
+            if kind == "ref" and content in slots:
+                return slots[content]
+            if kind == "dtype" and content in DTYPES:
+                return DType(content)
+            if kind == "float" and content in _FLOATS:
+                return _FLOATS[content]
+    shown = repr(value)[:80]
+    raise PbcError(f"{where} has the argument {shown}, which is not a value of this format")
 
 
 def _slots(arguments: list[Argument]) -> set[Slot]:

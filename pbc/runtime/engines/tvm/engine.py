@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
+from safetensors import SafetensorError, safe_open
 
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import GraphName
@@ -36,10 +37,31 @@ from pbc.runtime.engines.tvm.library import (
     tensor,
     use_threads,
 )
+from pbc.util import strict_json
 from pbc.util.artifacts import Artifacts, default_folder
 from pbc.util.processor import cores, cpu_identity, missing_flags
+from pbc.util.shapes import ShapeError, check, dict_of, integer, list_of, record, text
 
 _FORMAT = 1
+_CALL = record(
+    {
+        "function": text(),
+        "inputs": list_of(text(), most=2**16),
+        "outputs": list_of(text(), most=2**16),
+        "tensors": list_of(text(), most=2**18),
+        "setup": list_of(text(), most=2**18),
+    }
+)
+_CALLS = record(
+    {
+        "format": integer(),
+        "machine": text(),
+        "flags": list_of(text(), most=1024),
+        "graphs": dict_of(_CALL, most=4096),
+    },
+    {"sm": integer(1, 10_000)},
+    more=True,
+)
 
 _T = TypeVar("_T")
 
@@ -120,12 +142,17 @@ class _Loader:
             raise PbcError(
                 f"{bundle.path} does not say how its graphs are called; compile it again"
             )
-        facts = json.loads(bundle.read(file))
-        if facts.get("format") != _FORMAT:
+        facts = bundle.json(file)
+        if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+            found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
             raise PbcError(
-                f"{bundle.path} calls its graphs by format {facts.get('format')}; this pbc knows "
+                f"{bundle.path} calls its graphs by format {str(found)[:20]}; this pbc knows "
                 f"{_FORMAT}: upgrade pbc"
             )
+        try:
+            check(facts, _CALLS)
+        except ShapeError as error:
+            raise PbcError(f"{bundle.path}: {file} is not valid: {error}") from error
         self._calls: dict[str, dict[str, Any]] = facts["graphs"]
         self._refuse_other_machines(facts)
         self.device = self._device(facts)
@@ -222,8 +249,13 @@ class _Loader:
     def _mapped(self, place: str) -> Any:
         file, _, key = place.partition("#")
         if file not in self._weights:
-            found = self._unpacked(file, _views)
+            try:
+                found = self._unpacked(file, _views)
+            except (SafetensorError, ValueError, KeyError) as error:
+                raise PbcError(f"{self._bundle.path}: {file} holds no tensors: {error}") from error
             self._weights[file] = {name: tensor(value) for name, value in found.items()}
+        if key not in self._weights[file]:
+            raise PbcError(f"{self._bundle.path}: {file} has no tensor {key[:80]!r}")
         return self._weights[file][key]
 
     def _unpacked(self, file: str, load: Callable[[Path], _T]) -> _T:
@@ -252,8 +284,9 @@ class _Loader:
 def _views(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, each a view of the mapped file."""
     content = np.memmap(path, np.uint8, mode="c")
-    begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:begin].tobytes())
+    with safe_open(path, framework="numpy"):  # verifies header, types, shapes and places
+        begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = strict_json.loads(content[8:begin].tobytes())
     header.pop("__metadata__", None)
     tensors = {}
     for name, row in header.items():

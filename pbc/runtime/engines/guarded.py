@@ -1,0 +1,129 @@
+"""Load and run a bundle's graphs so that whatever is wrong with them is said of the bundle.
+
+Graphs are content from elsewhere: an operator given too few arguments, or shapes that do not meet,
+fail in the engine, deep inside a framework. What comes out is compared with what the manifest says
+before anything else reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from pbc.bundle import Bundle
+from pbc.bundle.graph_name import PREFIX
+from pbc.errors import PbcError, reason_of
+from pbc.runtime.engines import Arrays, Engine, Executable
+from pbc.runtime.objective import Objective
+
+_LONGEST = 200
+
+
+def load(engine: Engine, bundle: Bundle, *, threads: int | None = None) -> Executable:
+    """Make a bundle executable; raises PbcError whatever is wrong with it."""
+    with _saying(bundle, "it cannot be loaded"):
+        return GuardedExecutable(bundle, engine.load(bundle, threads=threads))
+
+
+class GuardedExecutable:
+    """An executable whose failures and results are looked at."""
+
+    def __init__(self, bundle: Bundle, executable: Executable) -> None:
+        self._bundle = bundle
+        self._executable = executable
+        self._features = {name: tuple(sizes) for name, sizes in bundle.manifest["features"].items()}
+        self._proxies = len(bundle.manifest["levels"]) - 1
+        self._classes = 0
+
+    def policy(self, views: np.ndarray) -> np.ndarray:
+        with _saying(self._bundle, "its policy cannot be run"):
+            fidelity = self._executable.policy(views)
+        self._expect("its policy returns", fidelity, (len(views), self._proxies))
+        return fidelity
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        with _saying(self._bundle, f"the prefix of level {level} cannot be run"):
+            features = self._executable.prefix(level, images)
+        if self._bundle.has_graph(PREFIX.at(level)):
+            missing = self._features.keys() - features.keys()
+            if missing:
+                raise PbcError(
+                    f"{self._bundle.path}: the prefix of level {level} does not return "
+                    f"{min(missing)!r}, which the manifest names"
+                )
+            for name, sizes in self._features.items():
+                what = f"the prefix of level {level} returns {name!r}"
+                self._expect(what, features[name], (len(images), *sizes))
+        return features
+
+    def logits(self, level: int, features: Arrays) -> np.ndarray:
+        with _saying(self._bundle, f"the body of level {level} cannot be run"):
+            logits = self._executable.logits(level, features)
+        self._expect_logits(level, features, logits)
+        return logits
+
+    def start(self, parameters: Arrays, objective: Objective) -> None:
+        # An open head's parameters begin with the class count.
+        for name in self._bundle.manifest["head"]:
+            if name in parameters:
+                self._classes = len(parameters[name])
+        with _saying(self._bundle, "its parameters cannot be set"):
+            self._executable.start(parameters, objective)
+
+    def forward(
+        self, level: int, features: Arrays, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        with _saying(self._bundle, f"the body of level {level} cannot be run"):
+            losses, logits = self._executable.forward(level, features, labels)
+        self._expect(f"the body of level {level} returns losses", losses, (len(labels),))
+        self._expect_logits(level, features, logits)
+        return losses, logits
+
+    def update(self) -> None:
+        with _saying(self._bundle, "it cannot be trained"):
+            self._executable.update()
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        with _saying(self._bundle, "it cannot be trained"):
+            return self._executable.gradients()
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        return self._executable.parameters()
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        return self._executable.optimizer_state()
+
+    def load_optimizer_state(self, state: Arrays) -> None:
+        self._executable.load_optimizer_state(state)
+
+    def _expect_logits(self, level: int, features: Arrays, logits: np.ndarray) -> None:
+        batch = len(next(iter(features.values()))) if features else len(logits)
+        classes = self._classes or logits.shape[-1]
+        self._expect(f"the body of level {level} returns logits", logits, (batch, classes))
+
+    def _expect(self, what: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+        if value.shape != shape or value.dtype.kind != "f":
+            raise PbcError(
+                f"{self._bundle.path}: {what} of {value.dtype} {list(value.shape)}; "
+                f"expected float32 {list(shape)}"
+            )
+
+
+@contextmanager
+def _saying(bundle: Bundle, what: str) -> Iterator[None]:
+    """Turn any failure inside into one line about the bundle."""
+    try:
+        yield
+    except PbcError:
+        raise
+    except MemoryError as error:
+        raise PbcError(f"{bundle.path}: {what}: there is not enough memory") from error
+    except ModuleNotFoundError:
+        raise
+    except OSError as error:
+        raise PbcError(f"{bundle.path}: {what}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = reason_of(error)[:_LONGEST]
+        raise PbcError(f"{bundle.path}: {what}: {reason}") from error
