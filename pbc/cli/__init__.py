@@ -22,7 +22,7 @@ from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.util.source import summary
 from pbc.util.terminal import escaped
 
-_LONGEST_LINE = 1000
+_LONGEST_MESSAGE = 2000
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class Main(click.Group):
 def _fail(message: str, exit_code: int) -> NoReturn:
     plain = "NO_COLOR" in os.environ
     head = click.style("error:", fg="red", bold=True)
-    line = " ".join(escaped(message).splitlines())
-    if len(line) > _LONGEST_LINE:
-        line = f"{line[: _LONGEST_LINE - 1]}…"
+    text = escaped(message)
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE - 1]}…"
     with suppress(OSError):
-        click.echo(f"{head} {line}", err=True, color=False if plain else None)
+        click.echo(f"{head} {text}", err=True, color=False if plain else None)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # what could not be written is not tried again at the end

@@ -126,7 +126,7 @@ def test_the_folder_of_a_personal_model(run: Run, assets: Path) -> None:
     assert model["classes"] == ["blue", "green", "red"]
     assert model["options"]["learning_rate"] == 0.1
     assert model["batch"] == 4
-    assert (out / "bundle.pbc").samefile(assets / "probe.pbc")
+    assert (out / "bundle.pbc").read_bytes() == (assets / "probe.pbc").read_bytes()
     assert safetensors.numpy.load(theta(out))["head.weight"].shape == (3, tiny.CHANNELS)
     for name in ("model.json", "trainable.safetensors", "checkpoint.safetensors", "metrics.jsonl"):
         assert (out / name).stat().st_mode & 0o777 == 0o600
@@ -136,6 +136,16 @@ def test_the_folder_of_a_personal_model(run: Run, assets: Path) -> None:
     assert lines[0]["peak_memory_bytes"] > 0
     assert lines[0]["seconds"] == pytest.approx(sum(lines[0]["stage_seconds"].values()))
     assert lines[-1] == {"final": True, "epochs": 2}
+
+
+def test_a_bundle_that_is_overwritten_in_place_leaves_the_model_whole(
+    run: Run, assets: Path
+) -> None:
+    shutil.copy(assets / "probe.pbc", "b.pbc")
+    run("train", "b.pbc", "@photos", "-o", "mine", "--epochs", "1", *LR)
+    with Path("b.pbc").open("r+b") as file:
+        file.write(b"something else")
+    run("eval", "mine", "@photos")
 
 
 def test_a_zip_and_a_bundle_folder(run: Run, tmp_path: Path, assets: Path) -> None:
