@@ -58,7 +58,8 @@ _INPUT = record(
         "std": list_of(number(), 1, 3),
         "resize": _NAME,
         "interpolation": _NAME,
-    }
+    },
+    {"crop_pct": number(0.01, 10)},
 )
 _LEVEL = record(
     {
