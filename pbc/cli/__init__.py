@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command("pbc.cli.train", "train", DEVICE_EXTRAS),
     "eval": Command("pbc.cli.train", "evaluate", DEVICE_EXTRAS),
     "predict": Command("pbc.cli.train", "predict", DEVICE_EXTRAS),
+    "report": Command("pbc.cli.report", "report", DEVICE_EXTRAS),
     "export": Command("pbc.cli.export", "export"),
     "forget": Command("pbc.cli.train", "forget"),
     "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),

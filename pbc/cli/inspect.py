@@ -15,7 +15,11 @@ from pbc.bundle.ladder import MACS
 from pbc.cli.tables import console
 from pbc.data import InputSpec
 from pbc.errors import PbcError
+from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.folder import Output
+from pbc.runtime.output.personal import stored
 from pbc.runtime.routing.fidelity_floor import floor_for
+from pbc.util.sizes import size_text
 
 DIMS = "dims.json"
 SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
@@ -28,19 +32,51 @@ SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
-    """Show what BUNDLE holds, after verifying every file in it."""
-    opened = Bundle.open(bundle)
+    """Show what BUNDLE holds, after verifying every file in it; or a personal model's folder."""
+    trained = None
+    if bundle.is_dir() and Output(bundle).is_run():
+        opened, trained, _ = stored(bundle)
+    else:
+        opened = Bundle.open(bundle)
     opened.verify()
     if dims and DIMS not in opened.manifest["files"]:
         raise PbcError(f"{bundle} has no table of dimensions ({DIMS})")
     table = opened.json(DIMS) if dims else None
     if as_json:
-        shown = opened.manifest if table is None else table
+        shown = trained or opened.manifest if table is None else table
         click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
     elif table is not None:
         _show_dims(table)
     else:
+        if trained is not None:
+            _show_personal(bundle, trained)
         _show_manifest(opened.manifest)
+
+
+def _show_personal(root: Path, model: dict[str, Any]) -> None:
+    """Print what training added to the bundle, which is shown below it."""
+    accuracy = model["metrics"].get("val_accuracy")
+    usual = TrainOptions().to_json()
+    chosen = [
+        f"{name} {value}" for name, value in model["options"].items() if usual.get(name) != value
+    ]
+    rows = {
+        "personal model": str(root),
+        "trained on": f"{model['samples']} photos, {model['metrics'].get('epochs', 0)} epochs",
+        "classes": f"{len(model['classes'])}: {', '.join(model['classes'])}",
+        "accuracy": "not measured" if accuracy is None else f"{accuracy:.2%} on held-out photos",
+        "options": ", ".join(chosen) or "the defaults",
+        "trained part": size_text(Output(root).trainable.stat().st_size),
+    }
+    _show_rows(rows)
+    click.echo()
+
+
+def _show_rows(rows: dict[str, str]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        grid.add_row(Text(key, style="bold"), Text(value))
+    console().print(grid)
 
 
 def _show_manifest(manifest: dict[str, Any]) -> None:
@@ -65,10 +101,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
         "digest": manifest["digest"],
     }
-    grid = Table.grid(padding=(0, 2))
-    for key, value in rows.items():
-        grid.add_row(Text(key, style="bold"), Text(str(value)))
-    console().print(grid)
+    _show_rows(rows)
     show_blocks(manifest.get("blocks", []))
     show_levels(manifest["levels"], manifest.get("cost_model", MACS))
     _show_policy(manifest.get("policy"))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import json
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
 from pbc.data import ImageFolder, Samples, read_image
+from pbc.data import images as photos_below
 from pbc.data.held_out import default_validation, train_and_validation
 from pbc.data.inventory import printable
 from pbc.errors import PbcError
@@ -247,20 +250,37 @@ def predict(
 ) -> None:
     """Name what a personal model sees in photos, the likeliest class first.
 
+    Photos are files, folders and zips with all photos below, and patterns such as 'photos/*.jpg'.
     A photo that cannot be read is named, and the others are answered for; the exit code is then 1.
     """
     personal = Personal.open(out, threads=threads)
     found: dict[str, list[tuple[str, float]]] = {}
     unread = 0
-    for path in images:
-        pixels = _read_or_tell(path, personal)
+    for photo, pixels in _photos(images, personal):
         if pixels is None:
             unread += 1
         else:
-            found[str(path)] = personal.predict(pixels, top=top, level=level)
+            found[photo] = personal.predict(pixels, top=top, level=level)
     _show_predictions(found, as_json)
     if unread:
         sys.exit(1)
+
+
+def _photos(given: Iterable[Path], personal: Personal) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Yield the name of every photo, and uint8[H, W, 3]; None for one that cannot be read."""
+    for path in given:
+        if path.is_dir() or zipfile.is_zipfile(path):
+            samples = photos_below(path, personal.spec)
+            _tell(samples, functools.partial(click.echo, err=True))
+            yield from ((samples.path(at), samples.decode(at)) for at in range(len(samples)))
+            yield from ((name, None) for name, _ in samples.skipped)
+        elif glob.has_magic(str(path)) and not path.exists():
+            matching = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  (absolute ones too)
+            if not matching:
+                raise PbcError(f"no photo matches {str(path)!r}")
+            yield from _photos(map(Path, matching), personal)
+        else:
+            yield str(path), _read_or_tell(path, personal)
 
 
 def _read_or_tell(path: Path, personal: Personal) -> np.ndarray | None:

@@ -46,6 +46,7 @@ def next_commands(bundle: Path, data: Path, out: Path, *, held_out: bool, onnx: 
     mine = shlex.quote(str(out))
     rows = [(f"pbc predict {mine} PHOTO.jpg", "what is on a photo")]
     rows.append((f"pbc eval {mine} FOLDER", "accuracy on other photos"))
+    rows.append((f"pbc report {mine}", "a page with every wrong photo"))
     if onnx:
         rows.append((f"pbc export {mine} -o mine.onnx", "for any ONNX runtime"))
     if held_out:

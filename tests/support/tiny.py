@@ -231,7 +231,8 @@ def contents(
         "graphs": graphs,
         "trainable": "trainable.safetensors",
         "checks": {},
-        "provenance": {},
+        "notes": [],
+        "provenance": {"weights": "random", "pbc": "0", "torch": "0", "command": "tiny"},
     }
     return manifest, files
 

@@ -285,6 +285,6 @@ def _y_name(text: str, height: int) -> str:
 
 def _svg(height: float, label: str, marks: Sequence[str], width: int = _WIDTH) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(marks)}</svg>"
+        f'<div class="chart"><svg viewBox="0 0 {width} {height:.0f}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(marks)}</svg></div>'
     )

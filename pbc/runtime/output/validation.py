@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pbc.data import Samples
+from pbc.errors import PbcError
 from pbc.runtime.evaluation import Evaluation
 from pbc.util.atomic import replace_bytes
 
@@ -68,6 +70,28 @@ class Validation:
                 for index in mistakes[order].tolist()
             ),
         )
+
+    @classmethod
+    def load(cls, path: Path) -> Validation:
+        """Read what `save` wrote; what was answered for single photos is not in it."""
+        try:
+            data = json.loads(path.read_bytes())
+            nothing = np.empty(0)
+            evaluation = Evaluation(
+                data["accuracy"], data["loss"], data["count"], nothing.astype(np.int64), nothing
+            )
+            classes = {row["class"]: (row["count"], row["right"]) for row in data["classes"]}
+            wrong = tuple(
+                WrongPhoto(row["photo"], row["class"], row["answer"], row["probability"])
+                for row in data["wrong"]
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PbcError(f"{path} is damaged: {error}") from error
+        return cls(evaluation, classes, wrong)
+
+    def confused(self) -> dict[tuple[str, str], int]:
+        """Return how many photos of a class were taken for another one: (class, answer)."""
+        return Counter((photo.label, photo.answer) for photo in self.wrong)
 
     def worst_classes(self) -> list[tuple[str, int, int]]:
         """Return (class, photos, right answers) where not all are right, the worst first."""
