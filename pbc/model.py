@@ -109,7 +109,7 @@ class Model:
         known = TrainOptions.__dataclass_fields__
         if unknown := [name for name in options if name not in known]:
             raise PbcError(f"fit has no option {unknown[0]!r}; one of {', '.join(known)}")
-        chosen = TrainOptions(**options)
+        chosen = TrainOptions(**{"head": "auto", **options})  # as `pbc train` does
         with self._shown(chosen.epochs) as display:
             samples = self._samples(data, display, classes=self.bundle.manifest["classes"])
             if isinstance(data, str | Path) and val is DEFAULT_SHARE and not is_hub(data):

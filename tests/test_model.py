@@ -16,7 +16,7 @@ from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.events import EpochReport, Finished
 
-FIT: dict[str, Any] = {"epochs": 2, "learning_rate": 0.1}
+FIT: dict[str, Any] = {"epochs": 2, "learning_rate": 0.1, "head": "sgd"}
 
 
 @pytest.fixture(scope="module")

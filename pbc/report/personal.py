@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,6 +15,7 @@ from pbc.data import InputSpec
 from pbc.data.inventory import printable
 from pbc.report.thumbnails import thumbnail
 from pbc.runtime.output.folder import Output
+from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import stored
 from pbc.runtime.output.validation import Validation
 from pbc.util.sizes import memory_text, size_text
@@ -49,14 +49,12 @@ class Report:
         output = Output(root)
         if validation is None and output.validation.exists():
             validation, photos = Validation.load(output.validation), "that were held out"
-        lines = output.metrics.read_text().splitlines() if output.metrics.exists() else []
-        records = [json.loads(line) for line in lines]
         return cls(
             name=root.resolve().name,
             bundle=bundle,
             model=model,
             size_bytes=output.trainable.stat().st_size,
-            epochs=tuple(record for record in records if "loss" in record),
+            epochs=tuple(Metrics(output.metrics).epochs()),
             validation=validation,
             photos=photos,
         )

@@ -30,7 +30,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = click.testing.CliRunner().invoke(
         main,
         ["train", *(str(root / name) for name in ("m.pbc", "photos")), "-o", str(root / "mine"),
-         "--epochs", "2", "--lr", "1e-9", "--costs", str(root / "costs.json")],
+         "--epochs", "2", "--lr", "1e-9", "--head", "sgd", "--costs", str(root / "costs.json")],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return root
@@ -120,7 +120,7 @@ def test_a_run_without_held_out_photos_and_metrics(run: Run) -> None:
 
 def test_a_damaged_validation_is_one_line(run: Run) -> None:
     Path("mine/validation.json").write_text('{"accuracy": 1}')
-    assert "validation.json is damaged" in run("report", "mine", fails=1).stderr
+    assert "validation.json is damaged: " in run("report", "mine", fails=1).stderr
     assert not Path("mine.html").exists()
 
 

@@ -11,10 +11,21 @@ from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import cannot_write, replace_bytes
 from pbc.util.files import read_bytes
-from pbc.util.shapes import check, integer, record
+from pbc.util.shapes import check, dict_of, integer, list_of, number, record
 
 _MOST_BYTES = 256 << 20
 _EPOCH_LINE = record({"epoch": integer()}, more=True)
+_REPORT_LINE = record(
+    {
+        "epoch": integer(),
+        "loss": number(),
+        "levels": list_of(integer(), 1),
+        "seconds": number(0),
+        "stage_seconds": dict_of(number(0)),
+        "peak_memory_bytes": integer(),
+    },
+    more=True,
+)
 
 
 class Metrics:
@@ -36,6 +47,18 @@ class Metrics:
                 if facts["epoch"] <= epoch:
                     kept.append(line)
         replace_bytes(self._path, b"".join(kept))
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """Return the lines of epochs, as EpochReport.to_json wrote them; none without a file."""
+        found = []
+        for line in self._lines() if self._path.exists() else ():
+            try:
+                facts = strict_json.loads(line)
+                check(facts, _REPORT_LINE)
+            except ValueError:  # the final line, or one that a kill cut short
+                continue
+            found.append(facts)
+        return found
 
     def _lines(self) -> list[bytes]:
         try:

@@ -13,7 +13,24 @@ import numpy as np
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.evaluation import Evaluation
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.shapes import check, integer, list_of, number, record, text
+
+_SHAPE = record(
+    {
+        "accuracy": number(0, 1),
+        "loss": number(),
+        "count": integer(1),
+        "classes": list_of(record({"class": text(), "count": integer(1), "right": integer()})),
+        "wrong": list_of(
+            record(
+                {"photo": text(), "class": text(), "answer": text(), "probability": number(0, 1)}
+            )
+        ),
+    },
+    more=True,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,8 @@ class Validation:
     def load(cls, path: Path) -> Validation:
         """Read what `save` wrote; what was answered for single photos is not in it."""
         try:
-            data = json.loads(path.read_bytes())
+            data = strict_json.load(path)
+            check(data, _SHAPE)
             nothing = np.empty(0)
             evaluation = Evaluation(
                 data["accuracy"], data["loss"], data["count"], nothing.astype(np.int64), nothing
@@ -85,7 +103,7 @@ class Validation:
                 WrongPhoto(row["photo"], row["class"], row["answer"], row["probability"])
                 for row in data["wrong"]
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise PbcError(f"{path} is damaged: {error}") from error
         return cls(evaluation, classes, wrong)
 
