@@ -76,9 +76,8 @@ class Align:
         device, dims = parallel.device(), dims_of(program)
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
-        standard = standards(
-            original, (batch.to(device) for batch in unaugmented(calibration, STATISTICS_BATCHES))
-        )
+        batches = unaugmented(calibration, STATISTICS_BATCHES)
+        standard = standards(program, original, (batch.to(device) for batch in batches))
         numbers = [
             number
             for number, level in enumerate(program.levels)

@@ -17,6 +17,8 @@ from torch.nn import functional
 from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
+from pbc.ir.dim_rules import analyse
+from pbc.ir.dims import channel_axes
 from pbc.ir.graph import PARAMETER, parameter_names, placeholders, shape_of
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Head, Program
@@ -132,19 +134,21 @@ def head_inputs(
 ) -> Tensor:
     """float32 [samples, channels]: what the head reads at a level, at the initial parameters."""
     run = _until_head(program, level)
+    known = analyse(program.levels[0]).axes
+    read_by_head = _read_by_head(program.levels[0].body, program.network.head)
+    channels = [channel_axes(known[node.name]) for node in read_by_head]
     rows = []
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
             read = run(calibration.batch(indices[start : start + BATCH]))
-            rows.append(torch.cat([_pooled(value) for value in read], 1))
+            rows.append(torch.cat([_pooled(*pair) for pair in zip(read, channels, strict=True)], 1))
     return torch.cat(rows)
 
 
-def _pooled(read: Tensor) -> Tensor:
+def _pooled(read: Tensor, channels: Sequence[int]) -> Tensor:
     """[samples, channels]: what a head that reads tokens or positions is pooled from."""
-    if read.dim() == 4:
-        return read.mean((2, 3))
-    return read.flatten(1, -2).mean(1) if read.dim() > 2 else read
+    positions = [axis for axis in range(1, read.dim()) if axis not in channels]
+    return (read.mean(positions) if positions else read).reshape(len(read), -1)
 
 
 def _read_by_head(graph: GraphModule, head: Head) -> list[Node]:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.fx import GraphModule
 
 from pbc.bundle.ladder import FLOAT32, INT8, LATENCY, MACS, PROFILE
-from pbc.errors import UsageError, reason_of, suggest
+from pbc.errors import UsageError, suggest
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import HEADS, Dimension, Dims
 from pbc.ir.graph import op_name, shape_of
@@ -24,11 +24,10 @@ from pbc.ir.program import Program
 from pbc.ir.work import work_file
 from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
-from pbc.lower.lowering import Lowering
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import boundary_nodes
 from pbc.proxies.resolution import macs, reduced
-from pbc.proxies.trial import reason_against, trial
+from pbc.proxies.trial import reason_against, reason_of_failure, trial
 from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
@@ -380,21 +379,20 @@ class _Planner:
         program = self._program
         lowering = backend(program.request.engine).lowering()
         trials = [trial(program, self._shape(form), self._dims) for form in forms]
-        with contextlib.suppress(Exception):  # of one of them; an engine may raise anything
-            return [*lowering.latency_ms(program, trials)]
+        times: list[float] = []
+
+        def reason_against_timing(levels: Sequence[LevelGraphs]) -> str:
+            return reason_of_failure(
+                lambda: times.extend(lowering.latency_ms(program, levels)), *lowering.refusals
+            )
+
+        if not reason_against_timing(trials):
+            return [*times]
         lowering.latency_ms(program, trials[:1])
-        reasons = [_reason_against_timing(lowering, program, level) for level in trials]
+        reasons = [reason_against_timing([level]) for level in trials]
         fit = [level for level, reason in zip(trials, reasons, strict=True) if not reason]
-        times = iter(lowering.latency_ms(program, fit))
-        return [reason or next(times) for reason in reasons]
-
-
-def _reason_against_timing(lowering: Lowering, program: Program, level: LevelGraphs) -> str:
-    try:
-        lowering.latency_ms(program, [level])
-    except Exception as error:  # an engine may raise anything
-        return reason_of(error)
-    return ""
+        times = lowering.latency_ms(program, fit)
+        return [reason or times.pop(0) for reason in reasons]
 
 
 def _rounded_pixels(size: float) -> int:

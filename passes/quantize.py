@@ -94,7 +94,7 @@ class Quantize:
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
         batches = unaugmented(calibration, STATISTICS_BATCHES)
-        standard = standards(original, (batch.to(device) for batch in batches))
+        standard = standards(program, original, (batch.to(device) for batch in batches))
         levels = list(program.levels)
         for turn, number in enumerate(numbers, 1):
             levels[number] = _Quantization(program, calibration, original, standard, number).run(

@@ -105,6 +105,9 @@ def as_nodes(graph: GraphModule) -> None:
                 if not enabled:
                     _detach_outputs(module.get_submodule(region.target))
         module.recompile()
+        if module is not graph:
+            # Region by region, like the graph itself: its nodes say what line they come from.
+            module.forward = torch.fx.Interpreter(module).run
 
 
 def _detach_outputs(region: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pbc.errors import PbcError
+from pbc.frontend.axes import BINARY, REDUCTIONS, Lost, axis_before, channel_axis
 from pbc.frontend.trace import LAYOUT, Operator, Trace, Value
 from pbc.ir.program import Head
 
@@ -20,11 +21,6 @@ OPEN_CLASSES = 10
 _SCALES = frozenset({"neg", "dropout", "native_dropout", "hardtanh", "clamp_min", "clamp", "pow"})
 _ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus", "exp"})
 _PROBABILITIES = frozenset({"_softmax", "softmax", "_log_softmax", "log_softmax", "sigmoid"})
-_BINARY = frozenset({"add", "sub", "rsub", "mul", "div", "maximum", "minimum"})
-_REDUCTIONS = frozenset({
-    "mean", "sum", "amax", "amin", "max", "logsumexp", "norm", "linalg_vector_norm",
-    "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "max_pool2d_with_indices",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def find(trace: Trace) -> Found | Missing:
     walk = _Walk()
     try:
         walk.scores(result, 1)
-    except _Lost as lost:
+    except Lost as lost:
         return Missing(str(lost))
     if not walk.widths:
         return Missing("its outputs are made by no linear layer")
@@ -66,10 +62,6 @@ def find(trace: Trace) -> Found | Missing:
         return Missing("its outputs are a residual sum")
     _check_not_shared(trace, walk)
     return Found(Head(walk.head()), result.shape[1], tuple(walk.notes))
-
-
-class _Lost(Exception):
-    """The class axis leads somewhere else than to a head."""
 
 
 @dataclass
@@ -95,9 +87,9 @@ class _Walk:
         """Follow scores to their layers. pooled: they are averaged over positions afterwards."""
         operator = value.made_by
         if operator is None:
-            raise _Lost("its outputs are its inputs")
+            raise Lost("its outputs are its inputs")
         if value.constant:
-            raise _Lost("its outputs do not depend on the image")
+            raise Lost("its outputs do not depend on the image")
         if (id(value), axis) in self._done:
             return
         self._done.add((id(value), axis))
@@ -113,14 +105,14 @@ class _Walk:
             if any(size != 1 for size in args[1].shape[2:]) and any(
                 size != 1 for size in value.shape[2:]
             ):
-                raise _Lost(self._at(operator, "a convolution over neighbouring positions"))
+                raise Lost(self._at(operator, "a convolution over neighbouring positions"))
             self._layer(operator, args[0], args[1], 0, args[2])
         elif word in _PROBABILITIES:
             self._probabilities(operator)
             self.scores(args[0], axis, pooled)
         elif word in _ACTIVATIONS and not pooled:
-            raise _Lost(self._at(operator, f"{word}: features, not scores"))
-        elif word in _BINARY:
+            raise Lost(self._at(operator, f"{word}: features, not scores"))
+        elif word in BINARY:
             for operand in operator.inputs:
                 at = axis - len(value.shape) + len(operand.shape)
                 if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
@@ -131,19 +123,19 @@ class _Walk:
                     self.scores(operand, at, pooled)
         elif word in ("cat", "stack"):
             for operand in args[0]:
-                self.scores(operand, _before(operator, operand, value, axis), pooled)
-        elif word in LAYOUT | _SCALES | _ACTIVATIONS | _REDUCTIONS:
-            before = _before(operator, args[0], value, axis)
-            reduced = word in _REDUCTIONS
+                self.scores(operand, axis_before(operator, operand, value, axis), pooled)
+        elif word in LAYOUT | _SCALES | _ACTIVATIONS | REDUCTIONS:
+            before = axis_before(operator, args[0], value, axis)
+            reduced = word in REDUCTIONS
             self.scores(args[0], before, pooled or reduced)
         else:
-            raise _Lost(self._at(operator, f"`{word}`"))
+            raise Lost(self._at(operator, f"`{word}`"))
 
     def _layer(
         self, operator: Operator, data: Value, weight: Value, axis: int, bias: Value | None
     ) -> None:
         if not weight.constant:
-            raise _Lost(self._at(operator, f"`{operator.word}` of two features"))
+            raise Lost(self._at(operator, f"`{operator.word}` of two features"))
         width = math.prod(weight.shape) // weight.shape[axis]
         self.widths.append(width)
         self.data.append(data)
@@ -164,7 +156,7 @@ class _Walk:
             return
         operator = value.made_by
         if operator is None:
-            raise _Lost(f"its outputs are tied to a constant of {value.shape[axis]} entries")
+            raise Lost(f"its outputs are tied to a constant of {value.shape[axis]} entries")
         self.seen.add(operator)
         if operator.word == "_weight_norm_interface":
             for operand in operator.inputs:
@@ -172,8 +164,8 @@ class _Walk:
             return
         for operand in operator.inputs:
             try:
-                before = _before(operator, operand, value, axis)
-            except _Lost:
+                before = axis_before(operator, operand, value, axis)
+            except Lost:
                 continue
             if operand.shape[before] == value.shape[axis]:
                 self._parameter(operand, before, width)
@@ -192,52 +184,6 @@ class _Walk:
     def _at(self, operator: Operator, what: str) -> str:
         place = f" in {operator.module}" if operator.module else ""
         return f"its outputs come from {what}{place}"
-
-
-def _before(operator: Operator, operand: Value, result: Value, axis: int) -> int:
-    """Which axis of an operand becomes this axis of the result; raises _Lost where none does."""
-    word, args, kwargs = operator.word, operator.args, operator.kwargs
-    rank = len(operand.shape)
-    if word == "t":
-        return rank - 1 - axis
-    if word == "transpose":
-        one, other = (int(dim) % rank for dim in args[1:3])
-        return {one: other, other: one}.get(axis, axis)
-    if word == "permute":
-        return int(args[1][axis]) % rank
-    if word == "expand" or word in _BINARY:
-        before = axis - len(result.shape) + rank
-        if before < 0:
-            raise _Lost("its outputs are one number repeated")
-        return before
-    if word in ("select", "unbind"):
-        dim = int(args[1] if len(args) > 1 else 0) % rank
-        return axis + (axis >= dim)
-    if word in ("unsqueeze", "stack"):
-        dim = int(args[1] if len(args) > 1 else 0) % len(result.shape)
-        if axis == dim:
-            raise _Lost(f"its outputs are put together by `{word}`")
-        return axis - (axis > dim)
-    if len(result.shape) == rank and word not in ("view", "reshape", "_unsafe_view"):
-        if operand.shape[axis] != result.shape[axis]:
-            raise _Lost(
-                f"its {result.shape[axis]} outputs are put together by `{word}` of "
-                f"{operand.shape[axis]} and others"
-            )
-        return axis
-    if word in _REDUCTIONS:
-        dims = args[1] if len(args) > 1 else kwargs.get("dim")
-        if word in ("norm", "linalg_vector_norm"):
-            dims = args[2] if len(args) > 2 else kwargs.get("dim")
-        gone = {int(d) % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims or 0])}
-        left = [dim for dim in range(rank) if dim not in gone]
-        return left[axis]
-    # A view: the axis before which as many elements lie, and of the same size.
-    wanted, size = math.prod(result.shape[:axis]), result.shape[axis]
-    for before in range(rank):
-        if math.prod(operand.shape[:before]) == wanted and operand.shape[before] == size:
-            return before
-    raise _Lost(f"its outputs are regrouped by `{word}`")
 
 
 def _depends_on(values: list[Value], operators: set[Operator]) -> bool:
@@ -315,7 +261,7 @@ def add(module: nn.Module, example: Tensor, trace: Trace, reason: str) -> tuple[
     """Add a linear head to a backbone, in place, on its pooled features.
 
     Returns the head and a note. Raises PbcError where the outputs are no features: more or less
-    than one tensor [batch, channels], [batch, tokens, channels] or [batch, channels, h, w].
+    than one tensor of channels, of channels and tokens, or of channels, height and width.
     """
     result = trace.result
     if result is None or not 2 <= len(result.shape) <= 4 or result.shape[0] != len(example):
@@ -327,9 +273,10 @@ def add(module: nn.Module, example: Tensor, trace: Trace, reason: str) -> tuple[
     name = "head"
     while hasattr(module, name):
         name = f"added_{name}"
-    width = result.shape[2] if len(result.shape) == 3 else result.shape[1]
+    axis = channel_axis(result)
+    width = result.shape[axis]
     module.add_module(name, nn.Linear(width, OPEN_CLASSES))
-    module.register_forward_hook(lambda owner, inputs, x: getattr(owner, name)(pooled(x)))
+    module.register_forward_hook(lambda owner, inputs, x: getattr(owner, name)(pooled(x, axis)))
     return (
         Head({f"{name}.weight": width, f"{name}.bias": width}),
         f"the model has no classifier ({reason}): a linear head, {name}, was added on its "
@@ -344,8 +291,7 @@ _POOLED = {
 }
 
 
-def pooled(features: Tensor) -> Tensor:
+def pooled(features: Tensor, channels: int) -> Tensor:
     """[batch, channels]: the mean over tokens or positions, where there are any."""
-    if features.dim() == 2:
-        return features
-    return features.mean(1) if features.dim() == 3 else features.mean((2, 3))
+    others = [axis for axis in range(1, features.dim()) if axis != channels]
+    return features.mean(others) if others else features

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
+from pbc.frontend.axes import channel_axis
 from pbc.frontend.traced_network import TracedNetwork
 
 
@@ -120,8 +121,9 @@ class Bias:
 class Adapters:
     """Train a bottleneck inserted after each of the last N blocks, and the classifier.
 
-    x + up(relu(down(x))), of an eighth of the width (Houlsby et al., ICML 2019): linear layers on
-    token sequences, 1x1 convolutions on images. `up` starts at zero, so the model starts unchanged.
+    x + up(relu(down(x))), of an eighth of the width (Houlsby et al., ICML 2019): linear layers
+    where channels are the last axis, else 1x1 convolutions. `up` starts at zero, so the model
+    starts unchanged.
     """
 
     count: int
@@ -129,9 +131,10 @@ class Adapters:
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         module, names = network.module, network.last_blocks(self.count)
+        outputs = {call.name: call.outputs for call in network.trace.calls()}
         for name, output in block_outputs(module, names, example).items():
             block = module.get_submodule(name)
-            block.add_module("adapter", Adapter(output))
+            block.add_module("adapter", Adapter(output, channel_axis(outputs[name][0])))
             block.register_forward_hook(lambda owner, inputs, x: owner.adapter(x))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
@@ -157,18 +160,19 @@ class Full:
 
 
 class Adapter(nn.Module):
-    """A residual bottleneck for outputs shaped like `like`: [b, tokens, c] or [b, c, h, w]."""
+    """A residual bottleneck for outputs shaped like `like`: 3 or 4 axes, of which one channels."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, axis: int) -> None:
         super().__init__()
-        channels = like.shape[-1] if like.dim() == 3 else like.shape[1]
+        channels = like.shape[axis]
         width = max(8, channels // 8)
         self.down: nn.Module
         self.up: nn.Module
-        if like.dim() == 3:
+        if axis == like.dim() - 1:
             self.down, self.up = nn.Linear(channels, width), nn.Linear(width, channels)
         else:
-            self.down, self.up = nn.Conv2d(channels, width, 1), nn.Conv2d(width, channels, 1)
+            layer = nn.Conv1d if like.dim() == 3 else nn.Conv2d
+            self.down, self.up = layer(channels, width, 1), layer(width, channels, 1)
         for parameter in self.up.parameters():
             nn.init.zeros_(parameter)
 

@@ -57,6 +57,15 @@ def size(axis: Iterable[Variable]) -> int:
     return math.prod(variable.size for variable in atoms(axis))
 
 
+def channel_axes(axes: Iterable[Axis]) -> tuple[int, ...]:
+    """The axes of a value, behind the batch's, that count more than positions."""
+    return tuple(
+        number
+        for number, axis in enumerate(axes)
+        if number > 0 and any(variable.kind != WINDOW for variable in atoms(axis))
+    )
+
+
 def fix(axis: Iterable[Variable], why: str) -> None:
     """Say why no variable of this axis may shrink; the first reason stays."""
     for variable in atoms(axis):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ PARAMETER = "pbc_parameter"
 NAME = "pbc_name"
 # An operator of a gradient has this key; where it says it comes from is what it is the gradient of.
 GRADIENT = "pbc_gradient"
+
+# Lines that a traceback has and no user wrote: torch's own, and those of generated code.
+_NOT_USERS = (f'File "{Path(torch.__file__).parent}{os.sep}', 'File "<')
 
 
 def put_tensor(root: torch.nn.Module, name: str, tensor: Tensor) -> None:
@@ -123,8 +128,9 @@ def origin(node: Node) -> str:
     module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
     if GRADIENT in node.meta:
         module = f" in the gradient of{module.removeprefix(' in') or ' the model'}"
+    lines = (line.strip() for line in (node.meta.get("stack_trace") or "").splitlines())
     trace = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File" in line
+        line for line in lines if line.startswith('File "') and not line.startswith(_NOT_USERS)
     ]
     return module + (f" ({trace[-1].rpartition(', in ')[0]})" if trace else "")
 

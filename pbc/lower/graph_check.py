@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import BFLOAT16, FLOAT32, INT8
@@ -16,29 +17,37 @@ from pbc.ir.levels import IMAGES, LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, tensor
 from pbc.proxies.fidelity import dtype_of, precision_of
+from pbc.proxies.quantization import unrounded
 from pbc.training_graph.step_check import starting_parameters
 
 USUAL = {FLOAT32: 1e-4, BFLOAT16: 5e-2, INT8: 5e-2}
 """The error that rounding makes, by the precision that a graph computes in."""
 
-MOST = {FLOAT32: 1e-2, BFLOAT16: 0.25, INT8: 0.25}
-"""The largest error that is not a wrong graph."""
+MOST = 1e-2
+"""The largest error of float32 that is not a wrong graph."""
+
+# Who rounds the last bit otherwise, rounds some values to their other neighbour, and behind a few
+# layers all: two such results are as far apart as two independent errors of this size, √2 times it.
+_INDEPENDENT = 2.0
 
 
 def bound(program: Program, level: LevelGraphs, role: GraphName) -> float:
     """Return the largest error that is not a wrong graph.
 
-    Rounding to fewer bits is amplified like what it is made of: no more is asked of a lowered
-    prefix than that it is nearer to torch's than that is to level 0's.
+    In fewer bits than float32's that is what the level's own rounding makes: how far torch's
+    results are from those of the same graph, with the same weights and ranges, unrounded.
     """
     precision = precision_of(program.levels[0], role, level.precision)
-    if precision == FLOAT32 or role != PREFIX:
-        return MOST[precision]
-    values = {IMAGES: _batches(program.network.example)[0]}
+    if precision == FLOAT32:
+        return MOST
+    images, _ = _batches(program.network.example)
+    values: dict[str, Tensor] = {IMAGES: images, **starting_parameters(program, level)}
+    if role != PREFIX and level.prefix is not None:
+        values |= _in_torch(program, level, PREFIX, values)
     own = _in_torch(program, level, role, values)
-    original = _in_torch(program, program.levels[0], role, values)
-    distances = [_relative(original[name], value, precision) for name, value in own.items()]
-    return max(MOST[precision], *distances)
+    exact = _run(unrounded(level.fused().graphs[role]), values, torch.float32)
+    rounding = [_relative(value, exact[name], precision) for name, value in own.items()]
+    return max(MOST, _INDEPENDENT * max(rounding))
 
 
 def graph_errors(program: Program, level: LevelGraphs, runner: Runner) -> dict[GraphName, float]:
@@ -79,6 +88,10 @@ def _in_torch(
     dtype = dtype_of(precision_of(program.levels[0], role, level.precision))
     if dtype != torch.float32:  # what is rounded has batch norms fused already
         graph = copy.deepcopy(level.fused().graphs[role]).to(dtype)
+    return _run(graph, values, dtype)
+
+
+def _run(graph: GraphModule, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     with torch.no_grad():
         results = graph(*[values[name].to(dtype) for name in graph_inputs(graph)])
     return {name: value.float() for name, value in zip(graph_outputs(graph), results, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch.fx import GraphModule, Node
 
@@ -23,6 +23,9 @@ class Lowering(ABC):
 
     One object lowers one program: what it builds to measure or to check it need not build again.
     """
+
+    refusals: ClassVar[tuple[type[Exception], ...]] = ()
+    """What its engine raises where it cannot run a graph, if that is no RuntimeError."""
 
     @abstractmethod
     def lower(self, program: Program) -> dict[str, bytes]:

@@ -4,11 +4,13 @@ The interface is the tensors that cross from frozen computation into a trainable
 Fidelity of a level: over held-out calibration images, subtract level 0's per-channel mean, divide
 by its standard deviation, take the cosine per sample over the flattened tensor, the mean over
 samples, and the minimum over the interface's tensors, all at the initial trainable parameters.
+Which axes are channels, in front of the positions or behind, is read from level 0's dimensions.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,9 @@ from torch.fx import GraphModule, Node
 from pbc.bundle.graph_name import PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
 from pbc.ir.calibration import Calibration
-from pbc.ir.graph import PARAMETER, parameter_names
+from pbc.ir.dim_rules import analyse
+from pbc.ir.dims import channel_axes
+from pbc.ir.graph import PARAMETER, output_nodes, parameter_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import copy_graph, cut_at
@@ -121,19 +125,20 @@ class Standard:
         return (tensor - self.mean) / self.std
 
 
-def channel_axis(tensor: Tensor) -> int:
-    """[b, c], [b, c, h, w] or [b, tokens, c]."""
-    return 1 if tensor.dim() in (2, 4) else tensor.dim() - 1
+def interface_channels(program: Program) -> list[tuple[int, ...]]:
+    """For each interface tensor the axes that count channels, the batch's never among them."""
+    original = program.levels[0]
+    sent = [] if original.prefix is None else [node.name for node in output_nodes(original.prefix)]
+    known = analyse(original).axes
+    return [channel_axes(known[name]) for name in (*sent, *boundary_nodes(original.body))]
 
 
-def standards(level0: UpToInterface, batches: Iterator[Tensor]) -> list[Standard]:
+def standards(program: Program, level0: UpToInterface, batches: Iterator[Tensor]) -> list[Standard]:
     """Measure level 0's statistics at the interface."""
-    sums: list[_Sums] = []
+    sums = [_Sums(channels) for channels in interface_channels(program)]
     with torch.no_grad():
         for images in batches:
-            tensors = level0(images)
-            sums = sums or [_Sums() for _ in tensors]
-            for total, tensor in zip(sums, tensors, strict=True):
+            for total, tensor in zip(sums, level0(images), strict=True):
                 total.add(tensor)
     return [total.standard() for total in sums]
 
@@ -142,14 +147,15 @@ def standards(level0: UpToInterface, batches: Iterator[Tensor]) -> list[Standard
 class _Sums:
     """Running sums of one tensor, its square and its size per channel, in float64."""
 
+    channels: tuple[int, ...]
     count: int = 0
     first: Tensor | float = 0.0
     second: Tensor | float = 0.0
 
     def add(self, tensor: Tensor) -> None:
-        axes = [axis for axis in range(tensor.dim()) if axis != channel_axis(tensor)]
+        axes = [axis for axis in range(tensor.dim()) if axis not in self.channels]
         values = tensor.double()
-        self.count += tensor.numel() // tensor.shape[channel_axis(tensor)]
+        self.count += math.prod(tensor.shape[axis] for axis in axes)
         self.first = self.first + values.sum(axes, keepdim=True)
         self.second = self.second + values.square().sum(axes, keepdim=True)
 
@@ -188,7 +194,7 @@ def sample_fidelity(
     proxies = [
         rounded_to(UpToInterface(program, level).eval(), level.precision) for level in levels
     ]
-    standard = standards(original, held_out_batches(calibration))
+    standard = standards(program, original, held_out_batches(calibration))
     rows = []
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):

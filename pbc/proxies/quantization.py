@@ -450,6 +450,21 @@ def _to_pair(graph: GraphModule, node: Node) -> None:
     graph.graph.erase_node(node)
 
 
+def unrounded(graph: GraphModule) -> GraphModule:
+    """Return a copy that clamps to the ranges in which it was quantised, and rounds no value."""
+    graph = copy_graph(graph)
+    for node in list(graph.graph.nodes):
+        if node.target is _DEQUANTIZE:
+            value, *mapping = _first(node).args[:5]
+            scale, zero, lowest, highest = (float(number) for number in mapping)  # type: ignore[arg-type]
+            ends = (scale * (lowest - zero), scale * (highest - zero))
+            with graph.graph.inserting_before(node):
+                clamped = graph.graph.call_function(torch.ops.aten.clamp.default, (value, *ends))
+            node.replace_all_uses_with(clamped)
+    drop_unused(graph)
+    return graph
+
+
 def _to_stored(graph: GraphModule, node: Node) -> None:
     weight, scale, _, axis, lowest, highest = node.args
     assert isinstance(weight, Node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import INT8
-from pbc.errors import reason_of
+from pbc.errors import PbcError, reason_of
 from pbc.ir.dims import Dims
 from pbc.ir.graph import parameter_names
 from pbc.ir.levels import IMAGES, Keep, LevelGraphs, LevelPlan
@@ -26,9 +26,31 @@ from pbc.proxies.resolution import reduced
 # differ from batch to batch by rounding; samples that are mixed up differ by their whole size.
 INDEPENDENT_WITHIN = 1e-2
 
+# What torch and its exporters raise at shapes and types that do not fit, besides what pbc refuses.
+_FORESEEN = (PbcError, RuntimeError, ValueError, IndexError, TypeError)
+# Of these, what no form of a level is at fault for.
+_OTHERS = (torch.OutOfMemoryError, RecursionError)
+_NO_MEMORY = "can't allocate memory"
 
-class _Unfit(Exception):
+
+class _Unfit(PbcError):
     """What a trial shows that its level must not be."""
+
+
+def reason_of_failure(attempt: Callable[[], object], *refusals: type[Exception]) -> str:
+    """Return in one line why what is tried cannot be; "" where it can.
+
+    refusals: what an engine raises, too, where it cannot run a graph. Whatever is not foreseen
+    passes: an interruption, lack of memory, a fault of pbc's own.
+    """
+    foreseen: tuple[type[Exception], ...] = (*_FORESEEN, *refusals)
+    try:
+        attempt()
+    except foreseen as error:
+        if isinstance(error, _OTHERS) or _NO_MEMORY in str(error):
+            raise
+        return reason_of(error)
+    return ""
 
 
 def proxy(
@@ -80,7 +102,9 @@ def reason_against(program: Program, plan: LevelPlan, dims: Dims, *, engine: boo
     of level 0's, a sample's do not depend on what shares its batch, and they are finite where level
     0's are. engine: convert its graphs for the engine, too.
     """
-    try:
+    lowering = backend(program.request.engine).lowering()
+
+    def attempt() -> None:
         level = proxy(program.levels[0], plan, dims, first_indices(plan))
         if level.keep or level.resolution is not None:
             _require_independent(program, level)
@@ -89,10 +113,9 @@ def reason_against(program: Program, plan: LevelPlan, dims: Dims, *, engine: boo
         _require_interface(program, level)
         if engine:
             graphs = {role.at(0): graph for role, graph in level.fused().graphs.items()}
-            backend(program.request.engine).lowering().try_graphs(program, graphs)
-    except Exception as error:  # whatever it ends in, it ends this form of a level alone
-        return reason_of(error)
-    return ""
+            lowering.try_graphs(program, graphs)
+
+    return reason_of_failure(attempt, *lowering.refusals)
 
 
 def three(images: Tensor) -> Tensor:

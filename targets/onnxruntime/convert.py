@@ -46,13 +46,15 @@ LOGITS, PROBABILITIES = "logits", "probabilities"
 aten = torch.ops.aten
 
 # What the exporter, onnx's checker and onnxruntime say to a graph that they cannot take.
-_REFUSALS = (
+REFUSALS: tuple[type[Exception], ...] = (
     torch.onnx.OnnxExporterError,
     onnx.checker.ValidationError,
     onnx.shape_inference.InferenceError,
     onnxruntime.capi.onnxruntime_pybind11_state.Fail,
+    onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument,
     onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph,
     onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented,
+    onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException,
 )
 
 
@@ -93,7 +95,7 @@ class Converter:
         ]
         try:
             exported = self._whole(graph, axes)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise _cannot(kind, graph, error) from error
         model = ModelProto()
         model.CopyFrom(exported)
@@ -446,7 +448,7 @@ def _cannot(name: str, graph: GraphModule, error: Exception) -> PbcError:
         seen.add(structure)
         try:
             check(_exported(alone, [[] for _ in placeholders(alone)]))
-        except _REFUSALS:
+        except REFUSALS:
             return unsupported(node, "onnxruntime", remedy)
     reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
     return PbcError(f"graph {name} cannot be converted to ONNX: {reason}; {remedy}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 from onnx import ModelProto, TensorProto
@@ -20,6 +20,7 @@ from pbc.lower.lowering import Lowering
 from pbc.lower.weights import Stored, TensorStore, byte_ranges, unused, weight_file
 from pbc.runtime.engines.onnxruntime.session import session_options
 from pbc.targets.onnxruntime.convert import (
+    REFUSALS,
     Converter,
     external,
     inline,
@@ -41,6 +42,8 @@ _convert = Converter()
 
 class OnnxRuntimeLowering(Lowering):
     """Write each graph as an ONNX model; tensors that levels share are stored once."""
+
+    refusals: ClassVar = REFUSALS
 
     def graph_file(self, graph: GraphName) -> str:
         return f"{FOLDER}/{str(graph).replace('/', '-')}.onnx"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
-from pbc.ir.graph import graph_text, op_name, tensor_names
+from pbc.ir.graph import graph_text, op_name, origin, tensor_names
 from pbc.testing import graph_of
 
 SHAPE = (3, 16, 16)
@@ -134,3 +134,32 @@ def test_a_model_of_two_inputs() -> None:
 def test_a_model_that_returns_several_values(function: Callable[..., object], count: int) -> None:
     with pytest.raises(PbcError, match=f"returns {count} values; pbc trains one logits tensor"):
         capture(Functional(function), SHAPE)
+
+
+class Regions(nn.Module):
+    """Parts in other precisions and without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.conv(x).sin()
+        with torch.no_grad():
+            z = y.float().cos()
+        logits: Tensor = self.fc((y.float() + z).mean((2, 3)))
+        return logits
+
+
+def test_every_operator_knows_its_line_in_regions_too() -> None:
+    graph = capture(Regions(), (3, 8, 8))
+    origins = {
+        op_name(node): origin(node) for node in graph.graph.nodes if node.op == "call_function"
+    }
+    assert all("test_capture.py" in where for where in origins.values())
+    first = Regions.forward.__code__.co_firstlineno
+    assert f'", line {first + 2})' in origins["aten.sin.default"]
+    assert f'", line {first + 4})' in origins["aten.cos.default"]
+    assert origins["aten.conv2d.default"].startswith(" in conv (")

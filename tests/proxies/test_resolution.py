@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import AttentionNet, ConvNet, Kind, ResidualNet
+from networks import AttentionNet, ChannelsLastNet, ConvNet, Kind, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
@@ -54,6 +54,19 @@ def test_a_feature_map_comes_back_to_its_size() -> None:
     (before,), (after,) = graph(images), smaller(images)
     assert before.shape == after.shape == (2, 16, 16, 16)
     assert graph_outputs(smaller) == graph_outputs(graph)
+
+
+def test_a_map_with_channels_behind_comes_back_to_its_size() -> None:
+    graph = frozen(ChannelsLastNet, "last-k:1")
+    images = torch.randn(2, 3, 32, 32)
+    (before,), (after,) = graph(images), reduced(graph, (16, 24))(images)
+    assert before.shape == after.shape == (2, 8, 8, 16)
+    small = nn.functional.interpolate(images, (16, 24), mode="bilinear", align_corners=False)
+    (sent,) = graph(small)
+    whole = nn.functional.interpolate(
+        sent.permute(0, 3, 1, 2), (8, 8), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(after, whole.permute(0, 2, 3, 1))
 
 
 def test_a_network_for_one_resolution_is_left_alone() -> None:

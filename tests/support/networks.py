@@ -100,6 +100,35 @@ class AttentionNet(nn.Module):
         return logits
 
 
+class ChannelsLastNet(nn.Module):
+    """A stem, then blocks with the channels behind the positions, as in Swin and ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 4, 4)
+        self.blocks = nn.Sequential(*[ChannelsLastBlock(16, 32) for _ in range(3)])
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.stem(x).permute(0, 2, 3, 1))
+        logits: Tensor = self.fc(x.mean((1, 2)))
+        return logits
+
+
+class ChannelsLastBlock(nn.Module):
+    """A residual MLP over the last axis."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down: Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return x + down
+
+
 def settled(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module with repeatable weights, and batch norms that do something."""
     generator = torch.Generator().manual_seed(seed)
