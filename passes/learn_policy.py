@@ -26,7 +26,7 @@ from pbc.ir.rewrite import rename_input
 from pbc.proxies.fidelity import sample_fidelity
 from pbc.util.progress import report
 
-VIEW = (3, 32, 32)
+VIEW = (32, 32)
 SAMPLES = 4000
 LEAST_SAMPLES = 500
 # What measuring single samples may cost: a minute or two on two cores.
@@ -86,7 +86,7 @@ class LearnPolicy:
         truth = torch.from_numpy(sample_fidelity(program, proxies, calibration, held_out))
         means = truth.mean(0)
         torch.manual_seed(program.request.seed)
-        network = PolicyNetwork(len(proxies)).eval()
+        network = PolicyNetwork(len(proxies), program.network.input.shape[0]).eval()
         network.predict_constantly(means)
         summary: dict[str, Any] = {
             "shipped": "means",
@@ -127,10 +127,11 @@ class LearnPolicy:
 class PolicyNetwork(nn.Module):
     """A view and its gradients, three strided convolutions, a linear layer: 0.8 million MACs."""
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, channels: int = 3) -> None:
         super().__init__()
+        self.channels = channels
         self.features = nn.Sequential(
-            nn.Conv2d(VIEW[0] + 2, 16, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(channels + 2, 16, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -167,9 +168,9 @@ def affordable(levels: Sequence[Rung], indices: np.ndarray, most: int) -> np.nda
 
 
 def views(calibration: Calibration, indices: np.ndarray) -> Tensor:
-    """float32 [samples, 3, 32, 32]: what the policy will see on the device."""
+    """float32 [samples, channels, 32, 32]: what the policy will see on the device."""
     rows = [
-        pooled_view(calibration.samples.images(indices[start : start + BATCH]), *VIEW[1:])
+        pooled_view(calibration.samples.images(indices[start : start + BATCH]), *VIEW)
         for start in range(0, len(indices), BATCH)
     ]
     return torch.from_numpy(np.concatenate(rows))
@@ -178,11 +179,11 @@ def views(calibration: Calibration, indices: np.ndarray) -> Tensor:
 def train(inputs: Tensor, fidelity: Tensor, seed: int) -> PolicyNetwork:
     """Regress per-level fidelity, standardised, and its order against a grid of thresholds.
 
-    inputs: float32 [samples, 3, 32, 32]; fidelity: float32 [samples, levels]. Augmentation is flips
-    and shifts by a pixel: a crop would change the answer.
+    inputs: float32 [samples, channels, 32, 32]; fidelity: float32 [samples, levels]. Augmentation
+    is flips and shifts by a pixel: a crop would change the answer.
     """
     torch.manual_seed(seed)
-    network = PolicyNetwork(fidelity.shape[1])
+    network = PolicyNetwork(fidelity.shape[1], inputs.shape[1])
     mean, scale = fidelity.mean(0), fidelity.std(0).clamp_min(1e-6)
     goals = (fidelity - mean) / scale
     batches = math.ceil(len(inputs) / BATCH)
@@ -325,14 +326,14 @@ def cost_share(program: Program, calibration: Calibration, network: PolicyNetwor
     Time counts where this machine is the target, for batches of 64, with the view.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, *VIEW))
+        network(torch.zeros(1, network.channels, *VIEW))
     share: float = counter.get_total_flops() / 2 / program.levels[0].macs
     if not program.request.target.local:
         return share
     images = calibration.batch(calibration.align[:BATCH])
     original = program.levels[0].fused()
     pixels = images.numpy()
-    policy_s = _fastest_s(lambda: network(torch.from_numpy(pooled_view(pixels, *VIEW[1:]))))
+    policy_s = _fastest_s(lambda: network(torch.from_numpy(pooled_view(pixels, *VIEW))))
     return max(share, policy_s / _fastest_s(lambda: original.logits(images, program.parameters)))
 
 
@@ -347,7 +348,7 @@ def _fastest_s(call: Callable[[], object]) -> float:
 
 
 def policy_graph(network: PolicyNetwork) -> GraphModule:
-    graph = capture(network, VIEW)
+    graph = capture(network, (network.channels, *VIEW))
     rename_input(graph, placeholders(graph)[0], "view")
     name_outputs(graph, ["fidelity"])
     return graph

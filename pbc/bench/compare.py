@@ -49,7 +49,7 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
     sweep.check(options.sweeps, runtime, options.policy_bundles)
     # A setting of the whole process: every rival is timed with it.
     keep_freed_memory()
-    train, test, origin = photos.train_and_test(data, options.test, runtime.spec, lambda *_: None)
+    train, test, origin = photos.train_and_test(data, options.test, runtime.spec, tell)
     train = labelled_for(runtime.bundle, train)
     test = labelled_as(train.classes, test)
     options = _quick(options) if options.quick else options

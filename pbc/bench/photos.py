@@ -16,8 +16,6 @@ from pbc.errors import PbcError
 _SPLIT_SEED = 0
 _RAM_BYTES = 4 << 30
 
-Progress = Callable[[int, int], None]
-
 
 def in_memory(samples: Samples) -> Samples:
     """Return the samples decoded in memory."""
@@ -44,9 +42,11 @@ def split(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
 
 
 def train_and_test(
-    data: Path, test: Path | None, spec: InputSpec, progress: Progress
+    data: Path, test: Path | None, spec: InputSpec, tell: Callable[[str], None]
 ) -> tuple[Samples, Samples, str]:
     """Read the photos: (train, test, where the test photos come from).
+
+    tell: takes a line for each thing that was left out or changed, and why.
 
     `train/` and `test/` inside of a folder are such a pair if class folders are in them, whatever
     lies beside them (`val/` is not read); otherwise `test` names the test
@@ -57,9 +57,13 @@ def train_and_test(
         raise PbcError(f"{data} holds train/ and test/ already; leave out --test, or name one")
     if pair is not None:
         data, test = pair
-    train = ImageFolder.open(data, spec, ram_bytes=_RAM_BYTES, progress=progress)
+    train = ImageFolder.open(data, spec, ram_bytes=_RAM_BYTES)
+    for line in train.inventory.lines():
+        tell(line)
     if test is not None:
-        tested = ImageFolder.open(test, spec, ram_bytes=_RAM_BYTES, progress=progress)
+        tested = ImageFolder.open(test, spec, ram_bytes=_RAM_BYTES)
+        for line in tested.inventory.lines():
+            tell(f"test photos: {line}")
         return train, tested, "given"
     rest, apart = split(train, 1 / 3, _SPLIT_SEED)
     return rest, apart, "a third of each class, set apart with seed 0"

@@ -284,7 +284,7 @@ def _photos(given: Iterable[Path], personal: Personal) -> Iterator[tuple[str, np
 
 
 def _read_or_tell(path: Path, personal: Personal) -> np.ndarray | None:
-    """Return uint8[H, W, 3] of a photo; None for one that cannot be read, and name it."""
+    """Return uint8[H, W, channels] of a photo; None for one that cannot be read, and name it."""
     try:
         return read_image(path, personal.spec)
     except PbcError as error:

@@ -1,4 +1,4 @@
-"""One photo: the bytes of its file to upright 8-bit RGB pixels, within a bound of memory."""
+"""One photo: the bytes of its file to upright 8-bit pixels, within a bound of memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UnsupportedImageError(BrokenImageError):
 
 @dataclass(frozen=True)
 class Photo:
-    """uint8[H, W, 3], with what was done beyond scaling to get there: ON_WHITE, DEEP."""
+    """uint8[H, W, channels], with what was done beyond scaling to get there: ON_WHITE, DEEP."""
 
     pixels: np.ndarray
     remarks: tuple[str, ...]
@@ -73,7 +73,9 @@ def decode(
             with PIXELS.held(needed):
                 ImageOps.exif_transpose(image, in_place=True)
                 upright, remarks = _rgb(image, format, data)
-                return Photo(np.asarray(fit(upright)), remarks)
+                pixels = np.asarray(fit(upright))
+                # Pillow has no last axis for one channel.
+                return Photo(pixels if pixels.ndim == 3 else pixels[..., None], remarks)
     except BrokenImageError:
         raise
     except Exception as error:  # PIL's decoders raise nearly anything on malformed bytes

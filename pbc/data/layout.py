@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,13 @@ from pbc.errors import PbcError
 
 _TRAIN = ("train", "training")
 # In order: the first that is there is what a model is evaluated on.
-_HELD_OUT = ("val", "valid", "validation", "dev", "test", "testing")
+_HELD_OUT = (
+    "val", "valid", "validation", "dev", "eval", "evaluation", "holdout", "heldout", "test",
+    "testing", "pred", "predict",
+)  # fmt: skip
+# Behind such a word, or beside it, as in `trainset`, `test_images` and `seg_train`.
+_PART_WORD = re.compile(rf"({'|'.join((*_TRAIN, *_HELD_OUT))})(set|data|images|imgs|photos)?")
+_NAMED_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,13 @@ def classes(listing: Listing[Any], *, held_out: bool = False) -> Classes:
     """Find the class folders of labelled photos.
 
     Folders that hold nothing but one folder of class folders are looked through. Of a data set
-    with a train part and others (val, valid, validation, dev, test), the train part counts or, if
-    `held_out`, the first of the others; a data set without parts counts whole either way.
+    with a train part and others (val, validation, dev, eval, test and the like), the train part
+    counts or, if `held_out`, the first of the others; one without parts counts whole either way.
     Raises PbcError if that is not what the data looks like.
     """
     top, outside = _unwrapped(_tree(listing))
     parts = _parts(top)
-    note = ""
+    notes = []
     if parts:
         part = _held_out_of(parts) if held_out else _first(parts, _TRAIN)
         if part is None:
@@ -83,12 +90,13 @@ def classes(listing: Listing[Any], *, held_out: bool = False) -> Classes:
                 f"expected them in {_HELD_OUT[0]}/"
             )
         shown = ", ".join(f"{other}/" for other in sorted(parts))
-        note = f"{listing.root} has the parts {shown}: {part}/ is read"
+        notes.append(f"{listing.root} has the parts {shown}: {part}/ is read")
         top, inner = _unwrapped(parts[part])
         outside += inner
     members = {label: sorted(top.folders[label].everything()) for label in sorted(top.folders)}
     _check(listing, members)
-    return Classes(members, note, (*outside, *sorted(top.photos)))
+    notes += _doubts(top)
+    return Classes(members, "; ".join(notes), (*outside, *sorted(top.photos)))
 
 
 def labelled(path: Path | str) -> Classes:
@@ -128,10 +136,13 @@ def _has_others(folder: _Folder) -> bool:
 
 def _parts(folder: _Folder) -> dict[str, _Folder]:
     """Return the parts of a split data set that have photos, by name; none if it is not split."""
+    filled = {name: inner for name, inner in folder.folders.items() if not inner.empty}
+    # In other words too (`seg_train`, `test_set`) where every folder has one: else it is a class's.
+    whole = all(map(_part_word, filled))
     parts = {
         name: inner
-        for name, inner in folder.folders.items()
-        if name.casefold() in (*_TRAIN, *_HELD_OUT) and not inner.empty
+        for name, inner in filled.items()
+        if whole or _part_word(name) == name.casefold()
     }
     train = _first(parts, _TRAIN)
     split = train is not None and parts[train].of_classes and len(parts) > 1
@@ -145,8 +156,39 @@ def _held_out_of(parts: dict[str, _Folder]) -> str | None:
 
 def _first(parts: dict[str, _Folder], order: tuple[str, ...]) -> str | None:
     """Return the part that comes first in an order of names."""
-    spelled = {name.casefold(): name for name in sorted(parts)}
-    return next((spelled[name] for name in order if name in spelled), None)
+    spelled = {_part_word(name): name for name in sorted(parts, reverse=True)}
+    return next((spelled[word] for word in order if word in spelled), None)
+
+
+def _part_word(name: str) -> str | None:
+    """Return which part of a data set a folder's name says that it is; None for no part."""
+    words = re.findall("[a-z]+", name.casefold())
+    found = [match[1] for match in map(_PART_WORD.fullmatch, words) if match]
+    return found[0] if len(found) == 1 else None
+
+
+def _doubts(top: _Folder) -> Iterator[str]:
+    """Yield what may be meant otherwise: classes that are spelled alike, or that hold classes."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(top.folders):
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"{_quoted(names)} are classes of their own: case or spaces tell them apart"
+    inner = {
+        frozenset(name for name, folder in label.folders.items() if not folder.empty)
+        for label in top.folders.values()
+    }
+    if len(top.folders) > 1 and len(inner) == 1 and len(names := sorted(*inner)) > 1:
+        yield (
+            f"every class folder holds the folders {_quoted(names)}: if these are the classes, "
+            f"give one of {_quoted(sorted(top.folders))} as the data"
+        )
+
+
+def _quoted(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED_MOST} more" if len(names) > _NAMED_MOST else ""
+    return ", ".join(map(repr, names[:_NAMED_MOST])) + more
 
 
 def _check(listing: Listing[Any], members: dict[str, list[str]]) -> None:

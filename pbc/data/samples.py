@@ -58,7 +58,7 @@ class Samples:
         return self.inventory.skipped
 
     def decode(self, index: int) -> np.ndarray:
-        """uint8[H, W, 3] of one sample."""
+        """uint8[H, W, channels] of one sample."""
         row = index if self._rows is None else self._rows[index]
         if row < len(self._decoded):
             image: np.ndarray = self._decoded[row]
@@ -69,7 +69,7 @@ class Samples:
             raise PbcError(f"{self.names[index]} was readable and no longer is: {error}") from error
 
     def batch(self, indices: np.ndarray) -> np.ndarray:
-        """uint8[B, H, W, 3] of several samples."""
+        """uint8[B, H, W, channels] of several samples."""
         rows = indices if self._rows is None else self._rows[indices]
         if rows.max() < len(self._decoded):
             gathered: np.ndarray = self._decoded[rows]
@@ -77,7 +77,7 @@ class Samples:
         return np.stack([self.decode(int(index)) for index in indices])
 
     def images(self, indices: np.ndarray) -> np.ndarray:
-        """f32[B, 3, H, W] of several samples, normalised (NHWC memory)."""
+        """f32[B, channels, H, W] of several samples, normalised (NHWC memory)."""
         return self.spec.normalise(self.batch(indices))
 
     def subset(self, indices: np.ndarray) -> Samples:
@@ -183,7 +183,7 @@ def images(
 
 
 def read_image(path: Path | str, spec: InputSpec) -> np.ndarray:
-    """uint8[H, W, 3] of one image file; raises PbcError for one that cannot be read."""
+    """uint8[H, W, channels] of one image file; raises PbcError for one that cannot be read."""
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer

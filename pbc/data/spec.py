@@ -31,7 +31,8 @@ class InputSpec:
     `shape` is (channels, height, width). `resize` says how the photo gets there: "squash" brings it
     to height × width whatever its sides' ratio; "crop" covers height / crop_pct × width / crop_pct
     with it and takes the centre, as torchvision's and timm's evaluation do. Then it is scaled to
-    [0, 1], and normalised per channel with `mean` and `std`.
+    [0, 1], and normalised per channel with `mean` and `std`. Three channels are RGB, one is luma
+    (ITU-R BT.601, as Pillow's mode L).
     """
 
     shape: tuple[int, int, int]
@@ -44,8 +45,11 @@ class InputSpec:
     def __post_init__(self) -> None:
         """Refuse what `decode` and `normalise` cannot do."""
         channels = self.shape[0]
-        if channels != 3 or min(self.shape) < 1:
-            raise PbcError(f"input shape {list(self.shape)} is not [3, height, width]")
+        if channels not in (1, 3) or min(self.shape) < 1:
+            raise PbcError(
+                f"input shape {list(self.shape)} is not [3, height, width], nor [1, height, width] "
+                "for a network that looks at grayscale"
+            )
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
             raise PbcError(
                 f"mean {list(self.mean)} and std {list(self.std)} need {channels} values each, "
@@ -101,7 +105,7 @@ class InputSpec:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def photo(self, data: bytes, name: str = "") -> Photo:
-        """Decode the bytes of an image file, with what was done to fit it in 8 bits of RGB.
+        """Decode the bytes of an image file, with what was done to fit it in 8 bits a channel.
 
         `name` is the file's: raw photos of most cameras are told by their suffix.
         Raises BrokenImageError, and UnsupportedImageError for a format that is not read here.
@@ -109,12 +113,14 @@ class InputSpec:
         return decode(data, self.fit, max(self.shape[1:]), name)
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """Return a picture at the network's size.
+        """Return a picture at the network's size, in mode L where that looks at one channel.
 
         Resizing to cover and cropping is one step: the same pixels, without the rest of a panorama.
         """
-        _, height, width = self.shape
+        channels, height, width = self.shape
         resampling = _RESAMPLING[self.interpolation]
+        if channels == 1:
+            image = image.convert("L")
         if self.resize == "squash":
             return image.resize((width, height), resampling)
         least_width, least_height = self._covered()
@@ -129,10 +135,11 @@ class InputSpec:
         return image.resize((width, height), resampling, inside)
 
     def fitted(self, image: Image.Image) -> np.ndarray:
-        """Return uint8[H, W, 3] of the network's size for a picture in RGB."""
-        _, height, width = self.shape
-        same = image.size == (width, height)
-        return np.asarray(image if same else self.fit(image))
+        """Return uint8[H, W, channels] of the network's size for a picture in RGB."""
+        channels, height, width = self.shape
+        if image.size != (width, height) or channels == 1:
+            image = self.fit(image)
+        return np.asarray(image).reshape(*self.shape[1:], channels)
 
     def _covered(self) -> tuple[int, int]:
         """Return the least (width, height) that a photo is resized to before the crop."""
@@ -141,19 +148,19 @@ class InputSpec:
         return int(width / self.crop_pct + 1e-6), int(height / self.crop_pct + 1e-6)
 
     def decode(self, data: bytes) -> np.ndarray:
-        """Decode the bytes of an image file to uint8[H, W, 3]; raises BrokenImageError."""
+        """Decode the bytes of an image file to uint8[H, W, channels]; raises BrokenImageError."""
         return self.photo(data).pixels
 
     @cached_property
     def _scale_and_shift(self) -> tuple[np.ndarray, np.ndarray]:
-        """f32[W * 3] each: repeated over a row, as numpy is slow on a last axis of 3."""
+        """f32[W * channels] each: repeated over a row, as numpy is slow on a short last axis."""
         mean, std = np.array(self.mean), np.array(self.std)
         scale, shift = 1 / (255 * std), -mean / std
         width = self.shape[2]
         return np.tile(scale, width).astype(np.float32), np.tile(shift, width).astype(np.float32)
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
-        """uint8[B, H, W, 3] to f32[B, 3, H, W], a view of NHWC memory (channels_last)."""
+        """uint8[B, H, W, C] to f32[B, C, H, W], a view of NHWC memory (channels_last)."""
         scale, shift = self._scale_and_shift
         batch, height, width, channels = images.shape
         rows = images.reshape(batch, height, width * channels)

@@ -275,8 +275,7 @@ def add(module: nn.Module, example: Tensor, trace: Trace, reason: str) -> tuple[
         name = f"added_{name}"
     axis = channel_axis(result)
     width = result.shape[axis]
-    module.add_module(name, nn.Linear(width, OPEN_CLASSES))
-    module.register_forward_hook(lambda owner, inputs, x: getattr(owner, name)(pooled(x, axis)))
+    append(module, name, PooledLinear(width, axis))
     return (
         Head({f"{name}.weight": width, f"{name}.bias": width}),
         f"the model has no classifier ({reason}): a linear head, {name}, was added on its "
@@ -291,7 +290,20 @@ _POOLED = {
 }
 
 
-def pooled(features: Tensor, channels: int) -> Tensor:
-    """[batch, channels]: the mean over tokens or positions, where there are any."""
-    others = [axis for axis in range(1, features.dim()) if axis != channels]
-    return features.mean(others) if others else features
+class PooledLinear(nn.Linear):
+    """A linear layer on the mean over tokens or positions, where there are any."""
+
+    def __init__(self, width: int, axis: int) -> None:
+        super().__init__(width, OPEN_CLASSES)
+        self.axis = axis
+
+    def forward(self, features: Tensor) -> Tensor:
+        others = [axis for axis in range(1, features.dim()) if axis != self.axis]
+        return super().forward(features.mean(others) if others else features)
+
+
+def append(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Let a layer read what a module puts out, in place, as a child of this name."""
+    module.add_module(name, layer)
+    if type(module).forward is not nn.Sequential.forward:  # which runs its children as it is
+        module.register_forward_hook(lambda owner, inputs, x: getattr(owner, name)(x))

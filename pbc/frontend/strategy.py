@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
 from pbc.frontend.axes import channel_axis
+from pbc.frontend.head import append
 from pbc.frontend.traced_network import TracedNetwork
 
 
@@ -133,9 +134,8 @@ class Adapters:
         module, names = network.module, network.last_blocks(self.count)
         outputs = {call.name: call.outputs for call in network.trace.calls()}
         for name, output in block_outputs(module, names, example).items():
-            block = module.get_submodule(name)
-            block.add_module("adapter", Adapter(output, channel_axis(outputs[name][0])))
-            block.register_forward_hook(lambda owner, inputs, x: owner.adapter(x))
+            adapter = Adapter(output, channel_axis(outputs[name][0]))
+            append(module.get_submodule(name), "adapter", adapter)
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
         return frozenset(

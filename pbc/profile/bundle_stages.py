@@ -13,7 +13,7 @@ from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
-from pbc.profile.inputs import images, labels
+from pbc.profile.inputs import labels, noise
 from pbc.profile.memory import memory, until_settled
 from pbc.profile.task import Task, level_name
 from pbc.profile.turns import Call, Side, milliseconds
@@ -79,7 +79,7 @@ def loading(task: Task) -> dict[str, Any]:
     engine = engine_of(bundle)
     imported = time.monotonic()
     executable = started(task, bundle, engine)
-    pixels, targets = images(spec, task.batch, None), labels(task.batch, task.classes)
+    pixels, targets = noise(spec, task.batch), labels(task.batch, task.classes)
 
     def iteration(level: int) -> None:
         features = executable.prefix(level, pixels)
@@ -104,7 +104,7 @@ def train(task: Task, bundle: Bundle, spec: InputSpec) -> dict[str, Any]:
     """Train at level 0 until the memory has settled; return the memory."""
     keep_freed_memory()
     executable = started(task, bundle, engine_of(bundle))
-    pixels, targets = images(spec, task.batch, None), labels(task.batch, task.classes)
+    pixels, targets = noise(spec, task.batch), labels(task.batch, task.classes)
 
     def step() -> None:
         executable.forward(0, executable.prefix(0, pixels), targets)

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pbc.errors import PbcError
-from pbc.profile import bundle_stages
-from pbc.profile.inputs import images
+from pbc.profile import bundle_stages, inputs
 from pbc.profile.task import LOADING, PBC, STAGES, TRAINING, Task
 from pbc.profile.turns import in_turn
 from pbc.runtime.allocator import keep_freed_memory
@@ -31,14 +30,19 @@ def stages(task: Task) -> dict[str, Any]:
     executable = bundle_stages.started(task, bundle, engine)
     has_prefix = bundle.has_prefix
     sizes = tuple(factor * task.batch for factor in SIZES) if has_prefix else ()
-    pixels = images(spec, max((task.batch, *sizes)), task.photos)
-    sides = bundle_stages.sides(task, executable, pixels, sizes)
+    count = max((task.batch, *sizes))
     notes: list[str] = []
+    if task.photos is None:
+        pixels = inputs.noise(spec, count)
+    else:
+        pixels, notes = inputs.photos(spec, count, task.photos)
+    sides = bundle_stages.sides(task, executable, pixels, sizes)
     if task.torch:
         from pbc.profile import torch_stages
 
-        found, notes = torch_stages.sides(task, bundle, pixels, sizes)
+        found, more = torch_stages.sides(task, bundle, pixels, sizes)
         sides += found
+        notes += more
     return {
         "sides": in_turn(sides, task.rounds),
         "engine_version": engine.version(),
@@ -53,7 +57,7 @@ def training(task: Task) -> dict[str, Any]:
         return bundle_stages.train(task, bundle, spec)
     from pbc.profile import torch_stages
 
-    return torch_stages.train(task, bundle, images(spec, task.batch, None))
+    return torch_stages.train(task, bundle, inputs.noise(spec, task.batch))
 
 
 _KINDS: Mapping[str, Callable[[Task], dict[str, Any]]] = {

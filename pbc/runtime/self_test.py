@@ -62,8 +62,8 @@ class SelfTest:
 
 def images(spec: InputSpec, count: int = IMAGES) -> np.ndarray:
     """Return f32[count, C, H, W]: ramps and stripes that differ by sample, normalised."""
-    _, height, width = spec.shape
-    sample, row, column, channel = np.ogrid[:count, :height, :width, :3]
+    channels, height, width = spec.shape
+    sample, row, column, channel = np.ogrid[:count, :height, :width, :channels]
     ramp = row * (3 + 2 * sample) + column * (5 - sample) + 61 * channel * (sample + 1)
     stripes = ((row // 4 + column // (3 + sample) + channel) % 2) * 96
     return spec.normalise(((ramp + stripes) % 256).astype(np.uint8))

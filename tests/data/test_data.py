@@ -233,7 +233,7 @@ def test_the_spec_survives_json() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("shape", [1, 16, 16], r"input shape \[1, 16, 16\] is not \[3, height, width\]"),
+        ("shape", [2, 16, 16], r"input shape \[2, 16, 16\] is not \[3, height, width\]"),
         ("shape", [16, 16], "not an input description"),
         ("std", [1, 1, 0], "std above 0"),
         ("resize", "crp", "no resize named 'crp'; did you mean 'crop'?"),

@@ -51,6 +51,29 @@ def png(width: int, height: int, color: int, bits: int, rows: bytes, *chunks: by
     )
 
 
+# ---- channels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_a_network_of_one_channel_sees_luma(mode: str) -> None:
+    spec = InputSpec((1, 8, 6), (0.5,), (0.25,))
+    color = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8))
+    picture = color.convert(mode)
+    pixels = spec.decode(saved(picture, "TIFF"))
+    assert pixels.shape == (8, 6, 1)
+    assert np.array_equal(pixels[..., 0], np.asarray(picture.convert("RGB").convert("L")))
+    normalised = spec.normalise(pixels[None])
+    assert normalised.shape == (1, 1, 8, 6)
+    np.testing.assert_allclose(normalised[0, 0], (pixels[..., 0] / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_one_channel_keeps_sixteen_bits_as_they_are_scaled() -> None:
+    spec = InputSpec((1, 8, 8), (0.5,), (0.5,))
+    sixteen = np.rint(RAMP * 65535).astype(np.uint16)
+    pixels = spec.decode(saved(Image.fromarray(sixteen), "PNG"))
+    np.testing.assert_allclose(pixels[..., 0], RAMP * 255, atol=0.51)
+
+
 # ---- bit depths ----------------------------------------------------------------------------
 
 

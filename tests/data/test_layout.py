@@ -109,6 +109,54 @@ def test_classes_that_are_called_train_and_test(tmp_path: Path) -> None:
     assert len(ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)) == 6
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("training_set", "test_set"),
+        ("trainset", "testset"),
+        ("train2017", "val2017"),
+        ("Train-Images", "Eval-Images"),
+        ("train", "holdout"),
+    ],
+)
+def test_parts_go_by_other_names_too(tmp_path: Path, train: str, test: str) -> None:
+    part(part(tmp_path, train, 3), test, 2)
+    assert class_names(tmp_path) == COLOURS
+    assert len(ImageFolder.open(tmp_path, tiny.SPEC)) == 9
+    assert len(ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)) == 6
+
+
+def test_parts_that_are_wrapped_in_their_own_names(tmp_path: Path) -> None:
+    part(tmp_path / "seg_train", "seg_train", 3)
+    part(tmp_path / "seg_test", "seg_test", 1)
+    (tmp_path / "seg_pred" / "seg_pred").mkdir(parents=True)
+    photo = next((tmp_path / "seg_test").rglob("*.png"))
+    shutil.copy(photo, tmp_path / "seg_pred" / "seg_pred")
+    assert class_names(tmp_path) == COLOURS
+    assert len(ImageFolder.open(tmp_path, tiny.SPEC)) == 9
+
+
+def test_a_class_may_have_such_a_word_in_its_name(tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "bullet_train", 1, classes=["red", "blue"])
+    tiny.photos(tmp_path / "test_tube", 1, classes=["red", "green"])
+    tiny.photos(tmp_path / "car", 1, classes=["red"])
+    assert class_names(tmp_path) == ["bullet_train", "car", "test_tube"]
+
+
+def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
+    for name in ("amazon", "webcam"):
+        tiny.photos(tmp_path / "shops" / name, 1)
+    assert ImageFolder.open(tmp_path / "shops", tiny.SPEC).inventory.lines() == [
+        "every class folder holds the folders 'blue', 'green', 'red': if these are the classes, "
+        "give one of 'amazon', 'webcam' as the data"
+    ]
+    alike = tiny.photos(tmp_path / "alike", 1, classes=["red", "blue"])
+    (alike / "blue").rename(alike / "Red ")
+    assert ImageFolder.open(alike, tiny.SPEC).inventory.lines() == [
+        "'Red ', 'red' are classes of their own: case or spaces tell them apart"
+    ]
+
+
 def test_a_file_where_a_folder_is_expected(tmp_path: Path) -> None:
     photo = tiny.photos(tmp_path / "data", 1, classes=["red"]) / "red" / "000.png"
     with pytest.raises(PbcError, match="neither a folder nor a zip file"):

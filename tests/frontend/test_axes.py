@@ -63,6 +63,25 @@ def test_a_head_is_added_on_channels_wherever_they_are() -> None:
     torch.testing.assert_close(module(images), module.get_submodule("head")(features))
 
 
+def test_what_is_added_to_a_sequence_runs_once() -> None:
+    block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 2, 2), block)
+    images = torch.randn(2, 3, 16, 16)
+    features = backbone(images)
+    source = models.given(backbone, "net", SPEC)
+    module, added = source.module, source.module.get_submodule("head")
+    assert isinstance(added, nn.Linear)
+    scores = nn.functional.linear(features.mean((2, 3)), added.weight, added.bias)
+    torch.testing.assert_close(module(images), scores)
+
+    network = TracedNetwork.of(module, source.head, images, "1")
+    Adapters(1).insert(network, images)
+    adapter = module.get_submodule("1.adapter")
+    nn.init.normal_(adapter.get_parameter("up.weight"))
+    added_once = nn.functional.linear(adapter(features).mean((2, 3)), added.weight, added.bias)
+    torch.testing.assert_close(module(images), added_once)
+
+
 @pytest.mark.parametrize(
     ("kind", "layer"), [(ChannelsLastNet, nn.Linear), (ResidualNet, nn.Conv2d)]
 )

@@ -116,6 +116,7 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
 
     class Fixed:
         precisions = ("bfloat16",)
+        refusals = ()
 
         def lowering(self) -> Fixed:
             return self
@@ -130,8 +131,8 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, bfloat16: float) -> Program:
                 for level in levels
             ]
 
-    monkeypatch.setattr(plugins, "load", lambda group, name: Fixed())
     before = analysed(ConvNet)
+    monkeypatch.setattr(plugins, "load", lambda group, name: Fixed())
     return with_request(before, target=replace(before.request.target, local=True))
 
 
@@ -176,6 +177,7 @@ class OffersInt8:
     """The lowering of an engine with integer kernels, which take half as long."""
 
     precisions = ("int8",)
+    refusals = ()
 
     def lowering(self) -> OffersInt8:
         return self

@@ -165,7 +165,7 @@ def test_pytorch_is_left_out_where_it_is_not_installed(monkeypatch: pytest.Monke
 def test_torch_is_compiled_for_every_stage(bundle: Path) -> None:
     torch_stages = pytest.importorskip("pbc.profile.torch_stages")
     opened = Bundle.open(bundle)
-    pixels = inputs.images(InputSpec.from_json(opened.manifest["input"]), 8, None)
+    pixels = inputs.noise(InputSpec.from_json(opened.manifest["input"]), 8)
     asked = task(bundle, STAGES, torch=True, compile=True)
     found, notes = torch_stages.sides(asked, opened, pixels, (4,))
     assert notes == []

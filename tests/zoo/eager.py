@@ -128,17 +128,19 @@ def _insert_adapters(module: nn.Module, theta: Mapping[str, np.ndarray]) -> None
     """After each block of which θ has an adapter: x + up(relu(down(x))), over the channels."""
     ends = ".adapter.down.weight"
     for block in [name.removesuffix(ends) for name in theta if name.endswith(ends)]:
-        adapter = nn.Module()
+        adapter = _Adapter()
         for part in ("down", "up"):
             width, channels, *kernel = theta[f"{block}.adapter.{part}.weight"].shape
             layer = nn.Conv2d(channels, width, 1) if kernel else nn.Linear(channels, width)
             adapter.add_module(part, layer)
         owner = module.get_submodule(block)
         owner.add_module("adapter", adapter)
-        owner.register_forward_hook(_adapted)
+        if type(owner).forward is not nn.Sequential.forward:  # which runs its children as it is
+            owner.register_forward_hook(lambda block, inputs, x: block.adapter(x))
 
 
-def _adapted(owner: nn.Module, inputs: object, x: Tensor) -> Tensor:
-    adapter = owner.get_submodule("adapter")
-    up: Tensor = adapter.up(torch.relu(adapter.down(x)))  # type: ignore[operator]
-    return x + up
+class _Adapter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = self.get_submodule("down"), self.get_submodule("up")
+        narrow: Tensor = up(torch.relu(down(x)))
+        return x + narrow

@@ -30,13 +30,15 @@ class Crop:
     mirrored: bool
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return the crop of uint8[H, W, 3], in the same shape."""
+        """Return the crop of uint8[H, W, channels], in the same shape."""
         height, width = image.shape[:2]
         left, top, right, bottom = self.box
         pixels = (left * width, top * height, right * width, bottom * height)
         # reducing_gap is left alone: the box is at most a third smaller than the image.
-        crop = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, pixels)
-        result = np.asarray(crop)
+        # Pillow has no last axis for one channel.
+        whole = Image.fromarray(image if image.shape[2] > 1 else image[..., 0])
+        crop = whole.resize((width, height), Image.Resampling.BILINEAR, pixels)
+        result = np.asarray(crop).reshape(image.shape)
         return result[:, ::-1] if self.mirrored else result
 
 
@@ -75,7 +77,7 @@ class Views:
         return np.unique(np.concatenate([self.rows(epoch, everybody) for epoch in views]))
 
     def images(self, rows: np.ndarray) -> np.ndarray:
-        """Return f32[b, 3, H, W] of int64[b] rows, normalised."""
+        """Return f32[b, channels, H, W] of int64[b] rows, normalised."""
         if self.count == 1:
             return self.samples.images(rows)
         views, samples = np.divmod(rows, len(self.samples))

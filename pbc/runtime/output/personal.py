@@ -77,7 +77,7 @@ class Personal:
     def predict(
         self, image: np.ndarray, *, top: int = 5, level: int = 0
     ) -> list[tuple[str, float]]:
-        """Return the likeliest (class, probability) for uint8[H, W, 3], best first."""
+        """Return the likeliest (class, probability) for uint8[H, W, channels], best first."""
         features = self.executable.prefix(self._checked(level), self.spec.normalise(image[None]))
         shares = np.exp(log_softmax(self.executable.logits(level, features))[0])
         best = np.argsort(-shares, kind="stable")[:top]
