@@ -18,7 +18,11 @@ OPEN_CLASSES = 10
 """How many classes an added head has until training says."""
 
 # Elementwise operators that map each score by itself and the order of scores mostly to itself.
-_SCALES = frozenset({"neg", "dropout", "native_dropout", "hardtanh", "clamp_min", "clamp", "pow"})
+_SCALES = frozenset({
+    "abs", "clamp", "clamp_min", "dropout", "hardtanh", "native_dropout", "neg", "pow", "sqrt",
+})  # fmt: skip
+# Of features from prototypes, the classes by rows.
+_DISTANCES = frozenset({"_cdist_forward", "_euclidean_dist"})
 _ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus", "exp"})
 _PROBABILITIES = frozenset({"_softmax", "softmax", "_log_softmax", "log_softmax", "sigmoid"})
 
@@ -97,8 +101,12 @@ class _Walk:
         word, args = operator.word, operator.args
         if word in ("addmm", "baddbmm") and axis == 1:
             self._layer(operator, args[1], args[2], 1, args[0])
-        elif word in ("mm", "matmul") and axis == len(value.shape) - 1:
+        elif word in ("mm", "bmm", "matmul") and axis == len(value.shape) - 1:
             self._layer(operator, args[0], args[1], len(args[1].shape) - 1, None)
+        elif word in ("mm", "bmm", "matmul") and axis == len(value.shape) - 2:
+            self._layer(operator, args[1], args[0], len(args[0].shape) - 2, None)
+        elif word in _DISTANCES and axis == len(value.shape) - 1:
+            self._layer(operator, args[0], args[1], len(args[1].shape) - 2, None)
         elif word == "linear" and axis == len(value.shape) - 1:
             self._layer(operator, args[0], args[1], 0, args[2] if len(args) > 2 else None)
         elif word in ("convolution", "mkldnn_convolution") and axis == 1:
@@ -113,14 +121,7 @@ class _Walk:
         elif word in _ACTIVATIONS and not pooled:
             raise Lost(self._at(operator, f"{word}: features, not scores"))
         elif word in BINARY:
-            for operand in operator.inputs:
-                at = axis - len(value.shape) + len(operand.shape)
-                if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
-                    continue  # no class axis: a temperature, a scale for each image
-                if operand.constant:
-                    self._parameter(operand, at, None)
-                else:
-                    self.scores(operand, at, pooled)
+            self._binary(operator, value, axis, pooled)
         elif word in ("cat", "stack"):
             for operand in args[0]:
                 self.scores(operand, axis_before(operator, operand, value, axis), pooled)
@@ -130,6 +131,26 @@ class _Walk:
             self.scores(args[0], before, pooled or reduced)
         else:
             raise Lost(self._at(operator, f"`{word}`"))
+
+    def _binary(self, operator: Operator, value: Value, axis: int, pooled: bool) -> None:
+        """Follow a sum or product; one of prototypes and features without classes is a layer."""
+        with_classes: list[tuple[Value, int]] = []
+        others: list[Value] = []
+        for operand in operator.inputs:
+            at = axis - len(value.shape) + len(operand.shape)
+            if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
+                others.append(operand)  # no class axis: a temperature, a scale for each image
+            else:
+                with_classes.append((operand, at))
+        features = [other for other in others if not other.constant]
+        prototypes = pooled and all(operand.constant for operand, _ in with_classes)
+        for operand, at in with_classes:
+            if prototypes and features:
+                self._layer(operator, features[0], operand, at, None)
+            elif operand.constant:
+                self._parameter(operand, at, None)
+            else:
+                self.scores(operand, at, pooled)
 
     def _layer(
         self, operator: Operator, data: Value, weight: Value, axis: int, bias: Value | None

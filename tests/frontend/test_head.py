@@ -89,6 +89,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ),
         ["w"],
     ),
+    "einsum": (lambda: Net(lambda n, x: torch.einsum("bchw,kc->bk", x, n.w)), ["w"]),
+    "einsum of the weight first": (
+        lambda: Net(lambda n, x: torch.einsum("kc,bc->bk", n.w, pool(x))),
+        ["w"],
+    ),
+    "a product from the left": (lambda: Net(lambda n, x: (n.w @ pool(x).T).T), ["w"]),
+    "prototypes": (
+        lambda: Net(lambda n, x: -(pool(x)[:, None] - n.w).square().sum(2).sqrt()),
+        ["w"],
+    ),
+    "distances": (lambda: Net(lambda n, x: -torch.cdist(pool(x), n.w)), ["w"]),
     "an unused bias": (
         lambda: Net(lambda n, x: functional.linear(pool(x), n.a.weight), a=linear()),
         ["a.weight"],
@@ -112,7 +123,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_a_head_is_found_resized_and_runs(case: str) -> None:
     build, names = CASES[case]
     net = build()
-    if case == "cosine":
+    if names == ["w"]:
         net.w = nn.Parameter(torch.randn(4, 8))
     got = found(net)
     assert isinstance(got, head.Found)
