@@ -19,6 +19,7 @@ from pbc.bundle import Bundle
 from pbc.cli.inspect import show_blocks, show_levels
 from pbc.data import InputSpec
 from pbc.errors import UsageError
+from pbc.util.interrupt import interrupted_by_sigterm
 from pbc.util.progress import reporting_to, telling
 from pbc.util.sizes import size_text
 
@@ -153,7 +154,7 @@ def compile(
     if output is None:
         output = Path(f"{model.rpartition(':')[2].rpartition('/')[2]}.pbc")
     try:
-        with progress_bar(quiet=as_json):
+        with interrupted_by_sigterm(), progress_bar(quiet=as_json):
             result = (
                 compiler.forecast(model, chosen)
                 if dry_run

@@ -31,6 +31,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
+from pbc.util.interrupt import interrupted_by_sigterm
 
 _PATH = click.Path(path_type=Path)
 _NONE = "none"
@@ -174,7 +175,7 @@ def train(
     runtime = Runtime.open(bundle)
     try:
         display = TrainDisplay(options.epochs)
-        with display:
+        with interrupted_by_sigterm(), display:
             report = together([display, *logs], out, options)
             val = default_validation(data) if val is None else val
             samples, validation = train_and_validation(

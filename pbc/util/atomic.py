@@ -49,7 +49,9 @@ def replace_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 def cannot_write(path: Path, error: OSError) -> str:
     """Return one line for a refused write: the path, the reason, and that nothing was lost."""
-    kept = "; the file that was there is unchanged" if path.exists() else ""
+    kept = ""
+    with suppress(OSError):  # of a disk that fails, nothing is known
+        kept = "; the file that was there is unchanged" if path.exists() else ""
     return f"cannot write {path}: {error.strerror or error}{kept}"
 
 

@@ -16,6 +16,20 @@ class Interrupt:
 
 
 @contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block, as Ctrl-C does; in the main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
     """Note the first Ctrl-C or SIGTERM instead of raising; the second raises KeyboardInterrupt."""
     interrupt = Interrupt()

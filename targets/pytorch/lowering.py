@@ -83,7 +83,7 @@ class Differentiating:
             names = {name: f"#{name}" for name in tensor_names(graph)}
             precision = precision_of(program.levels[0], role, level.precision)
             declared = parse(graph_json(graph, names, precision), OPS, str(role))
-            self._graphs[role] = ResolvedGraph(declared, _reader(graph))
+            self._graphs[role] = ResolvedGraph(declared, _reader(graph), str(role))
             self._inputs[role] = graph_inputs(graph)
 
     def inputs(self, role: GraphName) -> list[str]:
@@ -98,7 +98,7 @@ class Differentiating:
             else:
                 features[name] = value
         with torch.set_grad_enabled(bool(theta)):
-            results = self._graphs[role].run({**features, **theta})
+            results = self._graphs[role].run(features, theta)
         if theta:
             loss = next(iter(results.values())).square().mean()
             torch.autograd.grad(loss, list(theta.values()), allow_unused=True)

@@ -166,13 +166,17 @@ def test_layers_run_as_in_pytorch(group: int) -> None:
     net = Net(list(LAYERS.values())[group::GROUPS]).eval()
     program = make_program(net, passes=[MarkTrainable(), SplitPrefix()])
     x = torch.randn(4, 3, 16, 16)
-    values: dict[str, Tensor] = {"x": x, **program.parameters}
+    values: dict[str, Tensor] = {"x": x}
     for title, graph in reversed(list(program.graphs.items())):  # the prefix first
         tensors = {n: get_tensor(graph, n) for n in tensor_names(graph)}
         data = graph_json(graph, {n: f"file#{n}" for n in tensors})
         declared = parse(data, OPS, str(title))
-        runs = ResolvedGraph(declared, lambda file, key, t=tensors: t[key])  # type: ignore[misc]
-        values |= runs.run(values)
+        runs = ResolvedGraph(
+            declared,
+            lambda file, key, t=tensors: t[key],  # type: ignore[misc]
+            str(title),
+        )
+        values |= runs.run(values, program.parameters)
     with torch.no_grad():
         torch.testing.assert_close(values["logits"], net(x), rtol=1e-4, atol=1e-5)
 

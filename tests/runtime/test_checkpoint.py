@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
+from pbc.data import ImageFolder
 from pbc.errors import PbcError
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint, difference, join
+from pbc.runtime.output.metrics import Metrics
+from pbc.runtime.runtime import Runtime
 
 FACTS = {"epoch": 3, "totals": {"loss": 0.1 + 0.2, "visits": [1, 2]}}
 ARRAYS = join(
@@ -76,3 +86,75 @@ def test_the_first_difference_is_named() -> None:
     assert difference(then, changed, 5) == "it was started with batch 8, not 4"
     assert difference(then, now, 4) == "5 epochs are done already, not 4"
     assert difference({**then, "rounds": 5}, now, 4) is None
+
+
+def mutations(facts: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of every value."""
+    if at:
+        yield at
+    if isinstance(facts, dict | list):
+        for key in facts if isinstance(facts, dict) else range(len(facts)):
+            yield from mutations(facts[key], (*at, key))
+
+
+def test_facts_that_no_run_writes_are_refused_or_harmless(tmp_path: Path) -> None:
+    values: Iterator[Any] = itertools.cycle([None, "x", -1, [], KeyError, 10**30, {}])
+    runtime = Runtime.open(tiny.write(tmp_path / "m.pbc").path)
+    samples = ImageFolder.open(tiny.photos(tmp_path / "photos", 2), runtime.spec)
+    options = TrainOptions(epochs=1, routing=False, cache="off", threads=1)
+    path = tmp_path / "out" / "checkpoint.safetensors"
+    runtime.fit(samples, options, tmp_path / "out")
+    good = Checkpoint.load(path)
+    refused = 0
+    for *parents, key in mutations(good.facts):
+        facts = json.loads(json.dumps(good.facts))
+        inner = facts
+        for parent in parents:
+            inner = inner[parent]
+        value = next(values)
+        if value is KeyError:
+            del inner[key]
+        else:
+            inner[key] = value
+        Checkpoint(facts, good.arrays).save(path)
+        with contextlib.suppress(PbcError):
+            refused += 1
+            runtime.fit(samples, options, tmp_path / "out", resume=True)
+            refused -= 1
+    assert refused > 20
+
+
+def test_arrays_of_another_run_are_refused(tmp_path: Path) -> None:
+    runtime = Runtime.open(tiny.write(tmp_path / "m.pbc").path)
+    samples = ImageFolder.open(tiny.photos(tmp_path / "photos", 2), runtime.spec)
+    options = TrainOptions(
+        epochs=1, scheduler="piebridge", optimizer="adam", cache="off", threads=1,
+        costs=tiny.costs(tmp_path / "costs.json"),
+    )  # fmt: skip
+    path = tmp_path / "out" / "checkpoint.safetensors"
+    runtime.fit(samples, options, tmp_path / "out")
+    good = Checkpoint.load(path)
+    assert len(good.arrays) > 6
+    for name, array in good.arrays.items():
+        others: list[np.ndarray | None] = [np.zeros((7, 7), array.dtype)]
+        if array.dtype.kind == "f" and not name.startswith(("scheduler/", "decisions/")):
+            others.append(np.full_like(array, np.nan))
+        if not name.startswith("decisions/"):  # without, it is as if nothing was predicted
+            others.append(None)
+        for other in others:
+            arrays = {key: value for key, value in good.arrays.items() if key != name}
+            if other is not None:
+                arrays[name] = other
+            Checkpoint(good.facts, arrays).save(path)
+            with pytest.raises(PbcError, match=r"."):
+                runtime.fit(samples, options, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    "line", [b"null", b"5", b"[]", b'{"epoch": "x"}', b"[" * 100_000, b"\xff\xfe", b'"epoch"']
+)
+def test_metrics_that_no_run_writes_are_dropped(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b'\n{"epoch": 1}\n{"epoch": 2}\n')
+    Metrics(path).rewind(1)
+    assert path.read_bytes() == b'{"epoch": 1}\n'

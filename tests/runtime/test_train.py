@@ -467,13 +467,16 @@ def test_kill_9_at_random_moments(assets: Path, tmp_path: Path) -> None:
     assert not list(out.glob(".*.tmp"))
 
 
-def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_exits_with_130(
+    assets: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "out"
     words = command(assets, out, "--checkpoint-seconds", "1000", "--epochs", "100000")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("epoch 1/")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
     assert "the same command with --resume goes on from here" in stderr
@@ -482,10 +485,13 @@ def test_ctrl_c_writes_a_checkpoint_and_exits_with_130(assets: Path, tmp_path: P
     assert facts["epoch"] >= 1
 
 
-def test_ctrl_c_between_two_steps_loses_nothing(assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_two_steps_loses_nothing(
+    assets: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     runtime = Runtime.open(assets / "probe.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     settings = TrainOptions(
         epochs=2, learning_rate=0.1, checkpoint_seconds=1e9, costs=assets / "costs.json"
     )
@@ -493,7 +499,7 @@ def test_ctrl_c_between_two_steps_loses_nothing(assets: Path, tmp_path: Path) ->
 
     def press(event: Event) -> None:
         if isinstance(event, StepReport) and (event.epoch, event.step) == (2, 3):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         runtime.fit(samples, settings, tmp_path / "out", report=press)
@@ -501,7 +507,7 @@ def test_ctrl_c_between_two_steps_loses_nothing(assets: Path, tmp_path: Path) ->
     assert (facts["epoch"], facts["step"]) == (1, 3)
     runtime.fit(samples, settings, tmp_path / "out", resume=True)
     assert theta(tmp_path / "out") == theta(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
 
 
 def test_training_in_another_thread(assets: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,10 @@ class Output:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and keep every other run out of it; a killed run's lock is free."""
+        """Create the folder and keep every other run out of it; a killed run's lock is free.
+
+        Whatever the system refuses to do in the folder meanwhile becomes a PbcError.
+        """
         lock = self.root / ".lock"
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,8 +94,14 @@ class Output:
             for path in self.root.glob(".*.tmp"):  # a write that a kill cut short
                 _remove(path)
             yield
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise PbcError(
+                f"cannot go on in {self.root}: {error.strerror or error}{where}"
+            ) from error
         finally:
-            os.close(handle)
+            with suppress(OSError):
+                os.close(handle)
 
     def clear(self, *, overwrite: bool) -> None:
         """Make room for a new run; refuses to remove one that is here unless told to."""

@@ -117,9 +117,8 @@ class PyTorchExecutable:
             value.copy_(torch.from_numpy(state[name]))
 
     def _body(self, level: int, features: Arrays) -> Tensor:
-        inputs = {name: torch.from_numpy(value) for name, value in features.items()}
-        inputs.update(self._theta)
-        return self._graph(BODY.at(level)).run(inputs)["logits"]
+        batch = {name: torch.from_numpy(value) for name, value in features.items()}
+        return self._graph(BODY.at(level)).run(batch, self._theta)["logits"]
 
     def _graph(self, name: GraphName) -> ResolvedGraph:
         graph = self._graphs.get(name)
@@ -135,8 +134,9 @@ class PyTorchExecutable:
         file = bundle.graph_file(name)
         content = bundle.sha256(file)
         if content not in self._contents:
-            graph = parse(bundle.json(file), OPS, f"{bundle.path}: {file}")
-            self._contents[content] = ResolvedGraph(graph, self._tensor)
+            where = f"{bundle.path}: {file}"
+            graph = parse(bundle.json(file), OPS, where)
+            self._contents[content] = ResolvedGraph(graph, self._tensor, where)
         return self._contents[content]
 
     def _tensor(self, file: str, key: str) -> Tensor:

@@ -88,7 +88,7 @@ Argument: TypeAlias = "bool | int | float | str | Slot | DType | list[Argument] 
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """One operator call; the slots in `dead` are not read by any later call."""
+    """One operator call; the slots in `dead`, its own maybe, are not read by any later call."""
 
     name: str
     op: str
@@ -148,7 +148,10 @@ def parse(data: Any, ops: frozenset[str], where: str) -> DeclaredGraph:
         if source not in slots:
             raise PbcError(f"{where}: output {name!r} is {source!r}, which no node defines")
         outputs[name] = slots[source]
-    dead = _dead_after([_slots([*args, *kwargs.values()]) for _, _, args, kwargs, _ in calls])
+    dead = _dead_after(
+        # With its own: a result that nothing reads is dead at once.
+        [_slots([*args, *kwargs.values(), output]) for _, _, args, kwargs, output in calls]
+    )
     kept = set(outputs.values()) | set(tensors)
     resolved = tuple(
         OperatorCall(*call, tuple(slot for slot in slots_dead if slot not in kept))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pbc.errors import PbcError
+from pbc.errors import PbcError, reason_of
+from pbc.runtime.engines.pytorch import arithmetic, bounds
 from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
 
 # Graphs are exported from contiguous tensors and run on channels_last ones, where a view can be
@@ -22,16 +23,31 @@ _CONVOLUTIONS = frozenset(
     ("aten.conv2d.default", "aten.conv2d.padding", "aten.convolution.default")
 )
 
+# Of operators whose arguments do not fit them, each other, or into memory.
+_MISFITS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    MemoryError,
+)
+
 _Values = list[Any]
 
 
 class ResolvedGraph:
     """A graph with its operators and frozen tensors resolved once.
 
-    tensor: (file, key) to a frozen tensor.
+    tensor: (file, key) to a frozen tensor. where: file and graph, for messages.
     """
 
-    def __init__(self, graph: DeclaredGraph, tensor: Callable[[str, str], Tensor]) -> None:
+    def __init__(
+        self, graph: DeclaredGraph, tensor: Callable[[str, str], Tensor], where: str
+    ) -> None:
+        self._where = where
+        self._bounded = False
         weights = {
             call.args[1]
             for call in graph.calls
@@ -51,19 +67,73 @@ class ResolvedGraph:
         self._inputs = [(name, slot.index) for name, slot in graph.inputs.items()]
         self._outputs = [(name, slot.index) for name, slot in graph.outputs.items()]
         self._calls = [_resolve(call) for call in graph.calls]
+        self._titles = [f"{call.name!r} ({call.op})" for call in graph.calls]
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs by name; inputs it does not read are ignored."""
+    def run(
+        self, batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Return the outputs by name; inputs it does not read are ignored.
+
+        batch: inputs with samples on their first axis. Raises PbcError for a graph that takes too
+        much, before it runs, and for calls that do not fit together.
+        """
+        inputs = {**batch, **parameters}
+        for name, _ in self._inputs:
+            if name not in inputs:
+                raise PbcError(
+                    f"{self._where} reads {name!r}, which this pbc does not know: upgrade pbc"
+                )
+        if not self._bounded:
+            self._check_bounds(batch, parameters)
+            self._bounded = True
         values = self._initial.copy()
         for name, index in self._inputs:
             values[index] = _rounded(self._lower, inputs[name])
-        for function, fill, kwargs, output, dead in self._calls:
-            values[output] = function(*fill(values), **kwargs)
-            for index in dead:
-                values[index] = None
+        at = 0
+        try:
+            for at, (function, fill, kwargs, output, dead) in enumerate(self._calls):  # noqa: B007
+                values[output] = function(*fill(values), **kwargs)
+                for index in dead:
+                    values[index] = None
+        except _MISFITS as error:
+            raise self._misfit(at, error) from error
         if self._lower is None:
             return {name: values[index] for name, index in self._outputs}
         return {name: values[index].float() for name, index in self._outputs}
+
+    def _check_bounds(self, batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+        """Run once without memory; raises PbcError for too much of it, or of work."""
+        inputs = {
+            **{name: bounds.of_samples(value) for name, value in batch.items()},
+            **{name: bounds.without_memory(value) for name, value in parameters.items()},
+        }
+        values = [
+            None if value is None else bounds.without_memory(value) for value in self._initial
+        ]
+        frozen_bytes = bounds.live_bytes(values)
+        at = 0
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                bounds.Bounded(self._where) as bounded,
+            ):
+                for name, index in self._inputs:
+                    values[index] = _rounded(self._lower, inputs[name])
+                for at, (function, fill, kwargs, output, dead) in enumerate(self._calls):
+                    bounded.where = f"{self._where}: {self._titles[at]}"
+                    values[output] = function(*fill(values), **kwargs)
+                    bounds.check_bytes(bounds.live_bytes(values) - frozen_bytes, bounded.where)
+                    for index in dead:
+                        values[index] = None
+        except _MISFITS as error:
+            raise self._misfit(at, error) from error
+        for name, index in self._outputs:
+            if not isinstance(values[index], Tensor):
+                raise PbcError(f"{self._where}: output {name!r} is no tensor")
+
+    def _misfit(self, at: int, error: Exception) -> PbcError:
+        return PbcError(f"{self._where}: {self._titles[at]} cannot run: {reason_of(error)}")
 
 
 def _rounded(precision: torch.dtype | None, value: Tensor) -> Tensor:
@@ -87,11 +157,10 @@ def _resolve(call: OperatorCall) -> _Call:
 def _function(op: str) -> Callable[..., Any]:
     module, _, name = _RENAMED.get(op, op).partition(".")
     if module == "operator":
-        function: Callable[..., Any] = getattr(operator, name)
-        return function
+        return arithmetic.function(name)
     packet, _, overload = name.partition(".")
     try:
-        function = getattr(getattr(torch.ops.aten, packet), overload)
+        function: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
     except AttributeError as error:
         raise PbcError(f"torch {torch.__version__} has no operator {op}") from error
     return function

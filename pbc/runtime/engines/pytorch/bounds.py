@@ -1,0 +1,136 @@
+"""A bound on what a graph takes: its calls run once on tensors without memory, before any real run.
+
+A graph of a few bytes can ask for terabytes, or for a year. On torch's meta device each call gives
+the shape of its result and nothing else, so that sizes, work, and calls that do not fit together
+are known before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from pbc.errors import PbcError
+
+SAMPLES = 2
+"""Photos that the bounds are for: one would be a size that may stand for a broadcast."""
+
+MOST_BYTES = 512 << 20
+"""What the values of a graph that are alive at once may take, frozen tensors aside.
+
+The attention of ViT-L at 384² takes 170 MB, the maps of VGG-16 at 224² 26 MB.
+"""
+
+MOST_WORK = 1 << 41
+"""Multiply-accumulates; ViT-H at 518² needs half. A value that is touched counts as some."""
+
+# Reading and writing a value costs about as much as so many multiply-accumulates of a product.
+_TOUCH = 16
+_POOLS = ("aten::avg_pool", "aten::max_pool")
+_DISTANCES = ("aten::_cdist_forward", "aten::_pdist_forward")
+_META = torch.device("meta")
+
+
+def without_memory(value: Tensor) -> Tensor:
+    """Return a tensor of the same shape, strides and type that has no values."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+
+
+def of_samples(value: Tensor) -> Tensor:
+    """Return `without_memory` of a batch, with SAMPLES on its first axis."""
+    return torch.empty((SAMPLES, *value.shape[1:]), dtype=value.dtype, device=_META)
+
+
+def live_bytes(values: Iterable[Any]) -> int:
+    """Return the size of all memory that these values share."""
+    storages = {}
+    for tensor in _tensors(values):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def check_bytes(size_bytes: int, where: str) -> None:
+    """Raise PbcError for more than MOST_BYTES."""
+    if size_bytes > MOST_BYTES:
+        raise PbcError(
+            f"{where} would take {size_bytes / 2**20:.0f} MiB for {SAMPLES} photos; "
+            f"at most {MOST_BYTES >> 20} MiB are granted"
+        )
+
+
+class Bounded(TorchDispatchMode):
+    """Inside, calls of torch on the meta device are counted; a graph's `where` names them."""
+
+    def __init__(self, graph: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.where = graph
+        self._graph = graph
+        self._work = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a call without memory, its parts one by one, and count what it would take."""
+        keywords = dict(kwargs or {})
+        packet = function._overloadpacket
+        if packet not in flop_registry:
+            with self:
+                result = function.decompose(*args, **keywords)
+            if result is not NotImplemented:
+                return result
+        if any(argument.name == "device" for argument in function._schema.arguments):
+            keywords["device"] = _META
+        result = self._result(function, args, keywords)
+        self._count(packet, args, keywords, result)
+        check_bytes(live_bytes([result]), self.where)
+        return result
+
+    def _result(self, function: Any, args: Any, keywords: Mapping[str, Any]) -> Any:
+        """Run on the meta device; where a size depends on values, as if all of them counted."""
+        name = function._schema.name
+        if name == "aten::nonzero":
+            return torch.empty((args[0].numel(), args[0].dim()), dtype=torch.int64, device=_META)
+        if name == "aten::index":
+            return function(args[0], [place for index in args[1] for place in _places(index)])
+        return function(*args, **keywords)
+
+    def _count(self, packet: Any, args: Any, keywords: Mapping[str, Any], result: Any) -> None:
+        name = packet._qualified_op_name
+        made = sum(tensor.numel() for tensor in _tensors([result]))
+        read = sum(tensor.numel() for tensor in _tensors(args))
+        self._work += _TOUCH * (made + read)
+        if packet in flop_registry:
+            self._work += flop_registry[packet](*args, **keywords, out_val=result) // 2
+        elif name.startswith(_POOLS):
+            kernel, axes = args[1], args[0].dim() - 2
+            self._work += made * (math.prod(kernel) if len(kernel) > 1 else kernel[0] ** axes)
+        elif name in _DISTANCES:
+            self._work += made * args[0].shape[-1]
+        if self._work > MOST_WORK:
+            raise PbcError(
+                f"{self._graph} needs {self._work / 1e9:.0f} billion operations for {SAMPLES} "
+                f"photos; at most {MOST_WORK / 1e9:.0f} are granted"
+            )
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """Return what indexes like a mask that picks everything: a position for each of its axes."""
+    if index is None or index.dtype not in (torch.bool, torch.uint8):
+        return [index]
+    positions = torch.empty(index.numel(), dtype=torch.int64, device=_META)
+    return [positions] * index.dim()
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
