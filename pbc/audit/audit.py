@@ -20,6 +20,7 @@ from pbc.audit.options import AuditOptions
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
 from pbc.fleet.protection import Protection
+from pbc.fleet.vector import places
 from pbc.runtime.parameters import initial_parameters, labelled_for
 from pbc.runtime.runtime import Runtime
 
@@ -326,12 +327,7 @@ class _Audit:
         return np.asarray(weight[row] / bias[row])
 
     def _part(self, vector: np.ndarray, name: str) -> np.ndarray:
-        start = 0
-        for other, value in self._network.start.items():
-            if other == name:
-                return np.asarray(vector[start : start + value.size])
-            start += value.size
-        raise AssertionError(name)
+        return np.asarray(vector[places(self._network.start)[name]])
 
 
 def findings(rows: Sequence[Row]) -> list[str]:

@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Command] = {
     "export": Command("pbc.cli.export", "export"),
     "forget": Command("pbc.cli.train", "forget"),
     "bench": Command("pbc.cli.bench", "bench", DEVICE_EXTRAS),
+    "fleet": Command("pbc.cli.fleet", "fleet", DEVICE_EXTRAS),
     "profile": Command("pbc.cli.profile", "profile", DEVICE_EXTRAS),
     "audit": Command("pbc.cli.audit", "audit", DEVICE_EXTRAS),
     "deploy": Command("pbc.cli.deploy", "deploy"),

@@ -20,6 +20,7 @@ EXTRAS: Mapping[str, str] = {
     "tvm_ffi": "tvm",
     "ziglang": "tvm",
     "pillow_heif": "heic",
+    "flwr": "fleet",
 }
 """Extras of a machine that makes bundles and rebuilds rivals."""
 

@@ -86,7 +86,8 @@ def test_values_that_cannot_be_meant(wrong: dict[str, float]) -> None:
 def test_parameters_as_a_vector_and_back() -> None:
     theta = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
     vector = flatten(theta, theta)
-    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 1, 1]
+    assert vector.tolist() == [1, 1, 0, 1, 2, 3, 4, 5]
+    assert flatten(theta, {"b": theta["b"], "w": theta["w"]}).tolist() == vector.tolist()
     back = unflatten(vector, theta)
     assert all(np.array_equal(back[name], theta[name]) for name in theta)
-    assert flatten({"b": theta["b"]}, theta).tolist() == [0] * 6 + [1, 1]
+    assert flatten({"b": theta["b"]}, theta).tolist() == [1, 1] + [0] * 6

@@ -1,0 +1,1 @@
+"""A node and a server of a fleet: pbc has both apps."""
