@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from pbc.bundle import Bundle
+from pbc.bundle.trust import open_trusted
 from pbc.callbacks import Callback, together
 from pbc.cli.display import TrainDisplay
 from pbc.data import InputSpec, Samples, images, read_image
@@ -48,7 +49,7 @@ def load(path: Path | str, *, progress: bool = True) -> Model:
     path = Path(path)
     if path.is_dir() and Output(path).is_run():
         return Model(Personal.open(path).bundle, Output(path), progress=progress)
-    return Model(Bundle.open(path), None, progress=progress)
+    return Model(open_trusted(path), None, progress=progress)
 
 
 class Model:

@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Names of a hub are refused at once, and not after many tries to reach it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Libraries of the TVM engine that tests make themselves are run.
+os.environ.setdefault("PBC_UNSIGNED", "1")
 # torch.compile would start a pool of processes for a handful of kernels; each loads torch first.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from pbc.bundle import signature
 from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import MACS, Ladder
 from pbc.bundle.requires import checked
@@ -36,6 +37,7 @@ from pbc.util.terminal import CONTROL
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+_DATA_SUFFIXES = (".json", ".onnx")
 # The directory of a zip has 46 bytes and a name for each entry.
 _MOST_DIRECTORY_BYTES = (MOST_FILES + 2) * (46 + 1024)
 # A flipped bit in a zip's own headers surfaces as almost any of these, depending on the field.
@@ -58,6 +60,7 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
+    is_signed: bool = False
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
@@ -74,9 +77,11 @@ class Bundle:
         named = set(manifest["files"])
         for name in sorted(named - names):
             raise PbcError(f"{path} is incomplete: {name} is missing; copy or compile it again")
-        for name in sorted(names - named - {MANIFEST}):
+        for name in sorted(names - named - {MANIFEST, signature.ENTRY}):
             raise PbcError(f"{path} holds {name}, which its manifest does not name; remove it")
-        return cls(path, manifest)
+        if signature.ENTRY in named:
+            raise PbcError(f"{path}: its {MANIFEST} names {signature.ENTRY}, which signs it")
+        return cls(path, manifest, signature.ENTRY in names)
 
     @property
     def digest(self) -> str:
@@ -85,8 +90,24 @@ class Bundle:
 
     @property
     def entries(self) -> list[str]:
-        """Return the names of all that belongs to the bundle, the manifest among it."""
-        return [MANIFEST, *self.manifest["files"]]
+        """Return the names of all that belongs to the bundle, manifest and signature among it."""
+        signed = [signature.ENTRY] if self.is_signed else []
+        return [MANIFEST, *signed, *self.manifest["files"]]
+
+    @property
+    def has_code(self) -> bool:
+        """Return whether it holds libraries, which an engine runs as they are."""
+        graphs = self.manifest["graphs"].values()
+        return "calls" in self.manifest or not all(
+            PurePosixPath(file).suffix in _DATA_SUFFIXES for file in graphs
+        )
+
+    def signature_bytes(self) -> bytes | None:
+        """Return the file of signatures as it is; None where there is none."""
+        if not self.is_signed:
+            return None
+        with _archive(self.path) as archive:
+            return _read_entry(self.path, signature.ENTRY, None, archive, signature.MOST_BYTES)
 
     @property
     def ladder(self) -> Ladder:
@@ -287,16 +308,20 @@ def _names_below(root: Path) -> set[str]:
 
 
 def _read_entry(
-    path: Path, name: str, size_bytes: int | None, archive: zipfile.ZipFile | None
+    path: Path,
+    name: str,
+    size_bytes: int | None,
+    archive: zipfile.ZipFile | None,
+    most_bytes: int = strict_json.MOST_BYTES,
 ) -> bytes:
     try:
         if archive is None:
             with opened(path / name, follow=False) as file:
-                _compare_size(path, name, os.fstat(file.fileno()).st_size, size_bytes)
+                _compare_size(path, name, os.fstat(file.fileno()).st_size, size_bytes, most_bytes)
                 data = file.read()
         else:
             info = archive.getinfo(name)
-            _compare_size(path, name, info.file_size, size_bytes)
+            _compare_size(path, name, info.file_size, size_bytes, most_bytes)
             # Stored only: the size is then bounded by the file's, whatever a header claims.
             if info.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile("the entry is compressed; a bundle stores it as is")
@@ -305,16 +330,19 @@ def _read_entry(
         raise PbcError(
             f"{path} is damaged: cannot read {name} ({error}); copy or compile it again"
         ) from error
-    _compare_size(path, name, len(data), size_bytes)
+    _compare_size(path, name, len(data), size_bytes, most_bytes)
     return data
 
 
-def _compare_size(path: Path, name: str, found: int, size_bytes: int | None) -> None:
-    """Refuse an entry of another size, before and after it is read; None: the manifest itself."""
-    if size_bytes is None and found > strict_json.MOST_BYTES:
-        raise PbcError(
-            f"{path}: its {name} has {found} bytes; at most {strict_json.MOST_BYTES} are read"
-        )
+def _compare_size(
+    path: Path, name: str, found: int, size_bytes: int | None, most_bytes: int
+) -> None:
+    """Refuse an entry of another size, before and after it is read.
+
+    size_bytes: None for what the manifest does not name, which has a bound.
+    """
+    if size_bytes is None and found > most_bytes:
+        raise PbcError(f"{path}: its {name} has {found} bytes; at most {most_bytes} are read")
     if size_bytes is not None and found != size_bytes:
         raise PbcError(
             f"{path} is damaged: {name} has {found} bytes instead of {size_bytes}; "

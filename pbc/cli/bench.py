@@ -17,6 +17,7 @@ from pbc.bench.report import tables
 from pbc.bench.standings import FULL
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
+from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
 from pbc.plugins import entries
 from pbc.runtime.options import TrainOptions
@@ -68,6 +69,7 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
 @click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
 @click.option("--csv", "csv_out", type=_PATH, help="Write the paper artifact's table.")
+@unsigned
 def bench(
     bundle: Path,
     data: Path,

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pbc.cli.unsigned import unsigned
 from pbc.deploy import deployment
 from pbc.deploy.board import CHECKS
 from pbc.errors import UsageError
@@ -27,7 +28,12 @@ _PATH = click.Path(path_type=Path)
 @click.option("--offline", is_flag=True, help="Take wheels that were collected before.")
 @click.option("--ignore", multiple=True, metavar="CHECK",
               help=f"A check not to stop at: {', '.join(CHECKS)}.")  # fmt: skip
+@click.option("--trust", multiple=True, metavar="KEYS",
+              help="A public key that must have signed it, or a folder of them.  "
+              "[default: what PBC_KEYS names]")  # fmt: skip
+@click.option("--allow-older", is_flag=True, help="Activate it though a newer one is active.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@unsigned
 def deploy(
     words: tuple[str, ...],
     ask_status: bool,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pbc.cli.unsigned import unsigned
 from pbc.runtime.output.export import export as write
 from pbc.util.sizes import size_text
 
@@ -18,6 +19,7 @@ _PATH = click.Path(path_type=Path)
     "-o", "--output", "target", type=_PATH, help="File to write.  [default: OUT's name + .onnx]"
 )
 @click.option("--level", type=int, help="Level of an .onnx file.  [default: 0, the original]")
+@unsigned
 def export(out: Path, target: Path | None, level: int | None) -> None:
     """Write a personal model as one file: FILE.onnx to run anywhere, or FILE.safetensors.
 

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, trust
 from pbc.bundle.ladder import MACS
 from pbc.cli.tables import console
 from pbc.data import InputSpec
@@ -50,7 +50,7 @@ def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
     else:
         if trained is not None:
             _show_personal(bundle, trained)
-        _show_manifest(opened.manifest)
+        _show_manifest(opened.manifest, signers(opened))
 
 
 def _show_personal(root: Path, model: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def _show_rows(rows: dict[str, str]) -> None:
     console().print(grid)
 
 
-def _show_manifest(manifest: dict[str, Any]) -> None:
+def _show_manifest(manifest: dict[str, Any], signed_by: str) -> None:
     provenance = {"weights": "?", "pbc": "?", "torch": "?", "command": "?"}
     provenance |= manifest.get("provenance", {})
     shape = "x".join(str(size) for size in manifest["input"]["shape"])
@@ -100,6 +100,7 @@ def _show_manifest(manifest: dict[str, Any]) -> None:
         "requires": requirements(manifest),
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
         "digest": manifest["digest"],
+        "signed by": signed_by,
     }
     _show_rows(rows)
     show_blocks(manifest.get("blocks", []))
@@ -160,6 +161,25 @@ def _classes(names: list[str] | None, count: int | None) -> str:
     return f"{shown}; " + (
         "training takes others too" if count is None else "training takes as many others"
     )
+
+
+def signers(bundle: Bundle) -> str:
+    """Say who signed a bundle: by the names of configured keys where these are, else as it says."""
+    try:
+        found = trust.signatures_of(bundle)
+    except PbcError as error:
+        return str(error)
+    if not found:
+        return "nobody"
+    told = "; ".join(f"key {s.key[:16]}, serial {s.serial}" for s in found)
+    try:
+        keys = trust.configured()
+        if keys is None:
+            return f"{told} (not verified: no keys)"
+        signer = trust.verified(bundle, keys)
+    except PbcError as error:
+        return f"{told} ({error})"
+    return f"{signer.key.name} (key {signer.key.identity}, serial {signer.serial})"
 
 
 def requirements(manifest: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pbc.cli.unsigned import unsigned
 from pbc.deploy.pack import ACTIVATE, PackOptions
 from pbc.deploy.pack import pack as write
 from pbc.errors import UsageError
@@ -24,7 +25,12 @@ _PATH = click.Path(path_type=Path)
 @click.option("--libc", metavar="2.N", help="The board's glibc.  [default: the target's]")
 @click.option("--wheels", type=_PATH, help="Take wheels from this folder, and from nowhere else.")
 @click.option("--offline", is_flag=True, help="Take wheels that were collected before.")
+@click.option("--trust", multiple=True, metavar="KEYS",
+              help="A public key that must have signed it, or a folder of them.  "
+              "[default: what PBC_KEYS names]")  # fmt: skip
+@click.option("--allow-older", is_flag=True, help="Activate it though a newer one is active.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@unsigned
 def pack(bundle: Path, output: Path, as_json: bool, **settings: Any) -> None:
     """Write BUNDLE, its runtime and an activation script into one archive.
 

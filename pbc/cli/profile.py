@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pbc.bench.report.tables import aligned
 from pbc.cli.tables import console
+from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
 from pbc.profile.measure import Profile, measure
 from pbc.profile.options import ProfileOptions
@@ -50,6 +51,7 @@ _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it hold
               help="For ssh, like '-p 2222' or '-i key'.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
+@unsigned
 def profile(
     bundle: Path,
     threads: str | None,

@@ -21,6 +21,7 @@ from pbc.callbacks import together
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
+from pbc.cli.unsigned import unsigned
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
 from pbc.data import ImageFolder, Samples, read_image
 from pbc.data import images as photos_below
@@ -146,6 +147,7 @@ class _Val(click.ParamType[Any]):
     metavar="NAME",
     help="Bring the run to another tool too, by a callback of `pbc plugins`; repeatable.",
 )
+@unsigned
 def train(
     bundle: Path,
     data: Path,
@@ -218,6 +220,7 @@ def train(
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@unsigned
 def evaluate(
     out: Path, data: Path, level: int, threads: int | None, strict: bool, as_json: bool
 ) -> None:
@@ -246,6 +249,7 @@ def evaluate(
 @click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@unsigned
 def predict(
     out: Path, images: tuple[Path, ...], top: int, level: int, threads: int | None, as_json: bool
 ) -> None:

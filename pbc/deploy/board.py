@@ -44,6 +44,7 @@ _LOCK_SECONDS = 20.0
 _SELF_TEST_SECONDS = 1800
 # What the kernel and a GPU keep for themselves is missing from what the board says it has.
 _MEMORY_SHARE = 0.75
+_KEYS = "PBC_KEYS"
 _ARCHS = {"amd64": "x86_64", "arm64": "aarch64"}
 
 _RUN = '''\
@@ -57,6 +58,7 @@ in_use = open(os.path.join(slot, "in-use"))
 fcntl.flock(in_use, fcntl.LOCK_SH)
 for variable, path in {variables!r}.items():
     os.environ.setdefault(variable, os.path.join(slot, path))
+os.environ.update({settings!r})
 sys.argv[0] = "pbc"
 from pbc.cli import main
 
@@ -363,10 +365,15 @@ class DeploymentRoot:
                 if slot != active:
                     _remove(slot)  # the next deploy makes it anew
                 raise
+            # Verified on the board where it has keys, else as whoever deployed read it.
+            serial = outcome.get("serial", plan["about"].get("serial"))
+            if not plan.get("allow_older"):
+                _refuse_older(serial, active)
             if not _is_complete(slot):
                 source.step("mark complete")
                 stored = [file["sha256"] for file in files]
-                _mark_complete(slot, {**plan["about"], "packages": packages.name, "files": stored})
+                about = {**plan["about"], "serial": serial}
+                _mark_complete(slot, {**about, "packages": packages.name, "files": stored})
             if active != slot:
                 source.step("switch")
                 self._activate(slot, active)
@@ -481,18 +488,28 @@ class DeploymentRoot:
         shutil.unpack_archive(slot / plan["own"], site, "zip")
         (site / "packages.pth").write_text(f"{packages / 'site'}\n")
         (slot / "in-use").write_bytes(b"")
-        (slot / "run.py").write_text(_RUN.format(variables=dict(plan["variables"])))
+        (slot / "run.py").write_text(
+            _RUN.format(variables=dict(plan["variables"]), settings=dict(plan.get("settings", {})))
+        )
         (slot / "variables.json").write_text(json.dumps(plan["variables"]))
+        (slot / "settings.json").write_text(json.dumps(plan.get("settings", {})))
 
     def _self_test(self, slot: Path) -> dict[str, Any]:
         variables = json.loads((slot / "variables.json").read_text())
+        settings = slot / "settings.json"  # a slot of an older pbc has none
+        own = json.loads(settings.read_text()) if settings.exists() else {}
         printed = self._call(
             "the self-test",
             [
                 str(slot / "python" / "bin" / "python"), "-I", "-m",
                 "pbc.runtime.self_test", str(slot / "bundle.pbc"),
             ],
-            {name: str(slot / path) for name, path in variables.items()},
+            {
+                # Keys that the board has of its own are not replaced by those that come along.
+                name: os.environ.get(name, str(slot / path)) if name == _KEYS else str(slot / path)
+                for name, path in variables.items()
+            }
+            | own,
         )  # fmt: skip
         outcome: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return outcome
@@ -586,6 +603,17 @@ def _described(slot: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         about = {"files": [], "packages": ""}
     return {"slot": slot.name, **about}
+
+
+def _refuse_older(serial: int | None, active: Path | None) -> None:
+    """Refuse a bundle that was signed before the active one."""
+    newest = None if active is None else _described(active).get("serial")
+    if newest is not None and (serial is None or serial < newest):
+        was = "none" if serial is None else serial
+        raise Refused(
+            f"the bundle is older than the active one: its serial is {was}, the active one's is "
+            f"{newest} (--allow-older activates it all the same)"
+        )
 
 
 def _summary(slot: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pbc.bundle import Bundle
+from pbc.bundle.keys import PublicKey, read_keys
+from pbc.bundle.trust import Signer, configured, require
 from pbc.deploy import board
 from pbc.deploy.connection import Connection, Destination, Session
 from pbc.deploy.libraries import libraries
@@ -32,6 +35,9 @@ class DeployOptions:
 
     ssh_options: words for ssh. python: the interpreter there. wheels, offline: see
     pbc.deploy.wheels.collect. ignore: checks of the board that are not to stop anything.
+    trust: files of public keys, or folders of them: one of these must have signed the bundle, and
+    the board takes them for its own unless it has some; by default those that $PBC_KEYS names.
+    allow_older: whether the bundle may be older than the active one, by the serials of signatures.
     """
 
     ssh_options: tuple[str, ...] = ()
@@ -39,6 +45,8 @@ class DeployOptions:
     wheels: Path | None = None
     offline: bool = False
     ignore: tuple[str, ...] = ()
+    trust: tuple[str, ...] = ()
+    allow_older: bool = False
 
     def __post_init__(self) -> None:
         """Refuse checks that do not exist."""
@@ -55,6 +63,8 @@ def deploy(
     Raises PbcError, and then what was active there still is.
     """
     opened = Bundle.open(bundle)
+    keys = read_keys(os.pathsep.join(options.trust)) if options.trust else configured()
+    signer = require(opened, keys)
     needed = needs(opened)
     connection = _connection(destination, options)
     facts = probe(connection, options)
@@ -62,7 +72,14 @@ def deploy(
     report(f"{connection.destination.host}: {_summary(facts)}")
     python = board_python(facts)
     ready = prepared(
-        opened, python, wheels=options.wheels, offline=options.offline, ignore=options.ignore
+        opened,
+        python,
+        wheels=options.wheels,
+        offline=options.offline,
+        ignore=options.ignore,
+        keys=keys,
+        signer=signer,
+        allow_older=options.allow_older,
     )
     return _Conversation(connection, facts["python"], report).install(ready)
 
@@ -92,12 +109,25 @@ def prepared(
     wheels: Path | None = None,
     offline: bool = False,
     ignore: Sequence[str] = (),
+    keys: Mapping[str, PublicKey] | None = None,
+    signer: Signer | None = None,
+    allow_older: bool = False,
 ) -> Payload:
-    """Collect all that a board with this Python needs for a bundle."""
-    requirements = device_requirements(bundle.manifest)
+    """Collect all that a board with this Python needs for a bundle; keys: those of the board."""
+    requirements = device_requirements(bundle.manifest, trust=keys is not None)
     found = libraries(bundle.manifest, python, wheels=wheels, offline=offline)
     collected = collect(requirements, python, wheels=wheels, offline=offline)
-    return payload(bundle, collected, found, requirements, python.version, ignore)
+    return payload(
+        bundle,
+        collected,
+        found,
+        requirements,
+        python.version,
+        ignore,
+        keys=keys,
+        serial=None if signer is None else signer.serial,
+        allow_older=allow_older,
+    )
 
 
 def probe(connection: Connection, options: DeployOptions) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import re
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pbc.bundle import Bundle
+from pbc.bundle.keys import read_keys
+from pbc.bundle.trust import configured, require
 from pbc.deploy.deployment import prepared
 from pbc.deploy.payload import PROBE, SCRIPT
 from pbc.deploy.wheels import BoardPython
@@ -35,13 +38,15 @@ class PackOptions:
 
     python, libc: versions, like 3.11 and 2.36; None is what the bundle's target says, else this
     machine's Python and the oldest C library that its wheels run on. wheels, offline: see
-    pbc.deploy.wheels.collect.
+    pbc.deploy.wheels.collect. trust, allow_older: see pbc.deploy.deployment.DeployOptions.
     """
 
     python: str | None = None
     libc: str | None = None
     wheels: Path | None = None
     offline: bool = False
+    trust: tuple[str, ...] = ()
+    allow_older: bool = False
 
 
 def pack(path: Path | str, output: Path, options: PackOptions = PackOptions()) -> dict[str, Any]:
@@ -50,8 +55,18 @@ def pack(path: Path | str, output: Path, options: PackOptions = PackOptions()) -
     The bytes depend on the bundle, pbc and the wheels alone.
     """
     bundle = Bundle.open(path)
+    keys = read_keys(os.pathsep.join(options.trust)) if options.trust else configured()
+    signer = require(bundle, keys)
     python = _board_python(bundle.manifest, options)
-    ready = prepared(bundle, python, wheels=options.wheels, offline=options.offline)
+    ready = prepared(
+        bundle,
+        python,
+        wheels=options.wheels,
+        offline=options.offline,
+        keys=keys,
+        signer=signer,
+        allow_older=options.allow_older,
+    )
     needs = dict(ready.plan["needs"])
     # The wheels were chosen for this C library; an older one could not load them.
     libc = ".".join(str(number) for number in python.glibc)

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pbc
+from pbc.bundle import signature
+from pbc.bundle.keys import PublicKey, public_pem
 from pbc.bundle.reader import MANIFEST, Bundle
+from pbc.bundle.trust import KEYS_VARIABLE, UNSIGNED_VARIABLE
 from pbc.deploy import board
 from pbc.deploy.libraries import Library
 from pbc.deploy.own_wheel import own_wheel
@@ -20,6 +23,7 @@ from pbc.deploy.wheels import installed_bytes
 from pbc.errors import PbcError
 
 BUNDLE = "bundle.pbc"
+KEYS = "keys"
 PROBE = resources.files("pbc.deploy").joinpath("probe.sh").read_bytes()
 SCRIPT = resources.files("pbc.deploy").joinpath("board.py").read_bytes()
 
@@ -56,11 +60,16 @@ def payload(
     requirements: Sequence[str],
     python: str,
     ignore: Sequence[str] = (),
+    *,
+    keys: Mapping[str, PublicKey] | None = None,
+    serial: int | None = None,
+    allow_older: bool = False,
 ) -> Payload:
     """Put together what a board with this version of Python needs for the bundle.
 
     requirements: what pip is to install from the wheels; pbc itself has no part in that, so that a
-    new version of it does not install them again.
+    new version of it does not install them again. keys: which the board is to trust. serial: the
+    bundle's, as it was signed.
     """
     sources: dict[str, Callable[[], bytes]] = {}
 
@@ -80,6 +89,11 @@ def payload(
     for entry, facts in bundle.manifest["files"].items():
         read = partial(bundle.read, entry)
         slot.append(add(f"{BUNDLE}/{entry}", read, facts["sha256"], facts["size_bytes"]))
+    signatures = bundle.signature_bytes()
+    if signatures is not None:
+        slot.append(add_bytes(f"{BUNDLE}/{signature.ENTRY}", signatures))
+    trusted = list((keys or {}).values())
+    slot += [add_bytes(f"{KEYS}/{key.identity}.pub", public_pem(key)) for key in trusted]
     slot += [add_bytes(library.path, library.data) for library in libraries]
     plan = {
         "format": board.FORMAT,
@@ -88,8 +102,11 @@ def payload(
         "own": name,
         "install": list(requirements),
         "variables": {
-            library.variable: library.path for library in libraries if library.variable is not None
+            **{lib.variable: lib.path for lib in libraries if lib.variable is not None},
+            **({KEYS_VARIABLE: KEYS} if trusted else {}),
         },
+        "settings": {UNSIGNED_VARIABLE: "1"} if bundle.has_code and not trusted else {},
+        "allow_older": allow_older,
         "installed_bytes": installed_bytes(wheels),
         "needs": needs(bundle, python),
         "ignore": list(ignore),
@@ -100,6 +117,7 @@ def payload(
             "engine": bundle.manifest["engine"],
             "target": bundle.manifest.get("target", {}).get("name"),
             "pbc": pbc.__version__,
+            "serial": serial,
         },
     }
     return Payload(plan, sources)

@@ -17,15 +17,18 @@ _EXTRA = re.compile(r"""(?:\s+and\s+)?\bextra\s*==\s*['"]([^'"]+)['"]""")
 _DEVICE = "device"
 
 
-def device_requirements(manifest: Mapping[str, Any]) -> list[str]:
+def device_requirements(manifest: Mapping[str, Any], *, trust: bool = False) -> list[str]:
     """Return what pip is to collect beside pbc: the core's dependencies, and the engine's.
 
     The engine's are those of the extra for devices that names a package of the manifest's
     `requires`; the versions that the manifest asks for count too. An engine that another
-    distribution brings needs that one, which says itself what it needs.
+    distribution brings needs that one, which says itself what it needs. trust: with what verifies
+    signatures.
     """
     entry = plugins.find("pbc.engines", manifest["engine"])
     core, extras = own_requirements()
+    if trust:
+        core += extras["trust"]
     if entry.distribution != "pbc":
         return [*core, f"{entry.distribution}=={entry.version}"]
     checked(manifest["requires"])

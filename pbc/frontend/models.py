@@ -78,7 +78,7 @@ def load(
             module, spec = _timm(name, weights == DEFAULT, shape)
         elif kind == "timm" and rest:
             module, spec = _timm(rest, weights == DEFAULT, shape)
-        elif ".py" in name and ":" in name:
+        elif is_program(name):
             path, _, factory = name.rpartition(":")
             module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape)
         else:
@@ -95,6 +95,11 @@ def load(
     if state is None:
         return replace(source, weights=weights)
     return replace(source, weights=Path(weights).name, weights_sha256=digest)
+
+
+def is_program(name: str) -> bool:
+    """Return whether a name is of a program that is run to make the model: `file.py:factory`."""
+    return ".py" in name and ":" in name and name.partition(":")[0] not in (*_TIMM_SCHEMES, "timm")
 
 
 def given(

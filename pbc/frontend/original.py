@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.functional import cross_entropy
 
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, trust
 from pbc.errors import PbcError
 from pbc.frontend import head, models, start, strategy
 from pbc.ir.graph import PARAMETER, placeholders
@@ -121,6 +121,8 @@ def _source(bundle: Bundle, weights: Path | None) -> models.Source:
     if not known.get("model"):
         raise PbcError(f"{bundle.path} does not say which model it was compiled from")
     named, digest = known["weights"], known["weights_sha256"]
+    if models.is_program(known["model"]) and trust.configured() is None:
+        trust.refuse_unvouched(f"{bundle.path} would be rebuilt by the program {known['model']!r}")
     if digest is None:
         return models.load(known["model"], named, _shape(bundle), known["seed"])
     refused = f"no file {named} was found"

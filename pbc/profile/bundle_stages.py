@@ -11,6 +11,7 @@ import numpy as np
 
 from pbc import plugins
 from pbc.bundle import Bundle
+from pbc.bundle.trust import open_trusted
 from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.profile.inputs import labels, noise
@@ -24,7 +25,7 @@ from pbc.runtime.parameters import initial_parameters
 
 def opened(task: Task) -> tuple[Bundle, InputSpec]:
     """Open the task's bundle; raises PbcError where it is not the one that the task began with."""
-    bundle = Bundle.open(task.bundle)
+    bundle = open_trusted(task.bundle)
     if bundle.digest != task.digest:
         raise PbcError(f"{task.bundle} changed while it was measured; start again")
     return bundle, InputSpec.from_json(bundle.manifest["input"])

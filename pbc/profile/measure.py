@@ -16,6 +16,7 @@ from typing import Any
 
 from pbc.bundle import Bundle
 from pbc.bundle.ladder import Ladder
+from pbc.bundle.trust import open_trusted
 from pbc.data import class_names
 from pbc.errors import PbcError, UsageError
 from pbc.profile.options import ProfileOptions
@@ -85,7 +86,7 @@ def measure(path: Path, options: ProfileOptions, tell: Tell) -> Profile:
 
     tell: takes a line whenever a process begins. Raises PbcError for what the user can fix.
     """
-    bundle = Bundle.open(path)
+    bundle = open_trusted(path)
     levels = _levels(bundle, options.levels)
     threads = options.threads or (len(os.sched_getaffinity(0)),)
     against, notes = _against(options)

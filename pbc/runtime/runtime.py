@@ -16,6 +16,7 @@ import numpy as np
 
 from pbc import plugins
 from pbc.bundle import Bundle
+from pbc.bundle.trust import open_trusted
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable
@@ -42,7 +43,7 @@ class Runtime:
     @classmethod
     def open(cls, path: Path | str) -> Runtime:
         """Verify the bundle's manifest and find its engine."""
-        bundle = Bundle.open(path)
+        bundle = open_trusted(path)
         engine: Engine = plugins.load("pbc.engines", bundle.manifest["engine"])()
         return cls(bundle, engine, InputSpec.from_json(bundle.manifest["input"]))
 

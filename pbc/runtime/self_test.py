@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pbc import plugins
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, trust
 from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable, guarded
@@ -129,12 +129,15 @@ def run(bundle: Bundle, engine: Engine | None = None) -> SelfTest:
 def main(path: str) -> int:
     """Print the outcome of a bundle as JSON, a failure also in words; return the exit status."""
     try:
-        outcome = run(Bundle.open(Path(path)))
+        bundle = Bundle.open(Path(path))
+        signer = trust.require(bundle)
+        outcome = run(bundle)
     except PbcError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
         return _refuse(f"{error.name} is not installed")
-    sys.stdout.write(json.dumps(outcome.to_json()) + "\n")
+    signed = {} if signer is None else {"serial": signer.serial, "signer": signer.key.name}
+    sys.stdout.write(json.dumps({**outcome.to_json(), **signed}) + "\n")
     failed = outcome.failed
     if failed:
         worst = ", ".join(

@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, str] = {
     "ziglang": "tvm",
     "pillow_heif": "heic",
     "flwr": "fleet",
+    "cryptography": "trust",
 }
 """Extras of a machine that makes bundles and rebuilds rivals."""
 

@@ -90,6 +90,7 @@ class Board:
         command += ["-E", f"LD_LIBRARY_PATH={':'.join(libraries)}"]
         command += [str(self.root / "usr" / "bin" / "python3"), *arguments]
         environment = {
+            "PBC_UNSIGNED": "1",
             "PATH": os.defpath,
             "LANG": "C.UTF-8",
             "PYTHONHOME": str(self.root / "usr"),

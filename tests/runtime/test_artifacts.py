@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +31,8 @@ def refusing(folder: Path) -> None:
 
 
 def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
+    """The entries; not the secret of their seals."""
+    return sorted(path.name for path in root.iterdir() if path.name != "seal.secret")
 
 
 def test_an_entry_is_made_once(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_large_files_of_the_same_content_are_one(tmp_path: Path) -> None:
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
-    store = Artifacts(tmp_path, limit_bytes=2900)
+    store = Artifacts(tmp_path, limit_bytes=3300)
     for age, key in enumerate("abc"):
         entry = store.get(key, writing(bytes(700)))
         os.utime(entry / "entry.json", ns=(age, age))
@@ -206,3 +209,44 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(OSError, match="no home folder; PBC_CACHE can name one"):
         default_folder()
+
+
+def test_an_entry_that_somebody_else_sealed_is_made_again(tmp_path: Path) -> None:
+    planted = Artifacts(tmp_path / "theirs").get(KEY, writing())
+    (tmp_path / "own").mkdir(mode=0o700)
+    shutil.copytree(planted, tmp_path / "own" / KEY)
+    made: list[Path] = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        (folder / "graph.onnx").write_bytes(b"own")
+
+    entry = Artifacts(tmp_path / "own").get(KEY, make)
+    assert made
+    assert (entry / "graph.onnx").read_bytes() == b"own"
+
+
+def test_an_entry_under_another_key_is_made_again(tmp_path: Path) -> None:
+    store = Artifacts(tmp_path)
+    shutil.copytree(store.get("other", writing()), tmp_path / KEY)
+    with pytest.raises(AssertionError, match="was made again"):
+        store.get(KEY, refusing)
+
+
+def test_a_copy_is_compared_with_what_its_source_says(tmp_path: Path) -> None:
+    store = Artifacts(tmp_path)
+
+    def copy(folder: Path) -> None:
+        (folder / "lib.so").write_bytes(b"honest")
+
+    honest = {"lib.so": hashlib.sha256(b"honest").hexdigest()}
+    (store.get(KEY, copy) / "lib.so").write_bytes(b"planted")
+    assert (store.get(KEY, copy, honest) / "lib.so").read_bytes() == b"honest"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(mode)
+    with pytest.raises(OSError, match="can be written by others"):
+        Artifacts(tmp_path / "shared").get(KEY, writing())

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pbc.bundle import Bundle
+from pbc.bundle import Bundle, trust
 from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines import Arrays, Engine, Executable
@@ -22,7 +22,8 @@ _LONGEST = 200
 
 
 def load(engine: Engine, bundle: Bundle, *, threads: int | None = None) -> Executable:
-    """Make a bundle executable; raises PbcError whatever is wrong with it."""
+    """Make a bundle executable if it may be; raises PbcError whatever is wrong with it."""
+    trust.require(bundle)
     with _saying(bundle, "it cannot be loaded"):
         return GuardedExecutable(bundle, engine.load(bundle, threads=threads))
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from pbc import plugins
 from pbc.bundle import Bundle
+from pbc.bundle.trust import open_trusted
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines import Executable, guarded
@@ -103,7 +104,7 @@ def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarr
         parameters = safetensors.numpy.load(read_bytes(output.trainable, _MOST_THETA_BYTES))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
-    bundle = Bundle.open(output.bundle)
+    bundle = open_trusted(output.bundle)
     if bundle.digest != model["bundle"]:
         raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
     try:

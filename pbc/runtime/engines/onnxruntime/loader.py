@@ -19,6 +19,7 @@ from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError
 from pbc.runtime.engines.alignment import ALIGNMENT
 from pbc.runtime.engines.onnxruntime import weights as onnx_weights
+from pbc.runtime.engines.onnxruntime.external import check_external
 from pbc.runtime.engines.onnxruntime.session import (
     CPU,
     ERRORS,
@@ -186,7 +187,12 @@ class GraphLoader:
 
     def _plain(self, name: str, folder: Path | None) -> Any:
         file = self._bundle.graph_file(name)
-        model = self._bundle.read(file) if folder is None else self._unpack(name, folder)
+        model: Path | bytes
+        if folder is None:
+            model = self._bundle.read(file)
+            self._check(name, model)  # what is loaded from bytes has no files beside it
+        else:
+            model = self._unpack(name, folder)
         try:
             return self._open(model, self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL))
         except ERRORS as error:
@@ -198,9 +204,27 @@ class GraphLoader:
     def _unpack(self, name: str, folder: Path) -> Path:
         """Put a graph and its weights side by side; return the graph."""
         graph = self._bundle.graph_file(name)
-        for file in (graph, *self._weights(name)):
+        model = self._bundle.read(graph)
+        self._check(name, model)
+        (folder / PurePosixPath(graph).name).write_bytes(model)
+        for file in self._weights(name):
             (folder / PurePosixPath(file).name).write_bytes(self._bundle.read(file))
         return folder / PurePosixPath(graph).name
+
+    def _check(self, name: str, model: bytes) -> None:
+        """Refuse a graph that reads files which the manifest does not name for it."""
+        graph = self._bundle.graph_file(name)
+        facts = self._bundle.manifest["files"]
+        sizes = {
+            PurePosixPath(file).name: facts[file]["size_bytes"] for file in self._weights(name)
+        }
+        names = [*sizes, PurePosixPath(graph).name]
+        try:
+            if len(set(names)) != len(self._weights(name)) + 1:
+                raise ValueError("two of its files have one name")
+            check_external(model, sizes)
+        except ValueError as error:
+            raise PbcError(f"{self._bundle.path}: {graph} cannot be used: {error}") from error
 
     def _options(self, name: str, level: Any) -> Any:
         options = session_options(self._threads)

@@ -58,6 +58,8 @@ def outside(model: bytes) -> dict[str, Weight]:
             place = Place(
                 entries["location"], int(entries.get("offset", 0)), int(entries["length"])
             )
+            if Path(place.file).name != place.file:
+                raise ValueError(f"a tensor lies in {place.file!r}, which is no file beside it")
             found[_text(tensor, _TENSOR_NAME)] = Weight(place, *element_type_and_shape(tensor))
     return found
 

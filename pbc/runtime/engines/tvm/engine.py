@@ -267,7 +267,8 @@ class _Loader:
 
         key = hashlib.sha256(f"{name} {self._bundle.sha256(file)}".encode()).hexdigest()
         try:
-            return load(Artifacts(default_folder()).get(key, write) / name)
+            sha256 = {name: self._bundle.sha256(file)}
+            return load(Artifacts(default_folder()).get(key, write, sha256) / name)
         except OSError as error:
             _tell_once(f"unpacked files are not kept: {error.strerror or error}")
         try:
