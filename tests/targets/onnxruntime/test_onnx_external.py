@@ -98,5 +98,5 @@ def test_a_graph_without_weights_reads_no_file(
     files[graph] = model(tensor(location=place, offset="0", length="16"))
     changed = {**manifest, "weights": {**manifest["weights"], "prefix/0": []}}
     made = bundle.write(tmp_path / "b.pbc", changed, files)
-    with pytest.raises(PbcError, match=f"cannot be used: a tensor lies in '{place}'"):
+    with pytest.raises(PbcError, match=f"cannot load .*: a tensor lies in '{place}'"):
         OnnxRuntimeEngine().load(made, threads=1).prefix(0, np.zeros((1, 3, 16, 16), "f4"))

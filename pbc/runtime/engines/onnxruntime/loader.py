@@ -224,7 +224,7 @@ class GraphLoader:
                 raise ValueError("two of its files have one name")
             check_external(model, sizes)
         except ValueError as error:
-            raise PbcError(f"{self._bundle.path}: {graph} cannot be used: {error}") from error
+            raise PbcError(f"{self._bundle.path}: cannot load {graph}: {error}") from error
 
     def _options(self, name: str, level: Any) -> Any:
         options = session_options(self._threads)
