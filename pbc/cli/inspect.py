@@ -35,7 +35,7 @@ def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
     """Show what BUNDLE holds, after verifying every file in it; or a personal model's folder."""
     trained = None
     if bundle.is_dir() and Output(bundle).is_run():
-        opened, trained, _ = stored(bundle)
+        opened, trained, _ = stored(bundle, used=False)
     else:
         opened = Bundle.open(bundle)
     opened.verify()

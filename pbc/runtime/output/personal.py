@@ -91,8 +91,13 @@ class Personal:
         return level
 
 
-def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarray]]:
-    """Read a personal model's bundle, model.json and trained parameters; no engine is needed."""
+def stored(
+    root: Path | str, *, used: bool = True
+) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarray]]:
+    """Read a personal model's bundle, model.json and trained parameters; no engine is needed.
+
+    used: whether it is more than looked at, for which somebody has to vouch for the bundle.
+    """
     output = Output(Path(root))
     if not output.model.exists():
         unfinished = output.checkpoint.exists()
@@ -104,7 +109,7 @@ def stored(root: Path | str) -> tuple[Bundle, dict[str, Any], dict[str, np.ndarr
         parameters = safetensors.numpy.load(read_bytes(output.trainable, _MOST_THETA_BYTES))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
-    bundle = open_trusted(output.bundle)
+    bundle = open_trusted(output.bundle) if used else Bundle.open(output.bundle)
     if bundle.digest != model["bundle"]:
         raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
     try:
