@@ -57,7 +57,7 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
     host = load_target("host")
     request = Request(
         target=host,
-        engine=host.engine,
+        engine=DEFAULT_ENGINE,  # torch itself
         strategy=bundle.manifest["strategy"],
         blocks=bundle.manifest.get("blocks_pattern"),
         seed=bundle.manifest["provenance"]["seed"],

@@ -11,8 +11,8 @@ def _any(*, name: str, description: str, arch: Arch) -> Target:
         description=description,
         family="Any machine",
         arch=arch,
-        engine="pytorch",
-        engines=("pytorch", "onnxruntime", "tvm"),
+        engine="onnxruntime",
+        engines=("onnxruntime", "pytorch", "tvm"),
         tags={"triple": f"{arch}-linux-gnu", "libc": "glibc 2.28"},
         requires={"python": ">=3.10", "libc": "glibc>=2.28"},
     )

@@ -86,7 +86,8 @@ def compiled(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PassPipeline, "run", keep)
         result = pbc(
-            "compile", MODEL, "--weights", weights, "--target", "host", "--input", "3x64x64",
+            "compile", MODEL, "--weights", weights, "--target", "host", "--engine", "pytorch",
+            "--input", "3x64x64",
             "--levels", "2", "--align-steps", "2", "--calibration", few,
             "--data", examples / "photos" / "train", "-o", path,
             "--dump-ir", path.parent / "ir",

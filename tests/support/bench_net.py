@@ -49,6 +49,7 @@ def compiled(folder: Path, strategy: str = "linear-probe", levels: int = 0) -> B
     source.write_text(SOURCE)
     calibration = tiny.photos(folder / "calibration", 20, seed=2) if levels else None
     options = compiler.CompileOptions(
+        engine="pytorch",
         weights="random",
         shape=(3, 16, 16),
         strategy=strategy,

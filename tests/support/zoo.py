@@ -36,7 +36,9 @@ class Captured(NamedTuple):
 @cache
 def captured(model: str, shape: Shape) -> Captured:
     source = models.load(model, models.RANDOM, shape)
-    options = compiler.CompileOptions(target=TARGET, weights=models.RANDOM, shape=shape)
+    options = compiler.CompileOptions(
+        target=TARGET, engine="pytorch", weights=models.RANDOM, shape=shape
+    )
     return Captured(source.module, compiler.start(source, options))
 
 
@@ -55,7 +57,9 @@ def apply(text: str, model: str, shape: Shape) -> Captured:
     module = copy.deepcopy(module)
     facts = program.network
     source = models.Source(model, module, facts.input, facts.head, models.RANDOM, None)
-    options = compiler.CompileOptions(target=TARGET, strategy=text, shape=shape)
+    options = compiler.CompileOptions(
+        target=TARGET, engine="pytorch", strategy=text, shape=shape
+    )
     return Captured(module, compiler.start(source, options))
 
 
