@@ -34,7 +34,8 @@ class Lower:
     """Measure what each level costs as it will run, write its files, and check what was lowered.
 
     Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
-    levels' costs become measured latencies, unless a device's profile gave them; a level that
+    levels' costs become measured latencies, unless a device's profile gave them, and
+    `program.costs` has their parts, so that training here need not measure again; a level that
     turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run
     as the engine will run them, in libraries for this machine where those of the target cannot be
     run, and held against torch's; `program.checks` has the errors.
@@ -63,7 +64,8 @@ class Lower:
         return replace(program, checks={**program.checks, TUNING: found}, notes=notes)
 
     def _measured(self, program: Program, lowering: Lowering) -> Program:
-        latency = parallel.once(lambda: lowering.latency_ms(program, program.levels))
+        costs = parallel.once(lambda: lowering.level_costs(program, program.levels))
+        latency = [(cost.prefix_ms + cost.body_ms) * program.request.batch for cost in costs]
         levels = tuple(
             replace(level, latency_ms=ms, cost=ms / latency[0])
             for level, ms in zip(program.levels, latency, strict=True)
@@ -75,7 +77,7 @@ class Lower:
                     f"level {number + 1} measures {below.cost:.2f} of level 0's latency, "
                     f"no cheaper than level {number} ({above.cost:.2f})",
                 )
-        return replace(program, levels=levels, cost_model=LATENCY, notes=notes)
+        return replace(program, levels=levels, costs=tuple(costs), cost_model=LATENCY, notes=notes)
 
     def _checked(self, program: Program, lowering: Lowering) -> Program:
         """Run what was lowered beside torch's; levels whose files are the same once."""

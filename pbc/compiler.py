@@ -148,9 +148,14 @@ def compile(model: str, output: Path | str, options: CompileOptions = CompileOpt
 
 
 def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast:
-    """Return what `compile` would do, without aligning, measuring the result or writing."""
+    """Return what `compile` would do, without aligning, measuring or writing.
+
+    Costs are multiply-accumulates, or what a profile says: `compile` measures on this machine.
+    """
     passes = _passes(options)
     program = start(model, options)
+    elsewhere = replace(program.request.target, local=False)
+    program = replace(program, request=replace(program.request, target=elsewhere))
     planning = [p for p in passes.passes if STAGES.index(p[1].stage) <= UP_TO_PLAN]
     program = pipeline.PassPipeline(tuple(planning)).run(program)
     planned = ladder((*program.levels, *program.plans), program.cost_model)

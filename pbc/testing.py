@@ -29,6 +29,7 @@ from pbc.ir.graph import graph_text, parameter_names
 from pbc.ir.levels import ladder
 from pbc.ir.pipeline import Pass, PassPipeline
 from pbc.ir.program import Program
+from pbc.lower.engine_choice import DEFAULT_ENGINE
 
 TARGET = "generic-x86-64"
 """Not this machine, so that nothing is measured and a test gives the same result everywhere."""
@@ -43,13 +44,15 @@ def make_program(
     target: str = TARGET,
     seed: int = 0,
 ) -> Program:
-    """Capture a module as `pbc compile` does and run some passes over it.
+    """Capture a module as `pbc compile --engine pytorch` does and run some passes over it.
 
     The program shares the module's tensors; what the strategy inserts stays in the module.
     """
     spec = InputSpec(shape, models.IMAGENET_MEAN, models.IMAGENET_STD)
     source = models.given(module, type(module).__name__, spec)
-    options = compiler.CompileOptions(target=target, strategy=strategy, shape=shape, seed=seed)
+    options = compiler.CompileOptions(
+        target=target, engine=DEFAULT_ENGINE, strategy=strategy, shape=shape, seed=seed
+    )
     return run_passes(compiler.start(source, options), *passes)
 
 

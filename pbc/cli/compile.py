@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli.inspect import show_blocks, show_levels
+from pbc.cli.stages import StageLines
 from pbc.data import InputSpec
 from pbc.errors import UsageError
 from pbc.util.interrupt import interrupted_by_sigterm
@@ -210,7 +211,10 @@ def _show_notes(notes: tuple[str, ...] | list[str]) -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[None]:
-    """Show what the compiler reports: a bar on a terminal, a line per stage otherwise."""
+    """Show what the compiler reports: each stage's seconds, and a bar on a terminal.
+
+    In a pipe there is a line for each tenth of a long stage instead of the bar.
+    """
     console = Console(stderr=True)
 
     def print_line(line: str) -> None:
@@ -225,7 +229,8 @@ def _bar(console: Console, quiet: bool) -> Iterator[None]:
     if quiet:
         yield
     elif not console.is_terminal:
-        with reporting_to(_line_per_stage()):
+        lines = StageLines(lambda line: click.echo(line, err=True), tenths=True)
+        with reporting_to(lines):
             yield
     else:
         columns = (
@@ -237,24 +242,13 @@ def _bar(console: Console, quiet: bool) -> Iterator[None]:
         )
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=1.0, text="")
+            lines = StageLines(bar.console.print, tenths=False)
 
             def show(stage: str, fraction: float, text: str) -> None:
                 if bar.tasks[0].description != stage:
                     bar.reset(task, description=stage, total=1.0)
                 bar.update(task, completed=fraction, text=text)
+                lines(stage, fraction, text)
 
             with reporting_to(show):
                 yield
-
-
-def _line_per_stage() -> Callable[[str, float, str], None]:
-    seen = ""
-
-    def show(stage: str, fraction: float, text: str) -> None:
-        nonlocal seen
-        head = f"{stage}{': ' + text.partition(',')[0] if stage == 'align' and text else ''}"
-        if head != seen:
-            click.echo(f"  {head} …", err=True)
-            seen = head
-
-    return show

@@ -136,7 +136,7 @@ class ImageFolder:
 
         Of a data set in parts (train/ and val/), the part to train on is read or, if `held_out`,
         the other one; see `layout.classes`.
-        `progress` is called with (done, total) images now and then.
+        `progress` is called with (done, total) images before the first one and after each.
         """
         listing = layout.listed(Path(path))
         found = layout.classes(listing, held_out=held_out)
@@ -233,7 +233,11 @@ def _load(
         except Exception as error:  # zipfile raises nearly anything on a damaged entry
             return error
 
+    if progress is not None:
+        progress(0, len(names))
     for index, result in enumerate(_ordered_map(load, names)):
+        if progress is not None:
+            progress(index + 1, len(names))
         if isinstance(result, Exception):
             foreign = isinstance(result, UnsupportedImageError)
             if strict:
@@ -247,8 +251,6 @@ def _load(
             decoded[len(alive)] = photo.pixels
         hashes.append(content)
         alive.append(index)
-        if progress is not None and (index % 64 == 63 or index + 1 == len(names)):
-            progress(index + 1, len(names))
     account = replace(
         account,
         read=len(alive),

@@ -22,6 +22,7 @@ from pbc.ir.graph import PARAMETER, placeholders
 from pbc.ir.program import Request
 from pbc.ir.rewrite import tensors_to_inputs
 from pbc.ir.split import split_at_parameters
+from pbc.lower.engine_choice import DEFAULT_ENGINE
 from pbc.runtime.objective import Objective
 from pbc.target import load_target
 

@@ -18,6 +18,7 @@ from pbc.data import InputSpec
 from pbc.ir.graph import graph_text, output_node, parameter_names
 from pbc.ir.levels import MODEL, LevelGraphs, LevelPlan
 from pbc.ir.rewrite import copy_graph
+from pbc.runtime.costs import LevelCost
 from pbc.target import Target
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class Program:
         placeholder whose meta[PARAMETER] is its name.
     plans: the proxies that are planned and not made yet. cost_model: what costs come from.
     dims: which dimensions may shrink, of level 0 before its batch norms were folded.
+    costs: what a sample costs at each level on this machine; empty where nothing was measured.
     accuracy_map: (fidelity, points of accuracy lost), ascending in fidelity; empty where unknown.
     checks: what was verified, for the manifest. notes: what the user should know, one line each.
     history: the passes that ran. artifacts: the bundle's files, once lowered.
@@ -130,6 +132,7 @@ class Program:
     levels: tuple[LevelGraphs, ...] = ()
     plans: tuple[LevelPlan, ...] = ()
     cost_model: str = MACS
+    costs: tuple[LevelCost, ...] = ()
     dims: Dims | None = None
     calibration: Calibration | None = None
     policy: Policy | None = None

@@ -13,6 +13,7 @@ from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, GraphName, update
 from pbc.ir.levels import IMAGES, LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
+from pbc.runtime.costs import LevelCost
 
 ROUNDS = 6
 # How many of the device's mini-batches may share one call of the prefix.
@@ -47,7 +48,7 @@ class IterationTimer:
             self._values.update(self._run(PREFIX, self._values))
         # Seconds per sample; the prefix by how many share a call.
         self._prefix_seconds = dict.fromkeys(sizes, math.inf)
-        self._step_seconds = math.inf
+        self._step_seconds = self._forward_seconds = math.inf
 
     def measure(self, warm_up: bool) -> None:
         """Run prefix and step once; a warm-up counts for nothing."""
@@ -60,11 +61,14 @@ class IterationTimer:
                     self._prefix_seconds[size] = min(seconds, self._prefix_seconds[size])
         values = dict(self._values)
         start = time.perf_counter()
-        for role in self._step:
+        values.update(self._run(self._step[0], values))
+        forward_seconds = (time.perf_counter() - start) / self._batch
+        for role in self._step[1:]:
             values.update(self._run(role, values))
         if not warm_up:
             seconds = (time.perf_counter() - start) / self._batch
             self._step_seconds = min(seconds, self._step_seconds)
+            self._forward_seconds = min(forward_seconds, self._forward_seconds)
 
     def _run(self, role: GraphName, values: dict[str, Any]) -> dict[str, Any]:
         for given in self._runner.inputs(role):
@@ -75,6 +79,18 @@ class IterationTimer:
     def latency_ms(self) -> float:
         return (self.prefix_seconds() + self.step_seconds()) * 1000
 
+    def cost(self) -> LevelCost:
+        """Return it per sample; where running the body differentiates it, all is the forward's."""
+        sizes = self._prefix_seconds
+        chunk = min(sizes, key=lambda size: sizes[size])
+        return LevelCost(
+            prefix_ms=sizes[chunk] * 1000 if self._has_prefix else 0.0,
+            chunk=chunk,
+            forward_ms=self._forward_seconds * 1000,
+            backward_ms=(self._step_seconds - self._forward_seconds) * 1000,
+            measured=True,
+        )
+
     def prefix_seconds(self) -> float:
         """Of a mini-batch, at the number of them in a call that suits the prefix best."""
         return min(self._prefix_seconds.values()) * self._batch if self._has_prefix else 0.0
@@ -84,12 +100,11 @@ class IterationTimer:
         return self._step_seconds * self._batch
 
 
-def latencies_ms(timers: Sequence[IterationTimer]) -> list[float]:
+def measure(timers: Sequence[IterationTimer]) -> None:
     """Measure timers in turn; the fastest of several counts: this machine does other things too."""
     for turn in range(ROUNDS):
         for timer in timers:
             timer.measure(warm_up=turn == 0)
-    return [timer.latency_ms() for timer in timers]
 
 
 def _placeholder(name: str, values: Mapping[str, Any]) -> np.ndarray:

@@ -14,7 +14,8 @@ from pbc.ir.graph import GRADIENT, op_name, origin
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
-from pbc.lower.iteration import IterationTimer, latencies_ms
+from pbc.lower.iteration import IterationTimer, measure
+from pbc.runtime.costs import LevelCost
 from pbc.target import Target
 
 
@@ -73,9 +74,16 @@ class Lowering(ABC):
         That is the prefix forward, at the batch size that suits it best (features do not depend on
         what shares a batch), and the body forward and backward.
         """
-        return latencies_ms(
-            [IterationTimer(self.runner(program, level), program, level) for level in levels]
-        )
+        return [timer.latency_ms() for timer in self._timed(program, levels)]
+
+    def level_costs(self, program: Program, levels: Sequence[LevelGraphs]) -> list[LevelCost]:
+        """Return the parts of such an iteration, per sample."""
+        return [timer.cost() for timer in self._timed(program, levels)]
+
+    def _timed(self, program: Program, levels: Sequence[LevelGraphs]) -> list[IterationTimer]:
+        timers = [IterationTimer(self.runner(program, level), program, level) for level in levels]
+        measure(timers)
+        return timers
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import safetensors.torch
@@ -14,9 +15,17 @@ from pbc.ir.dims import Dims
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import ladder
 from pbc.ir.program import Policy, Program
+from pbc.util.processor import machine
 
 TRAINABLE = "trainable.safetensors"
 DIMS = "dims.json"
+
+
+def measured_costs(program: Program) -> dict[str, Any] | None:
+    """Return what levels cost on this machine, and its name; None if nothing was measured."""
+    if not program.costs:
+        return None
+    return {"machine": machine(), "levels": [asdict(cost) for cost in program.costs]}
 
 
 def manifest(
@@ -60,6 +69,7 @@ def manifest(
         },
         "cost_model": levels.cost_model,
         "levels": levels.to_json(),
+        "costs": measured_costs(program),
         "policy": None if program.policy is None else policy(program.policy),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "graphs": graph_files,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.processor import machine
 from pbc.util.shapes import check, flag, integer, list_of, number, record
 
 _LEVEL_COST = record(
@@ -51,6 +53,14 @@ class LevelCost:
     def body_ms(self) -> float:
         """Return what a visit costs once the features are there."""
         return self.forward_ms + self.backward_ms
+
+
+def known_costs(manifest: Mapping[str, Any]) -> tuple[LevelCost, ...] | None:
+    """Return what the compiler measured, if this is the machine that it measured on."""
+    costs = manifest.get("costs")
+    if costs is None or costs["machine"] != machine():
+        return None
+    return tuple(LevelCost(**level) for level in costs["levels"])
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ def cpu_identity() -> str:
     return f"{cpu_name()} ({digest[:8]})"
 
 
+def machine() -> str:
+    """Return what decides how long things take here: the CPU, and how much of it."""
+    return f"{cpu_identity()}, {cores()} cores"
+
+
 def missing_flags(wanted: list[str]) -> list[str]:
     """Return those extensions of x86 that this CPU lacks; none where it does not tell."""
     flags = {flag for key, value in _facts() if key == "flags" for flag in value.split()}

@@ -219,7 +219,7 @@ def custom(examples: Path) -> list[str | Path]:
     """The small model of the examples, which compiles in a moment."""
     return [
         "compile", f"{examples / 'custom_model.py'}:factory", "--weights", "random",
-        "--input", "3x32x32", "--target", "generic-arm64",
+        "--input", "3x32x32", "--target", "generic-arm64", "--engine", "pytorch",
     ]  # fmt: skip
 
 

@@ -249,9 +249,7 @@ class Net(nn.Module):
 
 factory = Net
 """
-    options = CompileOptions(
-        weights="random", target=TARGET, engine="pytorch", shape=(3, 16, 16)
-    )
+    options = CompileOptions(weights="random", target=TARGET, engine="pytorch", shape=(3, 16, 16))
     with pytest.raises(PbcError, match=message) as error:
         start(user_model(tmp_path, source), options)
     one_line(error)

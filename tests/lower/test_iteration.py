@@ -14,8 +14,9 @@ from pbc.ir.graph import graph_inputs, graph_outputs
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower import iteration
-from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, latencies_ms
+from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, measure
 from pbc.passes.derive_train_step import DeriveTrainStep
+from pbc.runtime.costs import LevelCost
 from pbc.testing import with_request
 
 SGD = update("sgd")
@@ -53,9 +54,12 @@ def test_a_timer_feeds_each_graph_what_it_reads(
     monkeypatch.setattr(iteration.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
     level = program.levels[0]
     runner = Recorder(level, clock, {PREFIX: 0.25, FORWARD: 3.0, SGD: 1.0})
-    (found,) = latencies_ms([IterationTimer(runner, program, level)])
+    timer = IterationTimer(runner, program, level)
+    measure([timer])
     # A quarter of a second per image, and four for the step.
-    assert found == pytest.approx((batch * 0.25 + 4) * 1000)
+    assert timer.latency_ms() == pytest.approx((batch * 0.25 + 4) * 1000)
+    each = 1000 / batch
+    assert timer.cost() == LevelCost(250.0, batch, 3 * each, each, measured=True)
     roles = [role for role, _ in runner.fed]
     assert roles == [PREFIX, *([PREFIX] * len(PREFIX_BATCHES) + [FORWARD, SGD]) * ROUNDS]
     sizes = [len(given["x"]) for _, given in runner.fed[1:4]]

@@ -23,6 +23,7 @@ from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
+from pbc.runtime.costs import LevelCost
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.targets.onnxruntime.lowering import OnnxRuntimeLowering
@@ -131,17 +132,19 @@ def test_an_operator_that_the_engine_lacks_is_named_with_its_line() -> None:
 
 
 def test_on_the_host_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def latency_ms(self: object, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+    def costs(self: object, program: Program, levels: Sequence[LevelGraphs]) -> list[LevelCost]:
         assert [set(level.graphs) for level in levels] == [{PREFIX, BODY}] * 3
-        return [4.0, 2.0, 3.0]
+        batch = program.request.batch
+        return [LevelCost(ms / batch, 16, 1 / batch, 1 / batch, True) for ms in (2.0, 0.0, 1.0)]
 
-    monkeypatch.setattr(PyTorchLowering, "latency_ms", latency_ms)
+    monkeypatch.setattr(PyTorchLowering, "level_costs", costs)
     before = pruned(ConvNet)
     before = with_request(before, target=replace(before.request.target, local=True))
     after = assert_unchanged(Lower(), before)
     assert rungs(after).cost_model == "latency"
     assert [level.latency_ms for level in rungs(after).levels] == [4, 2, 3]
     assert [level.cost for level in rungs(after).levels] == [1, 0.5, 0.75]
+    assert [cost.chunk for cost in after.costs] == [16, 16, 16]
     assert after.notes[-1] == (
         "level 2 measures 0.75 of level 0's latency, no cheaper than level 1 (0.50)"
     )

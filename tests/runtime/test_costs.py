@@ -13,17 +13,21 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pbc import bundle
 from pbc.bundle.ladder import Ladder
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.costs import Costs
 from pbc.runtime.engines import Executable
 from pbc.runtime.events import Event, Note
+from pbc.runtime.features.source import Made
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.routing import cost_profiler
 from pbc.runtime.routing.cost_profiler import CostProfiler
 from pbc.runtime.routing.fidelity_floor import DEFAULT_FLOOR, fidelity_floor, floor_for, lost_at
 from pbc.runtime.runtime import Runtime
 from pbc.runtime.trainer import Trainer
+from pbc.util.processor import machine
 
 
 def trainer(root: Path, kind: str, **options: Any) -> Trainer:
@@ -119,6 +123,74 @@ def test_level_0_is_timed_in_the_larger_calls_too() -> None:
     assert sizes == [16, 32]  # the smaller calls are a part of the usual ones
     assert first.chunk == 32
     assert first.prefix_ms < proxy.prefix_ms
+
+
+class Counts:
+    """Calls that take what images take: 2 ms each to make features, less to learn from them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.images: list[tuple[int, int]] = []
+
+    def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        self.images.append((level, len(images)))
+        self._take(2e-3 * len(images))
+        return {"flat": images[:, :, 0, 0]}
+
+    def forward(self, level: int, features: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+        self._take(1e-4)
+        return np.zeros(1), np.zeros(1)
+
+    def update(self) -> None:
+        self._take(1e-4)
+
+    def _take(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.mark.parametrize("count", [10, 40, 240, 5784])
+def test_measuring_takes_a_twentieth_of_the_run_and_keeps_its_first_chunk(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = Ladder.from_json(tiny.contents(fidelities=(0.9, 0.8, 0.7))[0]["levels"], "macs")
+    device = Counts()
+    kept: Made = {}
+    monkeypatch.setattr(cost_profiler, "perf_counter", lambda: device.seconds)
+    batch, epochs = 8, 12
+    costs = CostProfiler(
+        executable=cast(Executable, device), labels=np.zeros(count, np.int64),
+        images=lambda number: np.zeros((number, 3, 2, 2), np.float32),
+        ladder=ladder, levels=[0, 1, 2, 3], batch=batch, chunk=None, computed=1, epochs=epochs,
+        prefix=True, bodies=False, width=3, kept=kept,
+    ).measure()  # fmt: skip
+    ((level, rows),) = kept
+    chunk = len(np.frombuffer(rows, np.int64))
+    assert (level, chunk) == (0, {10: 10, 40: 20, 240: 30, 5784: 32}[count])
+    run = 2e-3 * count + epochs * count / batch * 2e-4
+    assert device.seconds - 2e-3 * chunk <= max(0.05 * run, 2e-3 + 4e-4) + 1e-9
+    assert costs.levels[0].measured
+    assert costs.levels[0].prefix_ms == pytest.approx(2)
+    assert costs.levels[3].measured == (count == 5784)
+
+
+def test_what_the_compiler_measured_here_is_not_measured_again(tmp_path: Path) -> None:
+    rows = json.loads(tiny.costs(tmp_path / "c.json").read_text())["levels"]
+    for machine_name, known in ((machine(), True), ("another", False)):
+        root = tmp_path / str(known)
+        tiny.photos(root / "photos", 10)
+        manifest, files = tiny.contents("probe")
+        manifest["costs"] = {"machine": machine_name, "levels": rows}
+        bundle.write(root / "m.pbc", manifest, files)
+        runtime = Runtime.open(root / "m.pbc")
+        samples = ImageFolder.open(root / "photos", runtime.spec)
+        for options, expected in ((TrainOptions(), known), (TrainOptions(batch=2), False)):
+            run = runtime.trainer(samples, options, root / "out")
+            run.prepare()
+            told = json.loads((root / "out" / "costs.json").read_text())["levels"]
+            same = [level["prefix_ms"] for level in told] == [row["prefix_ms"] for row in rows]
+            assert same == expected
+            if expected:
+                assert {level["chunk"] for level in told} == {15}  # 30 photos in calls of 16
 
 
 @pytest.mark.parametrize(

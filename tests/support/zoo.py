@@ -57,9 +57,7 @@ def apply(text: str, model: str, shape: Shape) -> Captured:
     module = copy.deepcopy(module)
     facts = program.network
     source = models.Source(model, module, facts.input, facts.head, models.RANDOM, None)
-    options = compiler.CompileOptions(
-        target=TARGET, engine="pytorch", strategy=text, shape=shape
-    )
+    options = compiler.CompileOptions(target=TARGET, engine="pytorch", strategy=text, shape=shape)
     return Captured(module, compiler.start(source, options))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from pbc.runtime.engines import Executable
 from pbc.runtime.features.cache import FeatureCache
 from pbc.runtime.features.views import Views
 from pbc.runtime.meter import Meter
+
+Made: TypeAlias = dict[tuple[int, bytes], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Features:
     chunk_of: the most rows per call of a level's prefix.
     padded: whether shorter calls are filled up to this: an engine that specialises its code to
         the shape of its input spends more on a new shape than on a few more rows.
+    made: features that are there already, by level and rows; taken out once they are used.
     """
 
     views: Views
@@ -32,6 +36,7 @@ class Features:
     mixed: bool
     chunk_of: Callable[[int], int]
     padded: bool
+    made: Made = field(default_factory=dict)
 
     def __call__(self, level: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return f32 features of int64[b] rows at one level, cached ones where possible."""
@@ -59,6 +64,8 @@ class Features:
 
     def compute(self, level: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Run the prefix of a level on int64[b] rows, in one call."""
+        if (level, rows.tobytes()) in self.made:
+            return self.made.pop((level, rows.tobytes()))
         count, size = len(rows), self.chunk_of(level)
         short = self.padded and count < size
         images = self.views.images(np.resize(rows, size) if short else rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pbc import plugins
 from pbc.bundle import Bundle
@@ -12,6 +12,7 @@ from pbc.bundle.ladder import Ladder
 from pbc.data import Samples
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import Note, Report
+from pbc.runtime.features.source import Made
 from pbc.runtime.features.views import Views
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
@@ -24,7 +25,8 @@ from pbc.runtime.schedulers import SchedulerClass
 class RunContext:
     """A bundle, samples, options, and where time and notes go.
 
-    progress: told (stage, done, total); may raise to stop.
+    progress: told (stage, done, total); may raise to stop. made: features that measuring made, by
+    level and rows: they need not be made again.
     """
 
     bundle: Bundle
@@ -37,6 +39,7 @@ class RunContext:
     output: Output
     report: Report
     progress: Callable[[str, int, int], None]
+    made: Made = field(default_factory=dict)
 
     @functools.cached_property
     def ladder(self) -> Ladder:

@@ -1,14 +1,15 @@
 """Measure what a sample costs at each level on this device, before training, on its own samples.
 
-Measuring may take no more than a small share of the run it serves. Within that share the levels are
-timed one after the other, those that promise most first; what is left keeps the ratio to level 0
-that the bundle's ladder gives it.
+Measuring may take no more than a small share of the run it serves. The first chunk at level 0 is
+timed in any case and its features are kept, so that it is work that counts. Within the share the
+other levels are timed, those that promise most first; what is left keeps the ratio to level 0 that
+the bundle's ladder gives it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
@@ -17,9 +18,10 @@ import numpy as np
 from pbc.bundle.ladder import Ladder
 from pbc.runtime.costs import Costs, LevelCost
 from pbc.runtime.engines import Arrays, Executable
+from pbc.runtime.features.source import Made
 
 # Of the time that the run would take at level 0.
-_SHARE = 0.015
+_SHARE = 0.05
 _REPEATS = 2
 # Batches per prefix call: what is assumed, and what is tried beside it. A larger call needs memory
 # in proportion; a smaller one leaves a CPU's vector units waiting: in bfloat16, MobileNetV3 needs
@@ -38,7 +40,7 @@ class CostProfiler:
     levels: those the run may use. batch: samples per mini-batch. chunk: samples per prefix call,
     None to choose. computed: how often the run would make a sample's features. epochs: how often it
     would learn from a sample. prefix, bodies: whether there is a prefix, one body per level.
-    width: values in a sample's features.
+    width: values in a sample's features. kept: takes the features of the first chunk, see Features.
     """
 
     executable: Executable
@@ -53,6 +55,7 @@ class CostProfiler:
     prefix: bool
     bodies: bool
     width: int
+    kept: Made = field(default_factory=dict)
 
     def measure(self) -> Costs:
         """Time level 0 and the cheapest other, and what else the share allows.
@@ -60,24 +63,26 @@ class CostProfiler:
         The executable's parameters change.
         """
         count = len(self.labels)
-        usual = min(self.chunk or _USUAL_AHEAD * self.batch, count) if self.prefix else self.batch
+        usual = (
+            evened(self.chunk or _USUAL_AHEAD * self.batch, count) if self.prefix else self.batch
+        )
         begin = perf_counter()
         images = self.images(max(usual, self.batch))
         decode_ms = (perf_counter() - begin) * 1e3 / len(images)
-        by_cost = sorted(set(self.levels) - {0}, key=self._ratio)
-        # Loading a level costs more than timing it, but these two are going to be used anyway.
-        begin_levels = perf_counter()
-        known = self._timed([0, *by_cost[:1]], images, usual, None)
-        loading_seconds = (perf_counter() - begin_levels) / len(known)
-        first = known[0]
+        first, loading_seconds, spent_seconds = self._first(images, usual)
+        known = {0: first}
         run_ms = count * (
             self.computed * (decode_ms + first.prefix_ms) + self.epochs * first.body_ms
         )
-        end = begin + run_ms * 1e-3 * _SHARE
-        for level in by_cost[1:]:
-            if perf_counter() + loading_seconds > end:
+        end = perf_counter() + run_ms * 1e-3 * _SHARE - spent_seconds
+        for level in sorted(set(self.levels) - {0}, key=self._ratio):
+            calls_ms = first.prefix_ms * self._ratio(level) * usual * (_REPEATS + 1)
+            bodies_ms = first.body_ms * self.batch * (_REPEATS + 1) if self.bodies else 0.0
+            if perf_counter() + loading_seconds + (calls_ms + bodies_ms) * 1e-3 > end:
                 break
-            known |= self._timed([level], images, usual, first)
+            # Level 0 again, in turn: what else the device does strikes both alike.
+            known |= self._timed([0, level] if len(known) == 1 else [level], images, usual, first)
+        first = known[0]
         best = min(known, key=lambda level: known[level].prefix_ms)
         # Level 0 too: it is what `best` has to beat, in calls of the size that suits it.
         both = sorted({0, best})
@@ -95,6 +100,27 @@ class CostProfiler:
             self._gather_ms(),
             0.0,
         )
+
+    def _first(self, images: np.ndarray, usual: int) -> tuple[LevelCost, float, float]:
+        """Time level 0 on the first chunk, whose features are kept for the run.
+
+        Returns its cost, what loading a level takes, and what was spent on measuring alone, both in
+        seconds.
+        """
+        loading = spent = prefix_ms = 0.0
+        if self.prefix:
+            loading = _seconds(lambda: self.executable.prefix(0, images[:1]))
+        begin = perf_counter()
+        features = self.executable.prefix(0, images[:usual])
+        if self.prefix:
+            prefix_ms = (perf_counter() - begin) * 1e3 / usual
+            self.kept[0, np.arange(usual).tobytes()] = features
+        begin = perf_counter()
+        if usual < self.batch:  # a mini-batch is more than a chunk
+            features = self.executable.prefix(0, images)
+        forward_ms, backward_ms = self._body_ms(0, features, repeats=1)
+        spent = perf_counter() - begin + prefix_ms * 1e-3
+        return LevelCost(prefix_ms, usual, forward_ms, backward_ms, True), loading, spent
 
     def _timed(
         self, levels: list[int], images: np.ndarray, chunk: int, shared: LevelCost | None
@@ -134,11 +160,13 @@ class CostProfiler:
         least = [min(times) * 1e3 / len(images) for times in zip(*rounds, strict=True)]
         return features, dict(zip(levels, least, strict=True))
 
-    def _body_ms(self, level: int, features: Arrays) -> tuple[float, float]:
+    def _body_ms(
+        self, level: int, features: Arrays, repeats: int = _REPEATS
+    ) -> tuple[float, float]:
         labels = self.labels[: self.batch]
         inputs = {name: value[: self.batch] for name, value in features.items()}
         forward, backward = [], []
-        for _ in range(1 + _REPEATS):
+        for _ in range(1 + repeats):
             forward.append(_seconds(lambda: self.executable.forward(level, inputs, labels)))
             backward.append(_seconds(self.executable.update))
         scale = 1e3 / len(labels)
@@ -171,6 +199,14 @@ class CostProfiler:
             first.backward_ms * body,
             measured=False,
         )
+
+
+def evened(chunk: int, count: int) -> int:
+    """Return the size of as few calls as `chunk` needs for `count` samples, all alike.
+
+    A short call is filled up to the size of the others: 40 samples are two calls of 20, not of 32.
+    """
+    return -(-count // -(-count // chunk))
 
 
 def _seconds(call: Callable[[], object]) -> float:

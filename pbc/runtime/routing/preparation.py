@@ -103,6 +103,7 @@ class Preparation:
             mixed,
             functools.partial(self._chunk, costs),
             padded=ahead,
+            made=context.made,
         )
         return Prepared(decisions, context.routes.floor, scheduler, features, not grouped, ahead)
 

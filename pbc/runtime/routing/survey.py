@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pbc.runtime.costs import Costs
+from pbc.runtime.costs import Costs, known_costs
 from pbc.runtime.routing.audit import Finding
 from pbc.runtime.routing.context import RunContext
-from pbc.runtime.routing.cost_profiler import CostProfiler
+from pbc.runtime.routing.cost_profiler import CostProfiler, evened
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.predictions import means, predict
+from pbc.util.processor import cores
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Survey:
         )
 
     def _costs(self) -> Costs:
+        """Return what the compiler measured on this very machine, or measure."""
+        context, options = self.context, self.context.options
+        known = known_costs(context.bundle.manifest)
+        # A call of the prefix, and a mini-batch, of other sizes take other times.
+        same = options.prefix_batch is None and context.batch == context.bundle.manifest["batch"]
+        if known is None or not same or options.threads not in (None, cores()):
+            return self._measured()
+        chunks = [evened(level.chunk, len(context.samples)) for level in known]
+        levels = [replace(level, chunk=chunk) for level, chunk in zip(known, chunks, strict=True)]
+        return Costs(tuple(levels), decode_ms=0.0, gather_ms=0.0, policy_ms=0.0)
+
+    def _measured(self) -> Costs:
         context, options, views = self.context, self.context.options, self.context.views
         prefix = context.bundle.has_prefix
         keeps = options.cache != "off" and prefix
@@ -77,6 +90,7 @@ class Survey:
             executable=context.executable,
             images=lambda count: views.images(views.rows(0, np.arange(count))),
             labels=context.samples.labels,
+            kept=context.made,
             ladder=context.ladder,
             levels=np.flatnonzero(context.routes.usable_ever()).tolist(),
             batch=min(context.batch, len(context.samples)),

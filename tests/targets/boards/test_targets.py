@@ -176,7 +176,7 @@ def test_the_host_is_read_from_this_machine() -> None:
     target = load_target("host")
     assert target.tags["cores"] == str(len(os.sched_getaffinity(0)))
     assert target.memory_bytes is not None
-    assert target.engine == "pytorch"
+    assert target.engine == "onnxruntime"
 
 
 def test_facts_are_read_only_and_go_into_the_manifest() -> None:
