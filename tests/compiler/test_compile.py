@@ -433,7 +433,7 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     options = CompileOptions(
         weights="random", shape=(3, 32, 32), levels=2, calibration=few, align_steps=6,
-        target="generic-arm64", without=("learn-policy",),
+        target="generic-arm64", engine="pytorch", without=("learn-policy",),
     )  # fmt: skip
     model = f"{examples / 'custom_model.py'}:factory"
     whole = compiler.compile(model, here / "whole.pbc", options)
