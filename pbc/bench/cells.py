@@ -24,7 +24,8 @@ FORMAT = 1
 class Cell:
     """One epoch of one rival and seed; epoch counts from 1, accuracy is the test set's, 0…1.
 
-    energy_joules: None where there is no meter.
+    energy_joules: None where there is no meter. marks: (seconds since the epoch began, accuracy)
+    inside the epoch. last: whether the rival was done with it, however many were planned.
     """
 
     rival: str
@@ -36,13 +37,16 @@ class Cell:
     loss: float
     accuracy: float
     energy_joules: float | None = None
+    marks: tuple[tuple[float, float], ...] = ()
+    last: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(row: Mapping[str, Any]) -> Cell:
-        return Cell(**{**row, "levels": tuple(row["levels"])})
+        marks = tuple((seconds, accuracy) for seconds, accuracy in row.get("marks", ()))
+        return Cell(**{**row, "levels": tuple(row["levels"]), "marks": marks})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pbc import plugins
 from pbc.bench.cells import Cell, EntryProgress, Work
 from pbc.bench.energy import EnergyMeter, NoMeter
 from pbc.bench.evaluator import Evaluator
+from pbc.bench.marks import FIRST_EPOCH, Marks
 from pbc.bench.rival import Rival, RivalSetting
 from pbc.data import Samples
 from pbc.errors import PbcError
@@ -66,11 +67,14 @@ class Outcome:
 class Entry:
     """A rival in the match of one seed, with its cells so far."""
 
-    def __init__(self, name: str, seed: int, rival: Rival, progress: EntryProgress) -> None:
+    def __init__(
+        self, name: str, seed: int, rival: Rival, progress: EntryProgress, marks: Marks
+    ) -> None:
         self.name = name
         self.seed = seed
         self.cells = list(progress.cells)
         self._rival = rival
+        self._marks = marks
         self._notes: list[str] = list((progress.facts or {}).get("notes", []))
         self._preparation_joules = 0.0
 
@@ -86,17 +90,29 @@ class Entry:
 
         Raises PbcError where the training has diverged: there is nothing to compare then.
         """
+        marking_joules = 0.0
+
+        def accuracy() -> float:
+            theta = self._rival.parameters()
+            return self._rival.evaluate(test) if theta is None else evaluator.accuracy(theta)
+
+        def marked() -> float:
+            nonlocal marking_joules
+            before = meter.joules()
+            found = accuracy()
+            marking_joules += meter.joules() - before
+            return found
+
+        self._marks.begin(() if self.cells else FIRST_EPOCH, marked)
         before = meter.joules()
         times = self._rival.run_epoch()
-        joules = meter.joules() - before + self._preparation_joules
+        joules = meter.joules() - before - marking_joules + self._preparation_joules
         self._preparation_joules = 0.0
         if not math.isfinite(times.loss):
             raise PbcError(
                 f"the loss of seed {self.seed}, epoch {len(self.cells) + 1} is {times.loss}; "
                 f"--lr-of {self.name}=X gives it a lower learning rate"
             )
-        theta = self._rival.parameters()
-        accuracy = self._rival.evaluate(test) if theta is None else evaluator.accuracy(theta)
         cell = Cell(
             self.name,
             self.seed,
@@ -105,11 +121,18 @@ class Entry:
             dict(times.stage_seconds),
             tuple(times.levels),
             times.loss,
-            accuracy,
+            accuracy(),
             None if isinstance(meter, NoMeter) else joules,
+            tuple(self._marks.found),
+            times.last,
         )
         self.cells.append(cell)
         return cell
+
+    @property
+    def done(self) -> bool:
+        """Return whether the rival wants no further epoch."""
+        return done(self.cells)
 
     def progress(self, last: bool) -> EntryProgress:
         """Return what is to be kept; after the last epoch the state is not needed."""
@@ -118,6 +141,11 @@ class Entry:
         # Those from before an interruption first; a rival that goes on need not tell them again.
         self._notes = list(dict.fromkeys([*self._notes, *facts.get("notes", [])]))
         return EntryProgress(tuple(self.cells), state, {**facts, "notes": self._notes})
+
+
+def done(cells: Sequence[Cell]) -> bool:
+    """Return whether a rival was done with the last of its cells."""
+    return bool(cells) and cells[-1].last
 
 
 def run_match(
@@ -149,12 +177,13 @@ def run_match(
         entries = []
         for name in plan.rivals:
             progress = known[name, seed]
-            if name in left_out or len(progress.cells) >= plan.epochs(name):
+            ran = len(progress.cells)
+            if name in left_out or ran >= plan.epochs(name) or done(progress.cells):
                 continue
             setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
             try:
                 rival: Rival = plugins.load(GROUP, name)(setting)
-                entry = Entry(name, seed, rival, progress)
+                entry = Entry(name, seed, rival, progress, setting.marks)
                 entry.prepare(progress, meter)
             except PbcError as error:
                 leave_out(name, error)
@@ -171,7 +200,7 @@ def run_match(
             turn = epoch % max(len(entries), 1)
             for entry in entries[turn:] + entries[:turn]:
                 wanted = plan.epochs(entry.name)
-                if len(entry.cells) != epoch or epoch >= wanted:
+                if len(entry.cells) != epoch or epoch >= wanted or entry.done:
                     continue
                 if entry.name in left_out:
                     continue
@@ -180,7 +209,7 @@ def run_match(
                 except PbcError as error:
                     leave_out(entry.name, error)
                     continue
-                progress = entry.progress(last=epoch + 1 == wanted)
+                progress = entry.progress(last=epoch + 1 == wanted or entry.done)
                 work.save(progress)
                 known[entry.name, seed] = progress
                 tell(cell_line(cell, plan))

@@ -28,6 +28,12 @@ def bench_notes(runtime: Runtime, ranked: Sequence[Standing], options: BenchOpti
         for standing in ranked
         if standing.extrapolated
     ]
+    if all(standing.to_reference is None for standing in ranked) and any(
+        standing.rival == REFERENCE for standing in ranked
+    ):
+        notes.append(
+            f"{REFERENCE} did not run all epochs, nor did pet-cache: no time to its final accuracy"
+        )
     if sweep.ships_means(runtime.bundle):
         notes.append(
             "the bundle's policy does not beat each level's mean fidelity on held-out images: "

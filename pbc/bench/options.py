@@ -9,7 +9,16 @@ from pathlib import Path
 from pbc.errors import UsageError
 from pbc.runtime.options import TrainOptions
 
-RIVALS = ("full", "pet", "pet-bf16", "pet-cache", "piebridge", "pbc-nocache", "pbc")
+RIVALS = (
+    "full",
+    "pet",
+    "pet-bf16",
+    "pet-cache",
+    "pet-cache-closed",
+    "piebridge",
+    "pbc-nocache",
+    "pbc",
+)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ rivals of a seed take turns, epoch by epoch, in one process; the match evaluates
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from pbc.bench.marks import Marks
 from pbc.data import Samples
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
@@ -31,6 +32,7 @@ class RivalSetting:
     folder: a scratch folder of this rival and seed.
     weights: the file of pretrained weights, where the bundle's provenance alone does not find it.
     torch_compile: whether PyTorch rivals may try torch.compile.
+    marks: asked by a rival after each mini-batch, to be evaluated inside an epoch.
     """
 
     runtime: Runtime
@@ -39,6 +41,7 @@ class RivalSetting:
     folder: Path
     weights: Path | None = None
     torch_compile: bool = True
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def batch(self) -> int:
@@ -61,12 +64,14 @@ class EpochTimes:
         epoch's include the preparation that training needs; loading and compiling code is none.
     stage_seconds: the same by stage (pbc.runtime.meter.STAGES).
     levels: samples per level. loss: mean over the samples, before the update of each one's batch.
+    last: whether the rival is done, however many epochs were planned.
     """
 
     seconds: float
     stage_seconds: dict[str, float]
     levels: tuple[int, ...]
     loss: float
+    last: bool = False
 
 
 class Rival(Protocol):

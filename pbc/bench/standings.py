@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pbc.bench.cells import Cell
 from pbc.bench.match import MatchPlan, Outcome
 
-BASELINES = ("pet", "pet-cache")
+BASELINES = ("pet", "pet-cache", "pet-cache-closed")
 REFERENCE = "pet"
+# Learns from the same features in the same order, and so as well as the reference.
+_TWIN = "pet-cache"
 FULL = "full"
 BUDGETS = (0.85, 0.90, 0.95, 0.99)
 _POINT = 0.01
@@ -39,12 +41,14 @@ class Reached:
     """Seconds until an accuracy was first reached, over the seeds that reached it.
 
     ratio: how much sooner than the reference by the same target; None where not both reached it.
+    faster: likewise than each baseline, over the seeds in which both did.
     """
 
     seconds: Spread | None
     seeds: int
     of_seeds: int
     ratio: Spread | None
+    faster: Mapping[str, Spread] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +56,7 @@ class Reached:
             "seeds": self.seeds,
             "of_seeds": self.of_seeds,
             "faster_than_reference": self.ratio and self.ratio.to_json(),
+            "faster_than": {name: ratio.to_json() for name, ratio in self.faster.items()},
         }
 
 
@@ -62,9 +67,11 @@ class Standing:
     seconds, joules: of all planned epochs; if it ran fewer (`epochs` of `planned`), as
     `total_seconds` extrapolates, and its accuracy is that of the epochs it ran. faster: ratio of
     seconds to each baseline, seed by seed. to_reference: until the reference's final accuracy − 0.5
-    point. budgets: until that share of full training's final accuracy. stages: share of time.
-    levels: visits per epoch and level, mean over seeds. curve: (seconds, accuracy) after each
-    epoch, means over seeds.
+    point, to_final: until that accuracy, to_best: until its best; None where the reference did not
+    run all its epochs. budgets: until that share of full training's final accuracy. stages:
+    share of time. levels: visits per epoch and level, mean over seeds. curve: (seconds, accuracy)
+    at each mark and after each epoch, means over seeds. done: whether it ended by itself before
+    the planned epochs.
     """
 
     rival: str
@@ -74,17 +81,20 @@ class Standing:
     seconds: Spread
     faster: Mapping[str, Spread]
     to_reference: Reached | None
+    to_final: Reached | None
+    to_best: Reached | None
     budgets: Mapping[float, Reached]
     stages: Mapping[str, float]
     levels: tuple[tuple[float, ...], ...]
     curve: tuple[tuple[float, float], ...]
     joules: Spread | None
     facts: Mapping[str, Any]
+    done: bool = False
 
     @property
     def extrapolated(self) -> bool:
         """Return whether its time is a projection."""
-        return self.epochs < self.planned
+        return self.epochs < self.planned and not self.done
 
     @property
     def label(self) -> str:
@@ -103,6 +113,8 @@ class Standing:
             "seconds": self.seconds.to_json(),
             "faster_than": {name: ratio.to_json() for name, ratio in self.faster.items()},
             "to_reference": self.to_reference and self.to_reference.to_json(),
+            "to_reference_final": self.to_final and self.to_final.to_json(),
+            "to_reference_best": self.to_best and self.to_best.to_json(),
             "accuracy_budgets": {
                 f"{share:g}": reached.to_json() for share, reached in self.budgets.items()
             },
@@ -138,13 +150,18 @@ def standings_of(
 
 def total_seconds(run: Sequence[Cell], planned: int) -> float:
     """Return the seconds of a whole run: those of the epochs it has, scaled to the planned ones."""
-    return _whole([cell.seconds for cell in run], planned)
+    return _whole([cell.seconds for cell in run], _wanted(run, planned))
 
 
 def total_joules(run: Sequence[Cell], planned: int) -> float | None:
     """Return the joules of a whole run, scaled as its seconds are; None if one was not metered."""
     joules = [cell.energy_joules for cell in run if cell.energy_joules is not None]
-    return _whole(joules, planned) if len(joules) == len(run) else None
+    return _whole(joules, _wanted(run, planned)) if len(joules) == len(run) else None
+
+
+def _wanted(run: Sequence[Cell], planned: int) -> int:
+    """Return how many epochs a run has in all: those it has where it ended by itself."""
+    return len(run) if run[-1].last else planned
 
 
 def _whole(per_epoch: Sequence[float], planned: int) -> float:
@@ -154,13 +171,18 @@ def _whole(per_epoch: Sequence[float], planned: int) -> float:
 
 
 def seconds_until(run: Sequence[Cell], accuracy: float) -> float | None:
-    """Return the seconds after the first epoch that reached an accuracy; None if none did."""
-    spent = 0.0
+    """Return the seconds until the first mark or epoch's end at an accuracy; None if none was."""
+    return next((spent for spent, found in _points(run) if found >= accuracy - 1e-12), None)
+
+
+def _points(run: Sequence[Cell]) -> list[tuple[float, float]]:
+    """Return (seconds, accuracy) at every mark and epoch's end of a run."""
+    points, spent = [], 0.0
     for cell in run:
+        points += [(spent + seconds, accuracy) for seconds, accuracy in cell.marks]
         spent += cell.seconds
-        if cell.accuracy >= accuracy - 1e-12:
-            return spent
-    return None
+        points.append((spent, cell.accuracy))
+    return points
 
 
 def _standing(
@@ -189,23 +211,44 @@ def _standing(
         accuracy=Spread.of([run[-1].accuracy for run in mine]),
         seconds=Spread.of(seconds),
         faster=faster,
-        to_reference=_to_reference(mine, runs),
+        to_reference=_to_reference(mine, planned, runs, -0.5 * _POINT),
+        to_final=_to_reference(mine, planned, runs, 0.0),
+        to_best=_to_reference(mine, planned, runs, None),
         budgets=_budgets(mine, runs),
         stages=_stages(mine),
         levels=_levels(mine),
         curve=_curve(mine),
         joules=Spread.of(joules) if len(joules) == len(mine) else None,
         facts=facts,
+        done=mine[0][-1].last,
     )
 
 
 def _to_reference(
-    mine: Sequence[Sequence[Cell]], runs: Mapping[str, Sequence[Sequence[Cell]]]
+    mine: Sequence[Sequence[Cell]],
+    planned: int,
+    runs: Mapping[str, Sequence[Sequence[Cell]]],
+    margin: float | None,
 ) -> Reached | None:
-    if REFERENCE not in runs:
+    """Return when the reference's final accuracy plus a margin was reached; None: its best.
+
+    Two epochs of twelve say nothing about a final accuracy: then its twin's counts, or nothing.
+    """
+    names = (name for name in (REFERENCE, _TWIN) if name in runs)
+    known = next((runs[name] for name in names if len(runs[name][0]) >= planned), None)
+    if known is None:
         return None
-    targets = [run[-1].accuracy - 0.5 * _POINT for run in runs[REFERENCE]]
-    return _reached(mine, runs[REFERENCE], targets)
+    if margin is None:
+        targets = [max(accuracy for _, accuracy in _points(run)) for run in known]
+    else:
+        targets = [run[-1].accuracy + margin for run in known]
+    found = _reached(mine, runs.get(REFERENCE, known), targets)
+    faster = {
+        name: ratio
+        for name in BASELINES
+        if name in runs and (ratio := _reached(mine, runs[name], targets).ratio) is not None
+    }
+    return replace(found, faster=faster, ratio=found.ratio if REFERENCE in runs else None)
 
 
 def _budgets(
@@ -261,9 +304,10 @@ def _levels(runs: Sequence[Sequence[Cell]]) -> tuple[tuple[float, ...], ...]:
 
 
 def _curve(runs: Sequence[Sequence[Cell]]) -> tuple[tuple[float, float], ...]:
-    points, spent = [], [0.0] * len(runs)
-    for epoch in zip(*runs, strict=True):
-        spent = [before + cell.seconds for before, cell in zip(spent, epoch, strict=True)]
-        accuracy = statistics.fmean(cell.accuracy for cell in epoch)
-        points.append((statistics.fmean(spent), accuracy))
-    return tuple(points)
+    return tuple(
+        (
+            statistics.fmean(seconds for seconds, _ in moment),
+            statistics.fmean(accuracy for _, accuracy in moment),
+        )
+        for moment in zip(*map(_points, runs), strict=False)
+    )

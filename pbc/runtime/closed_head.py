@@ -50,7 +50,8 @@ class ClosedHead:
         self._theta = dict(theta)
         self._objective = options.objective
         self._statistics = ClassStatistics(classes, inputs.width, options.seed)
-        self._next = max(_FIRST, 2 * classes)
+        self._classes = classes
+        self._next = next_head(0, classes)
 
     @classmethod
     def find(
@@ -117,8 +118,7 @@ class ClosedHead:
         """Start the executable with these parameters, as they are until the next head."""
         self._theta = dict(theta)
         self._executable.start(self._theta, self._objective)
-        while self.due:
-            self._next = int(self._next * _GROWTH)
+        self._next = next_head(self._statistics.count, self._classes)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the sums, for a checkpoint; none before the first sample."""
@@ -128,6 +128,14 @@ class ClosedHead:
         """Continue from what `state` returned."""
         if state:
             self._statistics.load_state(state)
+
+
+def next_head(count: int, classes: int) -> int:
+    """Return at how many samples the next head for the time being is made, after `count`."""
+    wanted = max(_FIRST, 2 * classes)
+    while wanted <= count:
+        wanted = int(wanted * _GROWTH)
+    return wanted
 
 
 def told(head: Head) -> str:

@@ -119,6 +119,15 @@ class Trainer:
         """Return what the next epoch's report will count already, by stage."""
         return dict(self._meter.seconds)
 
+    @contextmanager
+    def unmeasured(self) -> Iterator[None]:
+        """Do what is not the run's own, between two steps: its time belongs to no stage."""
+        self._meter.lap("bookkeeping")
+        try:
+            yield
+        finally:
+            self._meter.restart()
+
     def parameters(self) -> dict[str, np.ndarray]:
         """Return a copy of the trainable parameters as they are now, in f32."""
         return self._executable.parameters()

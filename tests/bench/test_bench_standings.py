@@ -106,6 +106,62 @@ def test_time_to_the_reference_allows_half_a_point() -> None:
     assert cache.seconds.values == (12.0, 12.0)
 
 
+def marked(rival: str, marks: Sequence[Epoch], *epochs: Epoch, last: bool = False) -> list[Cell]:
+    first, *others = run(rival, 0, epochs)
+    cells = [replace(first, marks=tuple(marks)), *others]
+    return [*cells[:-1], replace(cells[-1], last=last)]
+
+
+def test_marks_inside_an_epoch_tell_when_an_accuracy_was_reached() -> None:
+    cells = marked("pbc", [(1.0, 0.3), (3.0, 0.7)], (4.0, 0.6), (2.0, 0.8))
+    assert seconds_until(cells, 0.3) == 1.0
+    assert seconds_until(cells, 0.65) == 3.0
+    assert seconds_until(cells, 0.75) == 6.0
+    assert seconds_until(cells, 0.9) is None
+    (standing,) = standings_of(2, {"pbc": [cells]}, {})
+    assert standing.curve == ((1.0, 0.3), (3.0, 0.7), (4.0, 0.6), (6.0, 0.8))
+
+
+def test_the_clock_counts_to_the_final_and_the_best_accuracy_of_pet() -> None:
+    runs = {
+        "pet": [marked("pet", [(5.0, 0.697)], (10.0, 0.72), (10.0, 0.70))],
+        "pet-cache-closed": [marked("pet-cache-closed", [(2.0, 0.69)], (4.0, 0.71), last=True)],
+        "pbc": [marked("pbc", [(1.0, 0.696)], (2.0, 0.73), last=True)],
+    }
+    found = {standing.rival: standing for standing in standings_of(2, runs, {})}
+    pbc = found["pbc"]
+    assert pbc.to_reference is not None
+    assert pbc.to_final is not None
+    assert pbc.to_best is not None
+    assert pbc.to_reference.faster["pet"].mean == 5.0
+    assert pbc.to_reference.faster["pet-cache-closed"].mean == 4.0
+    assert [at.seconds and at.seconds.mean for at in (pbc.to_final, pbc.to_best)] == [2.0, 2.0]
+    closed = found["pet-cache-closed"].to_best
+    assert closed is not None
+    assert (closed.seconds, closed.seeds) == (None, 0)
+
+
+def test_a_final_accuracy_takes_all_epochs() -> None:
+    runs = {
+        "pet": [run("pet", 0, [(10.0, 0.5)])],
+        "pbc": [run("pbc", 0, [(1.0, 0.6), (1.0, 0.8), (1.0, 0.8)])],
+    }
+    assert all(s.to_reference is None for s in standings_of(3, runs, {}))
+    twin = {"pet-cache": [run("pet-cache", 0, [(5.0, 0.5), (1.0, 0.6), (1.0, 0.7)])]}
+    found = {standing.rival: standing for standing in standings_of(3, {**runs, **twin}, {})}
+    reached = found["pbc"].to_reference
+    assert reached is not None
+    assert reached.seconds == Spread.of([2.0])
+    assert reached.faster["pet-cache"].mean == 3.5
+    assert "pet" not in reached.faster  # it did not get there in the epochs it ran
+
+
+def test_who_ended_early_is_not_extrapolated() -> None:
+    (standing,) = standings_of(12, {"pbc": [marked("pbc", [], (4.0, 0.7), last=True)]}, {})
+    assert standing.seconds.mean == 4.0
+    assert standing.label == "pbc"
+
+
 def test_few_epochs_are_extrapolated_and_it_is_said() -> None:
     full = ranked()["full"]
     assert full.extrapolated
@@ -169,9 +225,17 @@ def test_the_headline_has_spreads_and_what_was_never_reached() -> None:
     rows = {row[0]: row for row in tables.headline(results())}
     pbc = rows["pbc"]
     assert pbc[1:5] == ["68.8 ± 4.0 %", "6.00 ± 0.00 s", "5.50 ± 0.71x", "2.00 ± 0.00x"]
-    assert pbc[5] == "6.00 s (5.00x, 1 of 2 seeds)"
-    assert pbc[6] == "1.0 MiB"
-    assert rows["pet"][6] == "-"
+    assert pbc[5] == "1.0 MiB"
+    assert rows["pet"][5] == "-"
+
+
+def test_the_first_table_is_the_clock() -> None:
+    header, *rows = tables.clock(results())
+    assert header == ["time to pet's accuracy − 0.5", "time", "pet = 1", "pet-cache = 1", "− 0",
+                      "its best"]  # fmt: skip
+    found = {row[0]: row[1:] for row in rows}
+    assert found["pbc"] == ["6.00 s (1 of 2 seeds)", "5.00x", "2.00x", "never", "never"]
+    assert found["pet"][0] == "33.0 ± 4.2 s"
 
 
 def test_the_report_shows_everything_and_escapes_it() -> None:

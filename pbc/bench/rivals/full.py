@@ -48,7 +48,7 @@ class Full:
     def run_epoch(self) -> EpochTimes:
         setting, meter = self._setting, self._meter
         before = dict(meter.seconds)
-        total, count = 0.0, 0
+        total, count, seen = 0.0, 0, 0
         batches = order.batches(
             len(setting.samples), setting.batch, setting.options.seed, self._epoch
         )
@@ -72,6 +72,12 @@ class Full:
                 loss.backward()
                 self._optimizer.step()
                 meter.lap("backward")
+                seen += len(indices)
+                if setting.marks.due(seen / len(setting.samples)):
+                    spent_seconds = meter.total_seconds() - sum(before.values())
+                    setting.marks.take(seen / len(setting.samples), spent_seconds)
+                    self._module.train()
+                    meter.restart()
         self._epoch += 1
         spent = {stage: seconds - before[stage] for stage, seconds in meter.seconds.items()}
         return EpochTimes(sum(spent.values()), spent, (count,), total / max(count, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.data import Samples
-from pbc.runtime.events import Event, Note
+from pbc.runtime.events import Event, Note, StepReport
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.output.folder import Output
 from pbc.util.atomic import replace_bytes
@@ -19,10 +20,11 @@ from pbc.util.atomic import replace_bytes
 class Pbc:
     """pbc with its defaults: its own scheduler, the feature cache on."""
 
-    changes: ClassVar[dict[str, Any]] = {}
+    changes: ClassVar[dict[str, Any]] = {"head": "auto"}
 
     def __init__(self, setting: RivalSetting) -> None:
         options = dataclasses.replace(setting.options, **self.changes)
+        self._marks, self._samples = setting.marks, len(setting.samples)
         self._checkpoint: Path = Output(setting.folder).checkpoint
         self._notes: list[str] = []
         self._trainer = setting.runtime.trainer(
@@ -40,12 +42,10 @@ class Pbc:
 
     def run_epoch(self) -> EpochTimes:
         report = self._trainer.run_epoch()
-        spent = {
-            stage: max(0.0, seconds - self._uncounted.get(stage, 0.0))
-            for stage, seconds in report.stage_seconds.items()
-        }
+        spent = self._counted(report.stage_seconds)
         self._uncounted = {}
-        return EpochTimes(sum(spent.values()), spent, report.levels, report.loss)
+        last = self._trainer.finished
+        return EpochTimes(sum(spent.values()), spent, report.levels, report.loss, last)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return self._trainer.parameters()
@@ -68,18 +68,28 @@ class Pbc:
     def facts(self) -> dict[str, Any]:
         return {"notes": self._notes, "cache_bytes": self._trainer.cache_bytes}
 
+    def _counted(self, stage_seconds: Mapping[str, float]) -> dict[str, float]:
+        return {
+            stage: max(0.0, seconds - self._uncounted.get(stage, 0.0))
+            for stage, seconds in stage_seconds.items()
+        }
+
     def _saved(self) -> Checkpoint:
         return Checkpoint.load(self._checkpoint)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Note):
             self._notes.append(event.text)
+        elif isinstance(event, StepReport) and self._marks.due(event.samples / self._samples):
+            with self._trainer.unmeasured():
+                seconds = sum(self._counted(self._trainer.stage_seconds).values())
+                self._marks.take(event.samples / self._samples, seconds)
 
 
 class PbcNoCache(Pbc):
     """pbc with its defaults, the feature cache off."""
 
-    changes: ClassVar[dict[str, Any]] = {"cache": "off"}
+    changes: ClassVar[dict[str, Any]] = {"cache": "off", "head": "auto"}
 
 
 class PieBridge(Pbc):
