@@ -42,6 +42,8 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
 @click.option("--lr", type=float, help="Learning rate of all rivals.  [default: tuned for PET]")
 @objective_options
+@click.option("--head", default="auto", show_default=True,
+              help="Of pbc and pbc-nocache: auto, closed or sgd; see pbc train.")  # fmt: skip
 @click.option("--threads", type=int, help="Threads of every rival.  [default: the engine's choice]")
 @click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
 @click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")

@@ -20,7 +20,7 @@ from pbc.util.atomic import replace_bytes
 class Pbc:
     """pbc with its defaults: its own scheduler, the feature cache on."""
 
-    changes: ClassVar[dict[str, Any]] = {"head": "auto"}
+    changes: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, setting: RivalSetting) -> None:
         options = dataclasses.replace(setting.options, **self.changes)
@@ -89,7 +89,7 @@ class Pbc:
 class PbcNoCache(Pbc):
     """pbc with its defaults, the feature cache off."""
 
-    changes: ClassVar[dict[str, Any]] = {"cache": "off", "head": "auto"}
+    changes: ClassVar[dict[str, Any]] = {"cache": "off"}
 
 
 class PieBridge(Pbc):
@@ -97,6 +97,7 @@ class PieBridge(Pbc):
 
     changes: ClassVar[dict[str, Any]] = {
         "scheduler": "piebridge",
+        "head": "sgd",
         "cache": "off",
         "routing": True,
         "skip": True,
