@@ -16,6 +16,7 @@ from pbc.data import labelled
 from pbc.data.spec import RESIZES
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.frontend import models
+from pbc.frontend.origin import Origin
 from pbc.frontend.start import begin
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
@@ -141,7 +142,8 @@ def compile(model: str, output: Path | str, options: CompileOptions = CompileOpt
         work = output.with_name(f".{output.name}.work")
         program = lowered(start(model, options, work), options)
         if parallel.rank() == 0:
-            write(output, *package(program), as_folder=options.folder)
+            bundle = write(output, *package(program), as_folder=options.folder)
+            Origin.of(bundle.digest, model, options.weights).save(output)
             clear(work)
         parallel.wait()
         return Bundle.open(output)

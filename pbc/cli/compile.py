@@ -20,6 +20,7 @@ from pbc.cli.inspect import show_blocks, show_levels
 from pbc.cli.stages import StageLines
 from pbc.data import InputSpec
 from pbc.errors import UsageError
+from pbc.frontend.origin import nameless
 from pbc.util.interrupt import interrupted_by_sigterm
 from pbc.util.progress import reporting_to, telling
 from pbc.util.sizes import size_text
@@ -149,7 +150,7 @@ def compile(
     chosen = compiler.CompileOptions(
         shape=None if shape is None else parse_shape(shape),
         axes=tuple(filter(None, axes.split(","))),
-        command=shlex.join(["pbc", *sys.argv[1:]]),
+        command=shlex.join(["pbc", *nameless(sys.argv[1:])]),
         **options,
     )
     if output is None:

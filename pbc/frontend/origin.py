@@ -1,7 +1,7 @@
 """Where a bundle's model came from on the machine that compiled it: kept there, never shipped.
 
-A bundle names the files that it was made from, and their digests. Their folders say who compiled it, and
-of which photos, and are nobody else's affair.
+A bundle names the files that it was made from, and their digests. Their folders say who compiled
+it, and of which photos, and are nobody else's affair.
 """
 
 from __future__ import annotations
@@ -72,15 +72,16 @@ def nameless(words: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if before in _HIDDEN:
             told.append(_HIDDEN[before])
-        elif option in _HIDDEN:
+        elif equals and option in _HIDDEN:
             told.append(f"{option}={_HIDDEN[option]}")
         else:
-            told.append(f"{option}{equals}{_without_folder(value)}")
+            told.append(f"{option}{equals}{without_folder(value)}")
         before = word
     return told
 
 
-def _without_folder(word: str) -> str:
+def without_folder(word: str) -> str:
+    """Return a path's last part; words that are no path, as a zoo's names, stay."""
     if word.startswith(_ZOOS) or (os.sep not in word and not word.startswith("~")):
         return word
     name, at_equals, place = word.rpartition("=")  # NAME=PATH

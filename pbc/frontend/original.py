@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from pbc.bundle import Bundle, trust
 from pbc.errors import PbcError
 from pbc.frontend import head, models, start, strategy
+from pbc.frontend.origin import Origin, search_path, weights_named
 from pbc.ir.graph import PARAMETER, placeholders
 from pbc.ir.program import Request
 from pbc.ir.rewrite import tensors_to_inputs
@@ -124,33 +124,25 @@ def _source(bundle: Bundle, weights: Path | None) -> models.Source:
     named, digest = known["weights"], known["weights_sha256"]
     if models.is_program(known["model"]) and trust.configured() is None:
         trust.refuse_unvouched(f"{bundle.path} would be rebuilt by the program {known['model']!r}")
+    origin = Origin.load(bundle.path, bundle.digest)
+    model = origin.model or known["model"]
     if digest is None:
-        return models.load(known["model"], named, _shape(bundle), known["seed"])
-    refused = f"no file {named} was found"
-    for path in _candidates(bundle, weights):
-        if path.is_file():
-            source = models.load(known["model"], str(path), _shape(bundle), known["seed"])
-            if source.weights_sha256 == digest:
-                return source
-            refused = f"{path} holds other weights"
+        return models.load(model, named, _shape(bundle), known["seed"])
+    places = [weights] if weights is not None else _places(bundle, origin)
+    for path in weights_named(named, digest, places):
+        return models.load(model, str(path), _shape(bundle), known["seed"])
+    there = weights is not None and weights.is_file()
+    refused = f"{weights} holds other weights" if there else f"no file {named} was found"
     raise PbcError(
         f"{known['model']} cannot be rebuilt: {refused}; "
         f"--weights names the file {named} that the bundle was compiled from"
     )
 
 
-def _candidates(bundle: Bundle, weights: Path | None) -> Iterator[Path]:
-    """Yield where the weights may be: as told, as at compile time, beside the bundle."""
-    if weights is not None:
-        yield weights
-        return
-    words = shlex.split(bundle.manifest["provenance"].get("command", ""))
-    for index, word in enumerate(words):
-        if word == "--weights" and index + 1 < len(words):
-            yield Path(words[index + 1])
-        elif word.startswith("--weights="):
-            yield Path(word.partition("=")[2])
-    yield bundle.path.parent / bundle.manifest["provenance"]["weights"]
+def _places(bundle: Bundle, origin: Origin) -> list[Path]:
+    """Return where the weights may be: the search path, where they were, beside the bundle."""
+    before = [Path(origin.weights)] if origin.weights else []
+    return [*search_path(), *before, bundle.path.parent]
 
 
 def without_gradient(call: Call, bfloat16: bool) -> Call:

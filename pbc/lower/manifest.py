@@ -11,6 +11,7 @@ import torch
 
 import pbc
 from pbc.bundle.requires import told_apart
+from pbc.frontend.origin import without_folder
 from pbc.ir.dims import Dims
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import ladder
@@ -42,7 +43,7 @@ def manifest(
     levels = ladder(program.levels, program.cost_model)
     versions, by_hand = told_apart(requires)
     return {
-        "model": network.name,
+        "model": without_folder(network.name),
         "strategy": request.strategy,
         "engine": request.engine,
         "target": request.target.to_json(),
@@ -81,7 +82,7 @@ def manifest(
             "pbc": pbc.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
-            "model": network.name,
+            "model": without_folder(network.name),
             "weights": network.weights,
             "weights_sha256": network.weights_sha256,
             "command": request.command,

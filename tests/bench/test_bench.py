@@ -98,6 +98,12 @@ def test_every_cell_is_in_the_json_and_in_the_log(match: Path) -> None:
         assert cell["seconds"] == pytest.approx(sum(cell["stage_seconds"].values()))
         assert 0 <= cell["accuracy"] <= 1
         assert sum(cell["levels"]) <= 30
+        reached = [seconds for seconds, _ in cell["marks"]]
+        assert reached == sorted(reached)
+        assert all(0 < seconds <= cell["seconds"] for seconds in reached)
+        assert not reached or cell["epoch"] == 1
+    marked = {cell["rival"] for cell in cells if cell["marks"]}
+    assert marked >= {"full", "pet", "pet-cache", "pbc"}
 
 
 def test_the_tables_say_what_is_extrapolated(match: Path) -> None:
@@ -139,7 +145,10 @@ def test_the_report_is_one_file(match: Path) -> None:
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("<svg") >= 3
     assert "prefers-color-scheme: dark" in page
-    for section in ("Results", "Accuracy over time", "Routing", "Where the time goes", "Notes"):
+    for section in (
+        "Time to an accuracy", "Whole runs", "Accuracy over time", "Routing",
+        "Where the time goes", "Notes",
+    ):  # fmt: skip
         assert f"<h2>{section}" in page
 
 
@@ -175,7 +184,7 @@ def test_a_resumed_bench_ends_like_an_undisturbed_one(
     lines: list[str] = []
     resumed = compare(bundle, assets / "photos", options(assets, resume=True), work, lines.append)
     assert learnt(resumed) == learnt(undisturbed)
-    assert sum(line.startswith("seed ") for line in lines) == 42 - cells
+    assert sum(line.startswith("seed ") for line in lines) == 44 - cells
 
 
 def test_a_resumed_bench_counts_no_preparation_twice(

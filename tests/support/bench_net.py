@@ -44,7 +44,7 @@ def photos(root: Path) -> Path:
 
 def compiled(folder: Path, strategy: str = "linear-probe", levels: int = 0) -> Bundle:
     """Compile the network with random weights; with `levels` also align, on a few photos."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     source = folder / "bench_example_net.py"
     source.write_text(SOURCE)
     calibration = tiny.photos(folder / "calibration", 20, seed=2) if levels else None
