@@ -8,7 +8,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,12 +130,14 @@ class ImageFolder:
         held_out: bool = False,
         strict: bool = False,
         ram_bytes: int = 1 << 30,
+        known: Collection[bytes] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Samples:
         """Read and decode every image once; what cannot be read is skipped, or stops if `strict`.
 
         Of a data set in parts (train/ and val/), the part to train on is read or, if `held_out`,
         the other one; see `layout.classes`.
+        known: sha256 of photos that could be decoded before; they are when somebody asks for them.
         `progress` is called with (done, total) images before the first one and after each.
         """
         listing = layout.listed(Path(path))
@@ -150,7 +152,9 @@ class ImageFolder:
             ),
             note=found.note,
         )
-        samples = _load(listing, names, labels, classes, spec, account, strict, ram_bytes, progress)
+        samples = _load(
+            listing, names, labels, classes, spec, account, strict, ram_bytes, known, progress
+        )
         alive = np.bincount(samples.labels, minlength=len(classes))
         if not alive.all():
             lost = classes[int(alive.argmin())]
@@ -179,7 +183,7 @@ def images(
         names = [names[index] for index in np.linspace(0, len(names) - 1, limit).astype(int)]
     labels = [UNLABELLED] * len(names)
     account = Inventory(ignored=tuple(listing.ignored))
-    return _load(listing, names, labels, (), spec, account, strict, ram_bytes, progress)
+    return _load(listing, names, labels, (), spec, account, strict, ram_bytes, (), progress)
 
 
 def read_image(path: Path | str, spec: InputSpec) -> np.ndarray:
@@ -208,6 +212,7 @@ def _load(
     account: Inventory,
     strict: bool,
     ram_bytes: int,
+    known: Collection[bytes],
     progress: Callable[[int, int], None] | None,
 ) -> Samples:
     """Decode `names` on all cores, drop what cannot be, keep what fits in `ram_bytes`."""
@@ -225,11 +230,12 @@ def _load(
             printable(f"{broken[0][0]} of {listing.root} cannot be read: {broken[0][1]}")
         )
 
-    def load(name: str) -> tuple[bytes, Photo] | Exception:
+    def load(name: str) -> tuple[bytes, Photo | None] | Exception:
         try:
             with FILES.held(listing.size_bytes(name)):
                 data = listing.read(name)
-                return hashlib.sha256(data).digest(), spec.photo(data, name)
+                content = hashlib.sha256(data).digest()
+                return content, None if content in known else spec.photo(data, name)
         except Exception as error:  # zipfile raises nearly anything on a damaged entry
             return error
 
@@ -246,8 +252,11 @@ def _load(
             (unsupported if foreign else broken).append((names[index], _reason(result)))
             continue
         content, photo = result
-        remarks.update(photo.remarks)
-        if len(alive) < capacity:
+        if photo is None:  # the first ones alone are in memory, so none after it is
+            capacity = min(capacity, len(alive))
+        else:
+            remarks.update(photo.remarks)
+        if photo is not None and len(alive) < capacity:
             decoded[len(alive)] = photo.pixels
         hashes.append(content)
         alive.append(index)
@@ -268,7 +277,7 @@ def _load(
         classes,
         tuple(hashes),
         account,
-        decoded[: len(alive)],
+        decoded[: min(capacity, len(alive))],
         listing.read,
         str(listing.root),
     )
@@ -281,8 +290,8 @@ def _reason(error: Exception) -> str:
 
 
 def _ordered_map(
-    load: Callable[[str], tuple[bytes, Photo] | Exception], names: Sequence[str]
-) -> Iterable[tuple[bytes, Photo] | Exception]:
+    load: Callable[[str], tuple[bytes, Photo | None] | Exception], names: Sequence[str]
+) -> Iterable[tuple[bytes, Photo | None] | Exception]:
     """Map on all cores (PIL and hashlib release the GIL), holding only a window of results."""
     window = 256
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

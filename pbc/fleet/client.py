@@ -83,15 +83,39 @@ def open_client(
     runtime = Runtime.open(bundle)
     classes = numbered_classes(runtime.bundle, terms.classes)
     terms.check(runtime.bundle, classes, options.fidelity_floor)
-    samples = ImageFolder.open(photos, runtime.spec)
     output = Output(Path(out))
-    output.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    output.fleet.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = _Known(output.fleet / "photos.sha256", runtime.spec.hash())
+    samples = ImageFolder.open(photos, runtime.spec, known=known.read())
     trainer = runtime.trainer(samples, options, output.root, classes=classes)
     try:
         trainer.prepare(resume=output.checkpoint.exists())
     except PbcError as error:
         raise PbcError(f"{error} (this device's state is in {output.root})") from error
     output.adopt(runtime.bundle)
-    kept = output.root / "unsent.f32"
+    known.write(samples.hashes if trainer.all_cached else ())
+    kept = output.fleet / "unsent.f32"
     learner = TrainerLearner(trainer, len(samples))
     return Client(runtime.bundle, classes, learner, options.fidelity_floor, kept=kept)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Photos whose features are all cached, by content: none has to be decoded at the next start.
+
+    spec: the hash of what they were decoded to.
+    """
+
+    path: Path
+    spec: str
+
+    def read(self) -> frozenset[bytes]:
+        if not self.path.exists():
+            return frozenset()
+        spec, _, hashes = self.path.read_bytes().partition(b"\n")
+        if spec != self.spec.encode():
+            return frozenset()
+        return frozenset(hashes[i : i + 32] for i in range(0, len(hashes), 32))
+
+    def write(self, hashes: Sequence[bytes]) -> None:
+        replace_bytes(self.path, self.spec.encode() + b"\n" + b"".join(hashes))

@@ -115,6 +115,12 @@ class Trainer:
         return 0 if cache is None else cache.size_bytes
 
     @property
+    def all_cached(self) -> bool:
+        """Return whether the cache has a row for every view of every sample; once prepared."""
+        cache = self._run.features.cache
+        return cache is not None and cache.complete
+
+    @property
     def stage_seconds(self) -> dict[str, float]:
         """Return what the next epoch's report will count already, by stage."""
         return dict(self._meter.seconds)
@@ -184,7 +190,8 @@ class Trainer:
             with self._reading_checkpoint():
                 self._executable.load_optimizer_state(_finite(checkpoint.part("optimizer")))
         self._metrics.rewind(self.epoch)
-        if not self.finished:
+        # No total of epochs bounds rounds: who is driven by them goes on with what is cached.
+        if not self.finished or self._state.rounds:
             self._run = preparation.fill(self._run)
             self._epochs = self._run.scheduler.epochs
         if self._closed is not None:

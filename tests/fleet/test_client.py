@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from pbc.data import ImageFolder
+from pbc.data import ImageFolder, InputSpec
+from pbc.data.decoding import Photo
 from pbc.errors import PbcError, UsageError
 from pbc.fleet.client import Client, open_client
 from pbc.fleet.learner import TableLearner, towards
@@ -45,6 +46,10 @@ class Fleet:
         return open_client(
             self.root / "m.pbc", self.root / "photos", self.root / out, terms, self.options
         )
+
+    def hashes(self) -> list[bytes]:
+        kept = (self.root / "out" / "fleet" / "photos.sha256").read_bytes().partition(b"\n")[2]
+        return [kept[i : i + 32] for i in range(0, len(kept), 32)]
 
     def simulated(self) -> Client:
         samples = ImageFolder.open(self.root / "photos", self.runtime.spec)
@@ -105,7 +110,35 @@ def test_a_device_that_comes_back_has_its_momentum_and_what_it_did_not_send(flee
     ]
     assert all(np.array_equal(a, b) for a, b in zip(rounds, again, strict=True))
     assert np.count_nonzero(rounds[0]) == 3
-    assert (fleet.root / "leaving" / "unsent.f32").stat().st_size == 4 * 27
+    assert (fleet.root / "leaving" / "fleet" / "unsent.f32").stat().st_size == 4 * 27
+
+
+def test_a_device_that_comes_back_decodes_no_photo_that_is_cached(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.device().answer(fleet.theta, fleet.terms)
+    decoded: list[str] = []
+    photo = InputSpec.photo
+
+    def counted(self: InputSpec, data: bytes, name: str = "") -> Photo:
+        decoded.append(name)
+        return photo(self, data, name)
+
+    monkeypatch.setattr(InputSpec, "photo", counted)
+    fleet.device().answer(fleet.theta, fleet.terms)
+    assert not decoded
+    # A new one is decoded, and shifts no other.
+    image = fleet.root / "photos" / "green" / "003a.png"
+    tiny.photos(fleet.root / "more", 1, seed=5, classes=["green"])
+    (fleet.root / "more" / "green" / "000.png").rename(image)
+    samples = ImageFolder.open(
+        fleet.root / "photos", fleet.runtime.spec, known=frozenset(fleet.hashes())
+    )
+    assert decoded == ["green/003a.png"]
+    plain = ImageFolder.open(fleet.root / "photos", fleet.runtime.spec)
+    everybody = np.arange(len(plain))
+    assert np.array_equal(samples.batch(everybody), plain.batch(everybody))
+    assert samples.hashes == plain.hashes
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,11 @@ class Output:
         return self.root / "cache"
 
     @property
+    def fleet(self) -> Path:
+        """Folder of what a device of a fleet keeps beside its checkpoint."""
+        return self.root / "fleet"
+
+    @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard's event files."""
         return self.root / "tensorboard"
@@ -171,7 +176,14 @@ class Output:
 
     def forget(self, *, model: bool) -> list[Path]:
         """Remove what was derived from the user's photos, the model too if asked; say what."""
-        private = [self.cache, self.checkpoint, self.metrics, self.validation, self.tensorboard]
+        private = [
+            self.cache,
+            self.fleet,
+            self.checkpoint,
+            self.metrics,
+            self.validation,
+            self.tensorboard,
+        ]
         kept = [self.model, self.trainable, self.bundle, self.costs, self.root / ".lock"]
         wanted = [*private, *(kept if model else ())]
         gone = [path for path in wanted if path.exists()]
