@@ -164,6 +164,13 @@ def _check_rows(name: str, module: nn.Module, images: Tensor, logits: Tensor) ->
     error = _relative(alone, logits[:1], 1.0)
     # Where an image lies in its batch may decide how its products are added up.
     if not error <= 10 * TOLERANCE:
+        with torch.no_grad():
+            again = module(images)
+        if not _relative(again, logits, 1.0) <= TOLERANCE:
+            raise PbcError(
+                f"the logits of {name} change from call to call: it keeps a state, such as a "
+                "counter, which the graphs of a bundle do not"
+            )
         raise PbcError(
             f"the logits of {name} for an image depend on the other images of its batch (by "
             f"{error:.1e}, relative): a norm that uses its batch's statistics in eval mode, or a "

@@ -70,11 +70,21 @@ def capture(
         except Exception as error:
             raise PbcError(
                 f"{name} cannot be captured for inputs of shape {shape}: "
-                f"{reason_of(error)}{where_raised(error)}"
+                f"{_reason(error)}{where_raised(error)}"
             ) from error
     graph = _unlift(name, exported, _shared(module, trainable or ()))
     _normalise(graph, trainable)
     return _renumber(graph)
+
+
+def _reason(error: Exception) -> str:
+    reason = reason_of(error)
+    if reason.startswith("Constraints violated"):  # of the batch: no other size is open
+        return (
+            "its forward is made for one number of images, such as by a loop over them; let it "
+            "take any"
+        )
+    return reason
 
 
 @contextmanager

@@ -163,3 +163,9 @@ def test_every_operator_knows_its_line_in_regions_too() -> None:
     assert f'", line {first + 2})' in origins["aten.sin.default"]
     assert f'", line {first + 4})' in origins["aten.cos.default"]
     assert origins["aten.conv2d.default"].startswith(" in conv (")
+
+
+def test_a_forward_for_one_number_of_images_is_told() -> None:
+    loops = Functional(lambda module, x: module.fc(torch.stack([pooled(i[None])[0] for i in x])))
+    with pytest.raises(PbcError, match="made for one number of images, such as by a loop"):
+        capture(loops, SHAPE)

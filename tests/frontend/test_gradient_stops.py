@@ -386,6 +386,12 @@ def counting(net: Net, x: Tensor) -> Tensor:
     return f / net.seen
 
 
+def counting_in_python(net: Net, x: Tensor) -> Tensor:
+    calls: int = getattr(net, "calls", 0) + 1
+    setattr(net, "calls", calls)  # noqa: B010, a name that nn.Module does not know
+    return net.features(x) * calls
+
+
 def across_the_batch(net: Net, x: Tensor) -> Tensor:
     return nn.functional.batch_norm(net.features(x), None, None, training=True)
 
@@ -397,6 +403,7 @@ def across_the_batch(net: Net, x: Tensor) -> Tensor:
         (noisy, r"draws random numbers in forward \(aten\.rand_like\.default"),
         (item, r"reads a tensor's value in forward"),
         (counting, r"changes its seen in forward"),
+        (counting_in_python, r"change from call to call"),
         (across_the_batch, r"depend on the other images of its batch"),
     ],
 )
