@@ -13,7 +13,7 @@ import click
 from pbc.bench.compare import compare
 from pbc.bench.options import RIVALS, BenchOptions
 from pbc.bench.report import html as report
-from pbc.bench.report import tables
+from pbc.bench.report import tables, verdict
 from pbc.bench.standings import FULL
 from pbc.cli.objective import objective_options
 from pbc.cli.tables import console
@@ -141,6 +141,10 @@ def bench(
         _write(html_out, report.html(results, accuracy_budgets), as_json)
     if csv_out is not None:
         _write(csv_out, tables.artifact_csv(results), as_json)
+    if not as_json:
+        told = verdict.lines(results)
+        where = [f"report: {html_out}"] if told and html_out is not None else []
+        click.echo("\n".join([*told, *where]))
 
 
 def _tell(line: str) -> None:

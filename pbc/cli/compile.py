@@ -16,7 +16,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pbc import compiler
 from pbc.bundle import Bundle
+from pbc.cli import completion
 from pbc.cli.inspect import show_blocks, show_levels
+from pbc.cli.recipe import recipe_options
+from pbc.cli.recipe import save_recipe as write_recipe
 from pbc.cli.stages import StageLines
 from pbc.data import InputSpec
 from pbc.errors import UsageError
@@ -36,8 +39,15 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 @click.command()
-@click.argument("model")
-@click.option("--target", default="host", show_default=True, help="The device; see `pbc targets`.")
+@click.argument("model", shell_complete=completion.models)
+@recipe_options
+@click.option(
+    "--target",
+    default="host",
+    show_default=True,
+    help="The device; see `pbc targets`.",
+    shell_complete=completion.plugins_of("pbc.targets"),
+)
 @click.option(
     "--weights",
     default="default",
@@ -49,6 +59,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     default="linear-probe",
     show_default=True,
     help="What trains; see `pbc strategies` (last-k:K, adapters:N, …).",
+    shell_complete=completion.plugins_of("pbc.strategies"),
 )
 @click.option(
     "--blocks",
@@ -92,7 +103,11 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     metavar="FILE",
     help="What `pbc profile` measured on the device, to plan even steps by.",
 )
-@click.option("--engine", help="What executes on the device; the target's own by default.")
+@click.option(
+    "--engine",
+    help="What executes on the device; the target's own by default.",
+    shell_complete=completion.plugins_of("pbc.lowerings"),
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -116,6 +131,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 @click.option(
     "--resize",
     metavar="HOW",
+    shell_complete=completion.resizes,
     help="Photos to that size: crop the centre, or squash.  [default: as the model's zoo does]",
 )
 @click.option("--batch", default=8, show_default=True, help="Samples per mini-batch on the device.")
@@ -141,6 +157,7 @@ def compile(
     axes: str,
     dry_run: bool,
     as_json: bool,
+    save_recipe: Path | None,
     **options: Any,
 ) -> None:
     """Compile MODEL into a bundle.
@@ -153,6 +170,8 @@ def compile(
         command=shlex.join(["pbc", *nameless(sys.argv[1:])]),
         **options,
     )
+    if save_recipe is not None:
+        write_recipe(save_recipe, click.get_current_context())
     if output is None:
         output = Path(f"{model.rpartition(':')[2].rpartition('/')[2]}.pbc")
     try:

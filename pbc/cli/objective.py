@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from pbc.bundle.optimizers import OPTIMIZERS
+from pbc.cli import completion
 from pbc.runtime.options import TrainOptions
 
 _DEFAULTS = TrainOptions()
 _OPTIONS = (
     click.option(
         "--optimizer",
+        shell_complete=completion.optimizers,
         default=_DEFAULTS.optimizer,
         show_default=True,
         help=f"{', '.join(list(OPTIMIZERS)[:-1])} or {list(OPTIMIZERS)[-1]}.",

@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc import plugins
+from pbc.cli.completion import plugins_of
 from pbc.cli.tables import as_json, named_table, origin, origin_text, paragraph, show
 from pbc.target import Target, load_target
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=plugins_of("pbc.targets"))
 @as_json
 def targets(name: str | None, as_json: bool) -> None:
     """List the devices that a bundle can be compiled for, or all that is known of one."""

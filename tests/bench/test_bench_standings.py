@@ -13,7 +13,7 @@ import pytest
 from pbc.bench.cells import Cell, EntryProgress, Work
 from pbc.bench.notes import precision_notes
 from pbc.bench.report import html as report
-from pbc.bench.report import tables
+from pbc.bench.report import tables, verdict
 from pbc.bench.results import Results
 from pbc.bench.standings import (
     Spread,
@@ -236,6 +236,18 @@ def test_the_first_table_is_the_clock() -> None:
     found = {row[0]: row[1:] for row in rows}
     assert found["pbc"] == ["6.00 s (1 of 2 seeds)", "5.00x", "2.00x", "never", "never"]
     assert found["pet"][0] == "33.0 ± 4.2 s"
+
+
+def test_what_is_saved_is_said_in_words_and_the_fastest_is_first() -> None:
+    accuracy, time = verdict.lines(results())
+    assert accuracy.startswith("accuracy: pbc 68.8 ± 4.0 %; fine-tuning 71.0")
+    assert time.startswith("time: pbc 6.00 ± 0.00 s; fine-tuning 33.0")
+    assert "5.50 times as long; fine-tuning with a feature cache " in time
+    assert "27 s less than fine-tuning and " in verdict.sentence(results())
+    seconds = [standing.seconds.mean for standing in tables.by_speed(results())]
+    assert seconds == sorted(seconds)
+    page = report.html(results(), False)
+    assert page.index('class="ours"') < page.index("fine-tuning (pet)")
 
 
 def test_the_report_shows_everything_and_escapes_it() -> None:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from pbc.bench.marks import FIRST_EPOCH
-from pbc.bench.report import charts, tables
+from pbc.bench.report import charts, tables, verdict
 from pbc.bench.report.charts import Part, Series
 from pbc.bench.report.page import page, section, table
 from pbc.bench.results import Results
@@ -17,6 +17,7 @@ from pbc.bundle.ladder import UNALIGNED
 
 _COLOURS = 9
 _LEVELS = 8
+_MARK = ' class="ours"'
 # A ladder that is nearly exact must not look steep.
 _LEAST_FIDELITY = 0.9
 _WORDS = {
@@ -36,8 +37,9 @@ def html(results: Results, with_budgets: bool) -> str:
     title = f"pbc bench: {bundle['model']}, {bundle['strategy']}"
     sections = [
         f"<header><h1>{escape(title)}</h1>{_summary(results)}</header>",
+        section("Time to train", _bars(results)),
         section("Time to an accuracy", table(tables.clock(results)), _marks()),
-        section("Whole runs", table(tables.headline(results)), _reading(results)),
+        section("Whole runs", _headline(results), _reading(results)),
         section("Accuracy over time", _accuracy(results)),
         section("Routing: visits per level and epoch", _routing(results)),
         section("The ladder: what a level costs, and how faithful it is", _ladder(results)),
@@ -50,13 +52,14 @@ def html(results: Results, with_budgets: bool) -> str:
     studies = zip(results.sweeps, tables.sweeps(results), strict=True)
     sections += [_study(study, rows, results) for study, rows in studies]
     notes = "".join(f"<li>{escape(note)}</li>" for note in results.notes)
-    sections.append(section("Notes", f"<ul>{notes}</ul>" if notes else "<p>None.</p>"))
-    sections.append(section("Protocol and machine", _facts(results)))
+    listed = f"<ul>{notes}</ul>" if notes else "<p>None.</p>"
+    sections.append(section("Notes", listed, folded=True))
+    sections.append(section("Protocol and machine", _facts(results), folded=True))
     return page(title, sections)
 
 
 def _summary(results: Results) -> str:
-    """Say the main thing in one sentence, as cautiously as the figures allow."""
+    """Say the main thing in one sentence, and what it is about."""
     ours, reference = tables.ours(results), results.standing(REFERENCE)
     data, protocol = results.about["data"], results.about["protocol"]
     setting = (
@@ -76,10 +79,37 @@ def _summary(results: Results) -> str:
         if name in faster
     )
     return (
-        f'<p class="lead">{escape(ours.rival)} is {times} {escape(what)}, at '
+        f'<p class="lead">{escape(verdict.sentence(results))}</p>'
+        f"<p>{escape(ours.rival)} is {times} {escape(what)}, at "
         f"<b>{tables.percent(ours.accuracy)}</b> final test accuracy "
         f"({REFERENCE}: {tables.percent(reference.accuracy)}).</p>{setting}"
     )
+
+
+def _bars(results: Results) -> str:
+    """Return a bar per rival, the fastest first; pbc's stands out."""
+    ordered = tables.by_speed(results)
+    longest = max((standing.seconds.mean for standing in ordered), default=0.0)
+    ours = tables.ours(results)
+    rows = "".join(
+        f"<tr{_MARK if standing is ours else ''}>"
+        f'<td class="name">{escape(_words(standing.rival))}</td>'
+        f'<td class="bars"><div class="meter"><span style="width:'
+        f'{100 * standing.seconds.mean / longest:.1f}%"></span></div></td>'
+        f"<td>{tables.seconds(standing.seconds)}</td></tr>"
+        for standing in ordered
+    )
+    return f"<table>{rows}</table>" if longest else ""
+
+
+def _words(rival: str) -> str:
+    return f"{verdict.WORDS[rival]} ({rival})" if rival in verdict.WORDS else rival
+
+
+def _headline(results: Results) -> str:
+    ordered, ours = tables.by_speed(results), tables.ours(results)
+    marked = next((at for at, standing in enumerate(ordered) if standing is ours), None)
+    return table(tables.headline(results), marked=marked)
 
 
 def _marks() -> str:

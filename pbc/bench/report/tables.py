@@ -103,7 +103,7 @@ def clock(results: Results) -> list[list[str]]:
 
 
 def headline(results: Results) -> list[list[str]]:
-    """Return the table of whole runs: a header row, then a row per rival."""
+    """Return the table of whole runs: a header row, then a row per rival, the fastest first."""
     energy = any(standing.joules is not None for standing in results.standings)
     baselines = [name for name in BASELINES if results.standing(name) is not None]
     rows = [
@@ -125,9 +125,14 @@ def headline(results: Results) -> list[list[str]]:
             memory(standing.facts.get("cache_bytes")),
             *([joules(standing.joules)] if energy else []),
         ]
-        for standing in results.standings
+        for standing in by_speed(results)
     ]
     return rows
+
+
+def by_speed(results: Results) -> list[Standing]:
+    """Return the standings, the fastest first."""
+    return sorted(results.standings, key=lambda standing: standing.seconds.mean)
 
 
 def stages(results: Results) -> list[list[str]]:

@@ -81,6 +81,7 @@ class Output:
         Whatever the system refuses to do in the folder meanwhile becomes a PbcError.
         """
         lock = self.root / ".lock"
+        new = not self.root.exists()
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
@@ -105,6 +106,10 @@ class Output:
                 f"cannot go on in {self.root}: {error.strerror or error}{where}"
             ) from error
         finally:
+            with suppress(OSError):
+                if new and [path.name for path in self.root.iterdir()] == [lock.name]:
+                    lock.unlink()  # a run that failed before it had anything to keep
+                    self.root.rmdir()
             with suppress(OSError):
                 os.close(handle)
 

@@ -1,0 +1,56 @@
+"""The outcome of a bench in words: what it saves, beside what one would have written by hand."""
+
+from __future__ import annotations
+
+from pbc.bench.report import tables
+from pbc.bench.results import Results
+from pbc.bench.standings import BASELINES, Standing
+
+WORDS = {"pet": "fine-tuning", "pet-cache": "fine-tuning with a feature cache"}
+
+
+def lines(results: Results) -> list[str]:
+    """Return two lines, on accuracy and on time; none without pbc or something to compare with."""
+    ours, others = tables.ours(results), _baselines(results)
+    if ours is None or not others:
+        return []
+    accuracies = "; ".join(
+        f"{WORDS[other.rival]} {tables.percent(other.accuracy)}" for other in others
+    )
+    times = "; ".join(
+        f"{WORDS[other.rival]} {tables.seconds(other.seconds)}, {_times(ours, other)}"
+        for other in others
+    )
+    return [
+        f"accuracy: {ours.rival} {tables.percent(ours.accuracy)}; {accuracies}",
+        f"time: {ours.rival} {tables.seconds(ours.seconds)}; {times}",
+    ]
+
+
+def sentence(results: Results) -> str:
+    """Return what is saved, in one sentence; empty where there is nothing to compare with."""
+    ours, others = tables.ours(results), _baselines(results)
+    if ours is None or not others:
+        return ""
+    saved = " and ".join(_saved(ours, other) for other in others)
+    return (
+        f"{ours.rival} trains in {tables.seconds(ours.seconds)}, {saved}, and reaches "
+        f"{tables.percent(ours.accuracy)} ({WORDS[others[0].rival]}: "
+        f"{tables.percent(others[0].accuracy)})."
+    )
+
+
+def _baselines(results: Results) -> list[Standing]:
+    found = (results.standing(name) for name in BASELINES)
+    return [standing for standing in found if standing is not None]
+
+
+def _times(ours: Standing, other: Standing) -> str:
+    ratio = ours.faster.get(other.rival)
+    return "not comparable" if ratio is None else f"{ratio.mean:.2f} times as long"
+
+
+def _saved(ours: Standing, other: Standing) -> str:
+    less = other.seconds.mean - ours.seconds.mean
+    amount = f"{abs(less) / 60:.1f} minutes" if abs(less) >= 120 else f"{abs(less):.2g} s"
+    return f"{amount} {'less' if less >= 0 else 'more'} than {WORDS[other.rival]}"
