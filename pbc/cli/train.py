@@ -66,6 +66,7 @@ class _Val(click.ParamType[Any]):
 @click.option(
     "--val",
     type=_Val(),
+    metavar="FOLDER|SHARE|none",
     help="What to measure the result on: a folder of labelled photos, a share of DATA to hold out, "
     "or none (train on all).  [default: val/ beside train/ in DATA, else 0.2]",
 )
