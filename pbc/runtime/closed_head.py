@@ -138,6 +138,27 @@ def next_head(count: int, classes: int) -> int:
     return wanted
 
 
+def stratified(batches: Sequence[Batch], labels: np.ndarray) -> list[Batch]:
+    """Spread every class evenly over mini-batches of one level, which keep their sizes.
+
+    Whatever share of them has been visited, it has about that share of each class. Mini-batches of
+    several levels are left alone.
+    """
+    if len({batch.level for batch in batches}) != 1:
+        return list(batches)
+    order = np.concatenate([batch.samples for batch in batches])
+    place = np.empty(len(order))
+    for label in np.unique(labels[order]):
+        members = np.flatnonzero(labels[order] == label)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    spread = order[np.argsort(place, kind="stable")]
+    ends = np.cumsum([len(batch.samples) for batch in batches])[:-1]
+    return [
+        Batch(batch.level, samples)
+        for batch, samples in zip(batches, np.split(spread, ends), strict=True)
+    ]
+
+
 def told(head: Head) -> str:
     """Return the line that says how a head was found."""
     judges = f"{head.judged} photo{'s' if head.judged > 1 else ''}"

@@ -67,6 +67,39 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+class KeptFeatures:
+    """Held-out samples that are evaluated again and again: level 0's features of them are kept.
+
+    Up to `most_bytes`; beyond that they are computed each time.
+    """
+
+    def __init__(self, samples: Samples, most_bytes: int = 1 << 28) -> None:
+        self._samples = samples
+        self._left = most_bytes
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
+
+    def accuracy(self, executable: Executable, batch: int) -> float:
+        """Return the share of right answers, 0…1, at the executable's parameters."""
+        right = 0
+        for start in range(0, len(self._samples), batch):
+            indices = np.arange(start, min(start + batch, len(self._samples)))
+            logits = executable.logits(0, self._features(executable, start, indices))
+            right += int((logits.argmax(axis=1) == self._samples.labels[indices]).sum())
+        return right / len(self._samples)
+
+    def _features(
+        self, executable: Executable, start: int, indices: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        if start in self._kept:
+            return self._kept[start]
+        features = executable.prefix(0, self._samples.images(indices))
+        size = sum(value.nbytes for value in features.values())
+        if size <= self._left:
+            self._left -= size
+            self._kept[start] = features
+        return features
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the logarithms of the probabilities of f32[B, classes], in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)

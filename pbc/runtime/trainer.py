@@ -14,10 +14,11 @@ from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError, reason_of
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.closed_head import ClosedHead, collect, told
+from pbc.runtime.closed_head import ClosedHead, collect, stratified, told
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
+from pbc.runtime.growing_model import GrowingModel
 from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
@@ -85,6 +86,7 @@ class Trainer:
         self._epochs = options.epochs
         # Set by prepare(); None where SGD alone makes the head.
         self._closed: ClosedHead | None = None
+        self._growing = GrowingModel(self._val)
         self._metrics: Metrics
         self._run: Prepared
 
@@ -239,6 +241,12 @@ class Trainer:
             final["head"] = self._closed.head.facts()
         if self._run.decisions.findings:
             final["audit"] = [found.to_json() for found in self._run.decisions.findings]
+        self._write_model(final)
+        self._metrics.rewind(self.epoch)
+        self._metrics.append(final)
+        return validation
+
+    def _write_model(self, metrics: Mapping[str, Any]) -> None:
         write_model(
             self._output,
             self._bundle,
@@ -248,11 +256,8 @@ class Trainer:
             samples=len(self._samples),
             options={**self.options.to_json(), **self.options.resolved(self.batch)},
             fidelity_floor=self._run.floor,
-            metrics=final,
+            metrics=metrics,
         )
-        self._metrics.rewind(self.epoch)
-        self._metrics.append(final)
-        return validation
 
     def evaluate(self, samples: Samples, level: int = 0) -> Evaluation:
         """Evaluate the parameters as they are now; its time is not a part of training's."""
@@ -286,6 +291,8 @@ class Trainer:
         meter.restart()
         begun_seconds = meter.total_seconds() - totals.iterating_seconds
         batches = self._run.scheduler.plan(state.epoch)
+        if self._closed is not None and self._closed.complete:
+            batches = stratified(batches, self._samples.labels)
         planned = sum(len(batch.samples) for batch in batches)
         losses = self._losses(batches)
         try:
@@ -305,6 +312,21 @@ class Trainer:
         iterating_seconds = meter.total_seconds() - begun_seconds
         meter.reset()
         return report, iterating_seconds
+
+    def _leave(self, closed: ClosedHead) -> None:
+        """Leave the model that there is so far, if its head is new and the best on held-out photos.
+
+        Whoever stops here has one that works. Measuring it counts in no stage.
+        """
+        if closed.head is None or not self._growing.is_new(closed.head):
+            return
+        with self.unmeasured():
+            judged = self._growing.judged(closed.head, self._executable, self.batch)
+        if judged is None:
+            return
+        visited = self._state.totals.samples
+        self._report(Note(f"after {visited} of {len(self._samples)} photos: {judged}"))
+        self._write_model({"final": False, "epochs": self.epoch, "visited": visited})
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[float]:
         """Learn from the mini-batches that are left of an epoch, and yield their losses."""
@@ -372,7 +394,12 @@ class Trainer:
         )
         if self._interrupt.requested:
             self.save_checkpoint()
+            if self._closed is not None and self._closed.complete:
+                self._closed.settle(last=False)
+                self._leave(self._closed)
             raise KeyboardInterrupt
+        if self._closed is not None and self._closed.complete:
+            self._leave(self._closed)
         if monotonic() - self._saved_at > self.options.checkpoint_seconds:
             self.save_checkpoint()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from test_stream import CLASSES, frames
 
 from pbc.data import ImageFolder
 from pbc.errors import UsageError
+from pbc.runtime.closed_head import stratified
 from pbc.runtime.events import EpochReport, Event, Note, Plan, StepReport
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.objective import Objective
@@ -20,6 +23,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.parameters import initial_parameters
 from pbc.runtime.runtime import Runtime
+from pbc.runtime.schedulers import Batch
 
 
 class Case:
@@ -169,3 +173,63 @@ def test_a_stream_of_bodies_that_train_is_refused_a_closed_form(tmp_path: Path) 
 def test_a_head_that_is_unknown_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no head named 'lda'"):
         TrainOptions(head="lda")
+
+
+# ---- a model at any moment -------------------------------------------------------------------
+
+
+def test_ctrl_c_leaves_a_model_that_works_and_resuming_ends_at_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    case = Case(tmp_path)
+    case.fit("whole")
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepReport) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = (case.samples, case.options(), tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        case.runtime.fit(*arguments, val=case.test, report=interrupt)
+    assert case.accuracy("cut") > 0.8
+    model = json.loads((tmp_path / "cut" / "model.json").read_text())
+    assert model["metrics"] == {"final": False, "epochs": 0, "visited": 16}
+    case.runtime.fit(*arguments, val=case.test, resume=True)
+    assert theta(tmp_path / "cut") == theta(tmp_path / "whole")
+    model = json.loads((tmp_path / "cut" / "model.json").read_text())
+    assert model["metrics"]["final"] is True
+
+
+def test_a_model_grows_while_photos_come(tmp_path: Path) -> None:
+    case = Case(tmp_path, per_class=40)
+    seen: list[str] = []
+    stored: list[bytes] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Note) and event.text.startswith("after"):
+            seen.append(event.text)
+        if isinstance(event, StepReport) and (tmp_path / "mine" / "model.json").exists():
+            stored.append(theta(tmp_path / "mine"))
+
+    case.runtime.fit(case.samples, case.options(), tmp_path / "mine", val=case.test, report=watch)
+    assert [text.partition(":")[0] for text in seen] == [
+        "after 64 of 120 photos",
+        "after 104 of 120 photos",
+    ]
+    assert all("on the held-out photos" in text for text in seen)
+    assert len(set(stored)) == len(seen)
+    assert theta(tmp_path / "mine") not in stored  # the last one is of all photos
+
+
+def test_every_class_comes_evenly() -> None:
+    labels = np.repeat([0, 1, 2], [40, 40, 4])
+    order = np.random.default_rng(0).permutation(84)
+    batches = [Batch(0, part) for part in np.split(order, range(8, 84, 8))]
+    spread = stratified(batches, labels)
+    assert [len(batch.samples) for batch in spread] == [len(batch.samples) for batch in batches]
+    visited = np.concatenate([batch.samples for batch in spread])
+    assert sorted(visited.tolist()) == list(range(84))
+    for half in (visited[:42], visited[42:]):
+        assert np.bincount(labels[half]).tolist() == [20, 20, 2]
+    mixed = [Batch(0, order[:4]), Batch(1, order[4:8])]
+    assert stratified(mixed, labels) == mixed
