@@ -1,6 +1,7 @@
 # make demo   compile, train, evaluate and predict on the photos under examples/
 # make test   lint, types and tests (make check is the same)
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
+# make fuzz   mutated bundles and personal models, for hours: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make clean  remove what they made
 # All install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
@@ -12,7 +13,7 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 
-.PHONY: demo test check lint types tests test-device clean
+.PHONY: demo test check lint types tests test-device fuzz clean
 
 demo: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
@@ -38,6 +39,11 @@ test-device: $(installed)
 
 zoo: $(installed)
 	OMP_NUM_THREADS=1 $(bin)/python tests/zoo $(ZOO)
+
+fuzz: $(installed)
+	for engine in pytorch onnxruntime; do \
+	    OMP_NUM_THREADS=1 PBC_UNSIGNED=1 $(bin)/python tests/fuzz/campaign.py --engine $$engine $(FUZZ) || exit 1; \
+	done
 
 $(installed): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \

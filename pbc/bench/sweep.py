@@ -15,6 +15,7 @@ from pbc.bench.energy import NoMeter
 from pbc.bench.match import MatchPlan, run_match
 from pbc.bench.standings import REFERENCE, Spread, standings
 from pbc.bundle import Bundle
+from pbc.bundle.trust import open_trusted
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.runtime.engines import Engine, Executable
@@ -107,7 +108,7 @@ def notes(names: tuple[str, ...], runtime: Runtime, bundles: Mapping[str, Path])
     if "policy-data" not in names:
         return []
     compared = {_SHIPPED: runtime.bundle}
-    compared |= {name: Bundle.open(path) for name, path in bundles.items()}
+    compared |= {name: open_trusted(path) for name, path in bundles.items()}
     means = [name for name, bundle in compared.items() if ships_means(bundle)]
     if bundles and means:
         return [
