@@ -16,8 +16,8 @@ CAMPAIGN = Path(__file__).with_name("campaign.py")
 def test_every_case_ends_with_a_status_and_at_most_one_line(engine: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [
-            sys.executable, str(CAMPAIGN), "--engine", engine, "--bundles", "24", "--models", "8",
-            "--seed", "1",
+            sys.executable, str(CAMPAIGN), "--engine", engine, "--bundles", "12", "--models", "2",
+            "--seed", "0",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -25,4 +25,4 @@ def test_every_case_ends_with_a_status_and_at_most_one_line(engine: str, tmp_pat
         check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.endswith(f"{engine}: 24 bundles, 8 models, 0 faults\n")
+    assert result.stdout.endswith(f"{engine}: 12 bundles, 2 models, 0 faults\n")
