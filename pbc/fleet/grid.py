@@ -68,10 +68,18 @@ class Attendance:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.missed: Counter[int] = Counter()
+        # A strategy asks for the nodes more than once a round: it is to be told the same.
+        self._drawn: dict[int, float] = {}
+
+    def next_round(self) -> None:
+        """Draw anew who is listed."""
+        self._drawn = {}
 
     def get_node_ids(self) -> list[int]:
         nodes = list(self._grid.get_node_ids())
-        here = [node for node in nodes if random.random() < 0.5 ** self.missed[node]]
+        for node in nodes:
+            self._drawn.setdefault(node, random.random())
+        here = [node for node in nodes if self._drawn[node] < 0.5 ** self.missed[node]]
         return here or nodes
 
     def ask(
@@ -86,6 +94,7 @@ class Attendance:
         accept: raises PbcError for an answer that is none.
         """
         messages = list(messages)
+        self.next_round()
         waiting = {message.metadata.dst_node_id for message in messages}
         taken = []
         for reply in self._grid.send_and_receive(messages, timeout=timeout):

@@ -163,10 +163,15 @@ def test_who_does_not_answer_is_asked_less(fleet: Fleet) -> None:
     grid = LocalGrid(dict.fromkeys((1, 2, 3)))  # type: ignore[arg-type]
     attendance = Attendance(grid)
     attendance.missed.update({1: 3})
-    listed = [attendance.get_node_ids() for _ in range(400)]
+    listed = []
+    for _ in range(400):
+        listed.append(attendance.get_node_ids())
+        assert attendance.get_node_ids() == listed[-1]
+        attendance.next_round()
     assert all({2, 3} <= set(nodes) for nodes in listed)
     assert 20 < sum(1 in nodes for nodes in listed) < 90
     attendance.missed.update({2: 60, 3: 60, 1: 60})
+    attendance.next_round()
     assert attendance.get_node_ids() == [1, 2, 3]
 
 
