@@ -54,17 +54,10 @@ def capture(
     Raises PbcError when the model cannot be exported, with torch's own first line and the line of
     the model; when it draws random numbers, reads a tensor's value or keeps state between calls.
     """
-    example = torch.zeros(EXAMPLE_BATCH, *shape)
     name = type(module).__name__
     with _quiet():
         try:
-            with spelt_out():
-                exported = torch.export.export(
-                    module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-                )
-            _refuse_what_is_no_function(name, exported)
-            as_nodes(exported.graph_module)
-            exported = _decomposed(exported, trainable, operators)
+            exported = _decomposed(functional(module, shape), trainable, operators)
         except PbcError:
             raise
         except Exception as error:
@@ -85,6 +78,21 @@ def _reason(error: Exception) -> str:
             "take any"
         )
     return reason
+
+
+def functional(module: nn.Module, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """Export `module` whole, in functional operators, its stops of gradients as nodes.
+
+    Raises PbcError where its logits are more than a function of the image, and whatever torch does.
+    """
+    example = torch.zeros(EXAMPLE_BATCH, *shape)
+    with spelt_out():
+        exported = torch.export.export(
+            module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        )
+    _refuse_what_is_no_function(type(module).__name__, exported)
+    as_nodes(exported.graph_module)
+    return exported.run_decompositions({})
 
 
 @contextmanager
@@ -144,11 +152,10 @@ def _decomposed(
     trainable: Collection[str] | None,
     operators: Collection[str],
 ) -> torch.export.ExportedProgram:
-    """Make the program functional, and take apart what is not among `operators`.
+    """Take apart what is not among `operators`.
 
     What is made of frozen tensors alone stays whole: it is computed here, and no engine meets it.
     """
-    exported = exported.run_decompositions({})
     parts = decompositions.table()
     done: set[Any] = set()
     while True:

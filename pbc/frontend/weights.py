@@ -92,8 +92,9 @@ def apply(module: nn.Module, state: State, head: Collection[str], path: str) -> 
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise PbcError(f"the weights in {path} do not fit the model: {'; '.join(wrong[:3])}{more}")
-    fitting = {k: v for k, v in state.items() if v.shape == expected[k].shape}
-    module.load_state_dict(fitting, strict=False)
+    # Into the module's own: that has the versions of its layers, which a file of tensors lacks.
+    expected.update({k: v for k, v in state.items() if v.shape == expected[k].shape})
+    module.load_state_dict(expected)
 
 
 def _counts(name: str) -> bool:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pbc.errors import PbcError
-from pbc.frontend.weights import named_as
+from pbc.frontend.weights import apply, named_as
 
 NAMES = ("stem.weight", "fc.weight", "fc.bias", "norm.num_batches_tracked")
 PATH = Path("w.safetensors")
@@ -64,3 +66,26 @@ def test_a_path_may_be_missing_in_front() -> None:
 def test_two_networks_in_a_file_are_refused() -> None:
     with pytest.raises(PbcError, match=r"names under 'student\.' and 'teacher\.'; expected one"):
         named_as(NAMES, state("student.", "teacher."), PATH)
+
+
+class Versioned(nn.Module):
+    """Asks the state which version of the layer wrote it, as torchvision's MNASNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if metadata.get("version") != self._version:
+            raise ValueError("another version")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_layers_that_ask_for_their_version_get_it() -> None:
+    module = Versioned()
+    given = {"fc.weight": torch.ones(3, 2), "fc.bias": torch.ones(3)}
+    apply(module, given, head=(), path="w.safetensors")
+    assert module.fc.weight.eq(1).all()
+    assert module.fc.bias.eq(1).all()

@@ -44,15 +44,15 @@ def main() -> int:
 
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
-    """What the arguments choose; the first strategies of all networks before the next ones."""
+    """What the arguments choose, network by network."""
     chosen = [n for n in networks() if re.search(arguments.only, n.name)]
-    random.Random(arguments.seed).shuffle(chosen)
     if arguments.sample is not None:
-        chosen = chosen[: arguments.sample]
+        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
+    chosen.sort(key=lambda network: network.parameters)  # most results first
     return [
         Cell(network, strategy, engine, arguments.levels)
-        for strategy in arguments.strategies
         for network in chosen
+        for strategy in arguments.strategies
         for engine in arguments.engines
         if strategy != "full" or network.parameters <= _SMALL
     ]

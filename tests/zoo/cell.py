@@ -16,6 +16,7 @@ from eager import Trained
 from torch import nn
 
 import pbc
+from pbc.bundle import Bundle
 from pbc.compiler import CompileOptions
 from pbc.errors import PbcError
 from pbc.runtime.engines import Executable
@@ -65,11 +66,50 @@ class Result:
     trace: str = ""
 
 
-def run(cell: Cell) -> Result:
-    """Compile, train two steps, compare; whatever is raised becomes the outcome."""
+@dataclass(frozen=True)
+class Subject:
+    """A network as a user has it: a module with weights, and the file of them in a folder."""
+
+    network: Network
+    module: nn.Module
+    folder: Path
+
+    @classmethod
+    def of(cls, network: Network, folder: Path) -> Subject:
+        """Build a network with random weights, the same every time."""
+        torch.manual_seed(0)
+        module = eager.randomise(build(network.name, network.size_pixels), network.shape)
+        subject = cls(network, module, folder)
+        eager.save(module, subject.weights)
+        return subject
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "weights.safetensors"
+
+    def compiled(self, cell: Cell) -> Bundle:
+        """Compile as `pbc compile` does."""
+        options = CompileOptions(
+            target=TARGET,
+            engine=cell.engine,
+            weights=str(self.weights),
+            strategy=cell.strategy,
+            classes=CLASSES,
+            shape=self.network.shape,
+            batch=BATCH,
+            levels=cell.levels,
+        )
+        return pbc.compile(self.network.name, self.folder / "zoo.pbc", options)
+
+
+def run(cell: Cell, subject: Subject | None = None) -> Result:
+    """Compile, train two steps, compare; whatever is raised becomes the outcome.
+
+    subject: the cell's network, where it has been built.
+    """
     try:
         with tempfile.TemporaryDirectory() as folder:
-            reason = _compare(cell, Path(folder))
+            reason = _compare(cell, subject or Subject.of(cell.network, Path(folder)))
     except PbcError as error:
         return Result("refused", str(error))
     except Exception as error:
@@ -80,34 +120,19 @@ def run(cell: Cell) -> Result:
     return Result("wrong", reason) if reason else Result("right")
 
 
-def _compare(cell: Cell, folder: Path) -> str:
+def _compare(cell: Cell, subject: Subject) -> str:
     """How the bundle differs from torch, in words; empty where it does not."""
-    name, shape = cell.network.name, cell.network.shape
-    torch.manual_seed(0)
-    module = eager.randomise(build(name, cell.network.size_pixels), shape)
-    weights = folder / "weights.safetensors"
-    eager.save(module, weights)
-    options = CompileOptions(
-        target=TARGET,
-        engine=cell.engine,
-        weights=str(weights),
-        strategy=cell.strategy,
-        classes=CLASSES,
-        shape=shape,
-        batch=BATCH,
-        levels=cell.levels,
-    )
-    bundle = pbc.compile(name, folder / "zoo.pbc", options)
+    bundle = subject.compiled(cell)
     theta = initial_parameters(bundle, CLASSES, seed=0)
-    if changed := eager.differing(module, theta):
+    if changed := eager.differing(subject.module, theta):
         return f"the bundle starts from other values of {changed[0]} than its weights file has"
     runtime = Runtime.open(bundle.path)
     executable = runtime.engine.load(runtime.bundle, threads=1)
     reasons = []
     for seed in range(_BATCHES):
         random = np.random.default_rng(seed)
-        images = random.standard_normal((BATCH, *shape), dtype=np.float32)
-        reasons.append(_compare_steps(module, executable, theta, images))
+        images = random.standard_normal((BATCH, *cell.network.shape), dtype=np.float32)
+        reasons.append(_compare_steps(subject.module, executable, theta, images))
         if not reasons[-1]:
             return ""
     return reasons[0]

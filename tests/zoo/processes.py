@@ -1,102 +1,157 @@
-"""Processes: each cell in one of its own, with limits of time and memory."""
+"""Processes: one for a network, which builds and exports it, with a fork for each of its cells."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import os
 import resource
 import signal
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
+import one_export
 import torch
-from cell import Cell, Result, run
+from cell import Cell, Result, Subject, run
 
 MEMORY_BYTES = 6 * 2**30
 
-# Imports take longer than many a cell: a server has done them, and is forked for each.
-_CONTEXT = multiprocessing.get_context("forkserver")
-# What a process with a result has left to do before it is killed.
-_END_SECONDS = 10.0
+# Imports take longer than many a cell: a server has done them, and is forked for each network.
+_SERVER = multiprocessing.get_context("forkserver")
+_FORK = multiprocessing.get_context("fork")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
-    cell: Cell
+    """A network's process: cells it has not answered, and when it began with the first of them."""
+
+    cells: list[Cell]
     process: ForkServerProcess
     results: Connection
+    folder: tempfile.TemporaryDirectory[str]
     started: float
 
 
 def results(
     cells: Iterable[Cell], jobs: int, limit_seconds: float
 ) -> Iterator[tuple[Cell, Result, float]]:
-    """Run all cells, `jobs` at a time, and yield each with its result and seconds when it ends.
+    """Run all cells, `jobs` networks at a time, and yield each with its result and seconds.
 
-    A cell that dies or outlives its limit has a result too. None goes on when the caller stops.
+    Neighbours of one network share its process; the first one's seconds hold the export. A cell
+    that dies or outlives its limit has a result too. None goes on when the caller stops.
     """
-    _CONTEXT.set_forkserver_preload(["cell"])
-    waiting = iter(cells)
+    _SERVER.set_forkserver_preload(["preload"])
+    waiting = [list(group) for _, group in itertools.groupby(cells, lambda cell: cell.network)]
+    waiting.reverse()
     running: list[_Running] = []
     try:
-        while True:
-            while len(running) < jobs and (cell := next(waiting, None)) is not None:
-                running.append(_started(cell))
-            if not running:
-                return
+        while waiting or running:
+            while len(running) < jobs and waiting:
+                running.append(_started(waiting.pop()))
             oldest = min(one.started for one in running)
             left = max(0.0, oldest + limit_seconds - time.monotonic())
-            ended = wait([one.results for one in running], left)
+            ready = wait([one.results for one in running], left)
             for one in list(running):
                 seconds = time.monotonic() - one.started
-                if one.results in ended:
-                    result = _result(one)
-                elif seconds >= limit_seconds:
-                    result = Result("limit", f"time: more than {limit_seconds:.0f} s")
-                else:
+                overdue = seconds >= limit_seconds
+                if one.results not in ready and not overdue:
                     continue
-                running.remove(one)
-                _end(one)
-                yield one.cell, result, seconds
+                result = _result(one) if one.results in ready else _over(limit_seconds)
+                yield one.cells.pop(0), result, seconds
+                one.started = time.monotonic()
+                if overdue or not one.cells or one.process.exitcode is not None:
+                    running.remove(one)
+                    _end(one)
+                    if one.cells:
+                        waiting.append(one.cells)
     finally:
         for one in running:
             _end(one)
 
 
-def _started(cell: Cell) -> _Running:
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_send, args=(cell, theirs))
+def _started(cells: list[Cell]) -> _Running:
+    ours, theirs = _SERVER.Pipe(duplex=False)
+    folder = tempfile.TemporaryDirectory()
+    process = _SERVER.Process(target=_serve, args=(cells, Path(folder.name), theirs))
     process.start()
     theirs.close()
-    return _Running(cell, process, ours, time.monotonic())
+    return _Running(cells, process, ours, folder, time.monotonic())
 
 
-def _send(cell: Cell, connection: Connection) -> None:
+def _serve(cells: Sequence[Cell], folder: Path, connection: Connection) -> None:
+    """Send the result of each cell, in order."""
+    os.setpgrp()  # ends with its forks
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
     torch.set_num_threads(1)  # the cells beside this one want the other cores
-    connection.send(run(cell))
+    subject = _prepared(cells[0], folder)
+    for cell in cells:
+        connection.send(_forked(cell, subject))
+
+
+def _prepared(cell: Cell, folder: Path) -> Subject | None:
+    """Build and export the network; None where that fails, for then each cell says why."""
+    try:
+        subject = Subject.of(cell.network, folder)
+    except Exception:
+        return None
+    one_export.share(lambda: subject.compiled(cell))
+    return subject
+
+
+def _forked(cell: Cell, subject: Subject | None) -> Result:
+    ours, theirs = _FORK.Pipe(duplex=False)
+    process = _FORK.Process(target=_send, args=(cell, subject, theirs))
+    process.start()
+    theirs.close()
+    try:
+        result: Result = ours.recv()
+    except EOFError:
+        process.join()
+        return _died(process)
+    process.kill()  # its engine may have threads left
+    process.join()
+    return result
+
+
+def _send(cell: Cell, subject: Subject | None, connection: Connection) -> None:
+    connection.send(run(cell, subject))
 
 
 def _result(one: _Running) -> Result:
+    """What a network's process sends for its next cell."""
     try:
         result: Result = one.results.recv()
     except EOFError:
         one.process.join()
-        return _died(one.process.exitcode or 0)
-    one.process.join(_END_SECONDS)
+        return _died(one.process)
     return result
 
 
-def _died(exit_code: int) -> Result:
-    if exit_code == -signal.SIGKILL:
+def _died(process: BaseProcess) -> Result:
+    code = process.exitcode or 0
+    if code == -signal.SIGKILL:
         return Result("limit", "memory: killed")
-    name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return Result("traceback", f"the process died: {name}")
 
 
+def _over(limit_seconds: float) -> Result:
+    return Result("limit", f"time: more than {limit_seconds:.0f} s")
+
+
 def _end(one: _Running) -> None:
-    one.process.kill()
+    """Kill a network's process and its forks."""
+    assert one.process.pid is not None
+    try:
+        os.killpg(one.process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        one.process.kill()  # it has not its own group yet, or has ended
     one.process.join()
     one.results.close()
+    one.folder.cleanup()

@@ -37,11 +37,12 @@ class Full:
         if state is None:
             return
         self._epoch = int(state["epoch"][0])
-        tensors = {
-            name.removeprefix("module/"): torch.from_numpy(value)
+        tensors = self._module.state_dict()  # with the versions of its layers
+        tensors.update(
+            (name.removeprefix("module/"), torch.from_numpy(value))
             for name, value in state.items()
             if name.startswith("module/")
-        }
+        )
         self._module.load_state_dict(tensors)
         network.load_optimizer_arrays(self._optimizer, dict(state))
 

@@ -94,6 +94,27 @@ def _native_group_norm(
     return [_affine(scope, scope.reshape(normal, shape), scale, shift), *statistics]
 
 
+@OPERATORS.converts(aten._native_batch_norm_legit.no_stats)
+def _batch_norm_by_own_statistics(
+    scope: Scope,
+    x: Expr,
+    scale: Expr | None,
+    shift: Expr | None,
+    _training: bool,
+    _momentum: float,
+    epsilon: float,
+) -> list[Expr]:
+    """Norm each channel over all images; networks write the standardisation of weights so."""
+    channels, *rest = shape_of(x)[1:]
+    normal, mean, inverse = _normalised(scope, x, [0, *range(2, rank_of(x))], epsilon)
+    along = [1, channels, *(1 for _ in rest)]
+    scale, shift = (
+        None if value is None else scope.reshape(value, along) for value in (scale, shift)
+    )
+    statistics = (scope.reshape(value, [channels]) for value in (mean, inverse))
+    return [_affine(scope, normal, scale, shift), *statistics]
+
+
 @OPERATORS.converts(aten.group_norm.default)
 def _group_norm(
     scope: Scope,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,8 +40,15 @@ def _unary(operators: Mapping[Any, Callable[..., Expr]]) -> None:
 _unary(
     {
         aten.abs.default: relax.op.abs,
+        aten.acos.default: relax.op.acos,
+        aten.acosh.default: relax.op.acosh,
+        aten.asin.default: relax.op.asin,
+        aten.asinh.default: relax.op.asinh,
+        aten.atan.default: relax.op.atan,
+        aten.atanh.default: relax.op.atanh,
         aten.ceil.default: relax.op.ceil,
         aten.cos.default: relax.op.cos,
+        aten.cosh.default: relax.op.cosh,
         aten.erf.default: relax.op.erf,
         aten.exp.default: relax.op.exp,
         aten.floor.default: relax.op.floor,
@@ -53,9 +61,12 @@ _unary(
         aten.silu.default: relax.op.nn.silu,
         aten.sign.default: relax.op.sign,
         aten.sin.default: relax.op.sin,
+        aten.sinh.default: relax.op.sinh,
         aten.sqrt.default: relax.op.sqrt,
         aten.square.default: relax.op.square,
+        aten.tan.default: relax.op.tan,
         aten.tanh.default: relax.op.tanh,
+        aten.trunc.default: relax.op.trunc,
     }
 )
 
@@ -86,6 +97,23 @@ def _to(scope: Scope, x: Expr, *_: Any, **__: Any) -> Expr:
 def _not(scope: Scope, x: Expr) -> Expr:
     require(kind_of(x) == "bool", "numbers")
     return relax.op.logical_not(x)
+
+
+@OPERATORS.converts(aten.isnan.default)
+def _is_nan(scope: Scope, x: Expr) -> Expr:
+    return relax.op.not_equal(x, x)
+
+
+@OPERATORS.converts(aten.isinf.default)
+def _is_infinite(scope: Scope, x: Expr) -> Expr:
+    return relax.op.equal(scope.emit(relax.op.abs(x)), constant(math.inf, kind_of(x)))
+
+
+@OPERATORS.converts(aten.log2.default, aten.log10.default)
+def _logarithm(scope: Scope, x: Expr) -> Expr:
+    base = 2 if scope.node.target == aten.log2.default else 10
+    natural = scope.emit(relax.op.log(scope.cast(x, scope.dtype)))
+    return relax.op.multiply(natural, constant(1 / math.log(base), scope.dtype))
 
 
 @OPERATORS.converts(aten.reciprocal.default)
@@ -120,12 +148,15 @@ def _binary(operators: Mapping[Any, Callable[..., Expr]]) -> None:
 
 _binary(
     {
+        aten.atan2.default: relax.op.atan2,
         aten.bitwise_and.Tensor: relax.op.logical_and,
         aten.bitwise_or.Tensor: relax.op.logical_or,
+        aten.bitwise_xor.Tensor: relax.op.logical_xor,
         aten.div.Scalar: relax.op.divide,
         aten.div.Tensor: relax.op.divide,
         aten.logical_and.default: relax.op.logical_and,
         aten.logical_or.default: relax.op.logical_or,
+        aten.logical_xor.default: relax.op.logical_xor,
         aten.maximum.default: relax.op.maximum,
         aten.minimum.default: relax.op.minimum,
         aten.mul.Scalar: relax.op.multiply,
@@ -244,6 +275,16 @@ def _div_rounded(scope: Scope, one: Any, other: Any, *, rounding_mode: str | Non
 @OPERATORS.converts(aten.floor_divide.default)
 def _floor_divide(scope: Scope, one: Any, other: Any) -> Expr:
     return _quotient(scope, one, other, "floor")
+
+
+@OPERATORS.converts(aten.fmod.Scalar, aten.fmod.Tensor)
+def _fmod(scope: Scope, one: Any, other: Any) -> Expr:
+    """With the sign of the dividend, as C's."""
+    dtype = scope.dtype
+    require(dtype.startswith("float"), "integers")
+    one, other = scope.operand(one, dtype), scope.operand(other, dtype)
+    whole = scope.emit(_quotient(scope, one, other, "trunc"))
+    return relax.op.subtract(one, scope.emit(relax.op.multiply(whole, other)))
 
 
 @OPERATORS.converts(aten.remainder.Scalar, aten.remainder.Tensor)

@@ -88,17 +88,27 @@ def _var(
     return results if scope.node.target == aten.var_mean.correction else results[0]
 
 
-@OPERATORS.converts(aten.prod.dim_int)
-def _prod(scope: Scope, x: Expr, axis: int, keep: bool = False, **_: Any) -> Expr:
+@OPERATORS.converts(aten.prod.default, aten.prod.dim_int)
+def _prod(scope: Scope, x: Expr, axis: int | None = None, keep: bool = False, **_: Any) -> Expr:
     return relax.op.prod(scope.cast(x, scope.dtype), axes_of(x, axis), keep)
 
 
-@OPERATORS.converts(aten.argmax.default)
+@OPERATORS.converts(aten.any.default, aten.any.dim, aten.any.dims)
+def _any(scope: Scope, x: Expr, axes: Any = None, keep: bool = False) -> Expr:
+    """As the largest of 0 and 1: loops over truth values have no schedule."""
+    true = x if kind_of(x) == "bool" else relax.op.not_equal(x, constant(0, kind_of(x)))
+    values = scope.cast(scope.emit(true), "float32")
+    found = scope.emit(relax.op.max(values, axes_of(x, axes), keep))
+    return relax.op.greater(found, constant(0, "float32"))
+
+
+@OPERATORS.converts(aten.argmax.default, aten.argmin.default)
 def _argmax(scope: Scope, x: Expr, axis: int | None = None, keep: bool = False) -> Expr:
     if axis is None:
         require(not keep, "keepdim of all axes")
         x, axis = scope.reshape(x, [-1]), 0
-    return _place(scope, x, axis % rank_of(x), keep, smallest=False)
+    smallest = scope.node.target == aten.argmin.default
+    return _place(scope, x, axis % rank_of(x), keep, smallest)
 
 
 @OPERATORS.converts(aten.max.dim, aten.min.dim)
