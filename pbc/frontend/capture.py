@@ -92,7 +92,8 @@ def functional(module: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
         )
     _refuse_what_is_no_function(type(module).__name__, exported)
     as_nodes(exported.graph_module)
-    return exported.run_decompositions({})
+    made: torch.export.ExportedProgram = exported.run_decompositions({})
+    return made
 
 
 @contextmanager
