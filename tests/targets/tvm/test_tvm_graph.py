@@ -647,7 +647,8 @@ class Unknown(nn.Module):
 
 def test_an_operator_without_a_conversion_is_named() -> None:
     graph = capture(settled(nn.Sequential(Unknown(), nn.Flatten())), (1, 2, 2))
-    words = r"operator aten\.logcumsumexp\.default in 0 .*is not supported by the tvm engine; replace it"
+    name = r"aten\.logcumsumexp\.default"
+    words = rf"operator {name} in 0 .*is not supported by the tvm engine; replace it"
     with pytest.raises(PbcError, match=words):
         convert({"net": graph})
 
