@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 _LISTED_MOST = 15
 _LISTED_NEAREST = 5
+_LONGEST_REASON = 240
 
 
 class PbcError(Exception):
@@ -61,4 +62,5 @@ def reason_of(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     # Where an object lay in memory tells nobody anything.
     text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", lines[0])
-    return re.sub(r" at 0x[0-9a-f]+", "", text).strip(" :") or type(error).__name__
+    text = re.sub(r" at 0x[0-9a-f]+", "", text).strip(" :") or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"

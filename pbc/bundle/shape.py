@@ -64,7 +64,7 @@ _INPUT = record(
 _LEVEL = record(
     {
         "level": integer(0, _MOST_LEVELS),
-        "cost": number(0),
+        "cost": number(1e-9),
         "latency_ms": maybe(number(0)),
         "macs": number(0),
         "fidelity": maybe(number(-1, 1.000001)),

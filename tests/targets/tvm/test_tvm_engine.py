@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import networks
 import numpy as np
 import pytest
 from networks import AttentionNet, ConvNet, Kind, ResidualNet
+from tiny_onnx import resident_bytes
 
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
@@ -184,3 +186,21 @@ def test_the_version_names_what_decides_the_last_bit() -> None:
     version = TvmEngine().version()
     assert "tvm_ffi 0.1.14" in version
     assert "\n" not in version
+
+
+def test_trainings_in_one_process_leave_nothing_behind(compiled: Compile) -> None:
+    source = compiled(ConvNet, "linear-probe", "tvm")
+
+    def train() -> None:
+        executable = TvmEngine().load(source, threads=1)
+        executable.start(initial_parameters(source, 4, 0), Objective())
+        step(executable, source, 0)
+
+    for _ in range(5):
+        train()
+    before = resident_bytes()
+    for _ in range(25):
+        train()
+    gc.collect()
+    # 5 MB for a hundred.
+    assert resident_bytes() - before < 25 * 50_000

@@ -16,7 +16,7 @@ from onnxruntime import GraphOptimizationLevel, OrtValue
 
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import GraphName
-from pbc.errors import PbcError
+from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines.alignment import ALIGNMENT
 from pbc.runtime.engines.onnxruntime import weights as onnx_weights
 from pbc.runtime.engines.onnxruntime.external import check_external
@@ -253,5 +253,4 @@ def _tell_once(message: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     """Return what onnxruntime or the system says, without the code in front."""
-    text = str(error).strip().partition("\n")[0]
-    return text.rpartition("[ONNXRuntimeError] : ")[2]
+    return reason_of(error).rpartition("[ONNXRuntimeError] : ")[2]
