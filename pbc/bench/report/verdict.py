@@ -6,7 +6,12 @@ from pbc.bench.report import tables
 from pbc.bench.results import Results
 from pbc.bench.standings import BASELINES, Standing
 
-WORDS = {"pet": "fine-tuning", "pet-cache": "fine-tuning with a feature cache"}
+WORDS = {
+    "pet": "fine-tuning",
+    "pet-cache": "fine-tuning with a feature cache",
+    "pet-cache-closed": "a feature cache with a head in closed form",
+}
+"""What each of the baselines is called."""
 
 
 def lines(results: Results) -> list[str]:
