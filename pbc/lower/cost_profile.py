@@ -17,6 +17,7 @@ import numpy as np
 
 from pbc.bundle.ladder import FLOAT32
 from pbc.errors import PbcError
+from pbc.frontend.origin import without_folder
 from pbc.ir.program import Program
 from pbc.util import strict_json
 
@@ -88,7 +89,7 @@ class CostProfile:
         """Refuse a profile of something else than is being compiled."""
         request = program.request
         compiled = {
-            "model": program.network.name,
+            "model": without_folder(program.network.name),
             "strategy": request.strategy,
             "target": request.target.name,
             "engine": request.engine,

@@ -40,6 +40,9 @@ from pbc.util.progress import reporting_to
 
 MODEL = "mobilenet_v3_large"
 
+ORIGIN = ".m.pbc.origin.json"
+"""Where the model came from, beside the bundle."""
+
 
 def pbc(*args: str | Path | int) -> Result:
     return CliRunner().invoke(cli.main, [str(arg) for arg in args], prog_name="pbc")
@@ -117,7 +120,7 @@ def test_it_says_what_it_did(compiled: Run, examples: Path) -> None:
 
 
 def test_no_trace_of_the_work_is_left(compiled: Run) -> None:
-    assert sorted(path.name for path in compiled.path.parent.iterdir()) == ["ir", "m.pbc"]
+    assert sorted(path.name for path in compiled.path.parent.iterdir()) == [ORIGIN, "ir", "m.pbc"]
     dumped = sorted(path.name for path in (compiled.path.parent / "ir").iterdir())
     assert dumped[0] == "00-mark-trainable.txt"
     assert dumped[-1].endswith("-lower.txt")
@@ -247,7 +250,10 @@ def test_the_plan_is_what_is_built(here: Path, custom: list[str | Path]) -> None
     manifest = json_of(pbc(*custom, "--levels", "2", "--json"))
     assert manifest["levels"] == plan["levels"]
     assert manifest["provenance"]["passes"] == plan["passes"]
-    assert [path.name for path in here.iterdir()] == ["factory.pbc"]
+    assert sorted(path.name for path in here.iterdir()) == [
+        ".factory.pbc.origin.json",
+        "factory.pbc",
+    ]
 
 
 def test_without_calibration_levels_are_unaligned_and_it_says_so(
@@ -288,7 +294,8 @@ def test_a_board_whose_engine_is_not_there_gets_another(
     requires = opened.manifest["requires"]
     assert requires["python"] == ">=3.10"
     assert requires["torch"].endswith(",>=2.10")  # what the engine asks for, and the board
-    listed = "; ".join(f"{name} {wanted}" for name, wanted in requires.items())
+    wanted = {**requires, **opened.manifest["by_hand"]}
+    listed = "; ".join(f"{name} {words}" for name, words in wanted.items())
     assert "swap 1 GiB" in listed
     for shown in (result.stdout, pbc("inspect", "m.pbc").stdout):
         assert listed in shown
@@ -383,7 +390,7 @@ def test_a_full_disk_leaves_the_old_file(
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
     assert (here / "m.pbc").read_bytes() == old
-    assert [path.name for path in here.iterdir()] == ["m.pbc"]
+    assert sorted(path.name for path in here.iterdir()) == [ORIGIN, "m.pbc"]
 
 
 def test_the_same_seed_gives_the_same_bundle(here: Path, custom: list[str | Path]) -> None:
@@ -446,7 +453,8 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
         resumed = compiler.compile(model, here / "m.pbc", options)
     assert len([text for text in steps if ", step " in text]) < 6
     assert resumed.digest == whole.digest
-    assert sorted(path.name for path in here.iterdir()) == ["m.pbc", "whole.pbc"]
+    left = [ORIGIN, ".whole.pbc.origin.json", "m.pbc", "whole.pbc"]
+    assert sorted(path.name for path in here.iterdir()) == left
 
 
 def test_what_alignment_learned_is_what_is_shipped(compiled: Run) -> None:

@@ -201,7 +201,7 @@ def test_a_cache_smaller_than_one_batch(
 
 
 def other_bundle(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
-    manifest["model"] = "another"  # the same graphs and weights: its features may be used
+    manifest["model"] = "another"  # the same graphs and weights
 
 
 def other_preprocessing(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -225,18 +225,13 @@ def other_resolution(manifest: dict[str, Any], files: dict[str, bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "used"),
-    [
-        (other_bundle, True),
-        (other_preprocessing, False),
-        (other_weights, False),
-        (other_precision, False),
-        (other_resolution, False),
-    ],
+    "change",
+    [other_bundle, other_preprocessing, other_weights, other_precision, other_resolution],
 )
 def test_a_cache_of_something_else_is_not_used(
-    fit: Fit, change: Callable[[dict[str, Any], dict[str, bytes]], None], used: bool
+    fit: Fit, change: Callable[[dict[str, Any], dict[str, bytes]], None]
 ) -> None:
+    """Starting again removes what was kept, whatever else may stay the same."""
     fit(cache="disk")
     assert fit.epochs[0].stage_seconds["prefix"] > 0
     manifest, files = tiny.contents()
@@ -244,7 +239,7 @@ def test_a_cache_of_something_else_is_not_used(
     change(manifest, files)
     bundle.write(fit.root / "m.pbc", manifest, files)
     second = fit(cache="disk")
-    assert (fit.epochs[0].stage_seconds["prefix"] == 0) is used
+    assert fit.epochs[0].stage_seconds["prefix"] > 0
     assert second == fit("fresh", cache="disk")
 
 

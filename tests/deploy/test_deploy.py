@@ -33,6 +33,7 @@ from pbc.deploy.connection import Destination
 from pbc.deploy.deployment import DeployOptions
 from pbc.deploy.payload import SCRIPT
 from pbc.errors import PbcError, UsageError
+from pbc.util import strict_json
 from pbc.util.sizes import size_text
 
 pytestmark = pytest.mark.skipif(None in (sshd.SSHD, sshd.SSH), reason=sshd.MISSING)
@@ -170,15 +171,15 @@ def unsealed(folder: Path) -> list[Path]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The process numbers that the board's script tells at its start."""
     pids: list[int] = []
-    loads = json.loads
+    loads = strict_json.loads
 
-    def listening(line: Any) -> Any:
+    def listening(line: bytes | str) -> Any:
         message = loads(line)
         if isinstance(message, dict) and "process" in message:
             pids.append(message["process"])
         return message
 
-    monkeypatch.setattr("pbc.deploy.deployment.json.loads", listening)
+    monkeypatch.setattr("pbc.deploy.deployment.strict_json.loads", listening)
     return pids
 
 
@@ -383,7 +384,7 @@ def test_a_board_of_another_architecture_is_refused(device: Device) -> None:
 
 def test_each_check_is_a_line(device: Device) -> None:
     bundle = device.bundle(
-        target={"name": "huge", "arch": "any", "memory_bytes": 2**60},
+        target={"name": "huge", "arch": "any", "memory_bytes": 2**50},
         requires={"python": ">=3.99", "libc": "glibc>=2.99", "onnxruntime": ">=1.20"},
     )
     with pytest.raises(PbcError) as told:
@@ -392,7 +393,7 @@ def test_each_check_is_a_line(device: Device) -> None:
     assert "is Python 3." in python
     assert "needed is >=3.99" in python
     assert "its C library is glibc 2." in libc
-    assert memory.endswith("of memory; the target has 1073741824.0 GiB")
+    assert memory.endswith("of memory; the target has 1048576.0 GiB")
 
 
 def test_a_bundle_that_computes_other_numbers_is_not_activated(device: Device) -> None:
