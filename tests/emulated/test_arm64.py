@@ -106,7 +106,7 @@ class Shipped:
     def settings(self) -> dict[str, Any]:
         """Return the options of a training that takes the same decisions everywhere."""
         costs = tiny.costs(self.work / "costs.json", len(self.bundle.manifest["levels"]))
-        pinned = {"epochs": EPOCHS, "skip": False, "costs": costs, "threads": 1}
+        pinned = {"epochs": EPOCHS, "head": "sgd", "skip": False, "costs": costs, "threads": 1}
         return {**pinned, **self.training}
 
 
