@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import tiny
@@ -88,7 +89,9 @@ def test_export_of_what_was_fitted(assets: Path, tmp_path: Path) -> None:
     assert model.export(tmp_path / "x.onnx").stat().st_size > 1000
 
 
-def test_callbacks_see_the_run_and_plugins_go_by_name(assets: Path, tmp_path: Path) -> None:
+def test_callbacks_see_the_run_and_plugins_go_by_name(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[object] = []
     model = pbc.load(assets / "m.pbc", progress=False)
     model.fit(
@@ -102,8 +105,33 @@ def test_callbacks_see_the_run_and_plugins_go_by_name(assets: Path, tmp_path: Pa
     assert isinstance(seen[-1], Finished)
     assert model.folder == tmp_path / "mine"
     assert list((tmp_path / "mine" / "tensorboard").glob("events.out.tfevents.*"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at-all")
+    with pytest.raises(
+        PbcError, match=r"the callback 'mlflow' cannot begin: (?s:.*)nowhere://at-al"
+    ):
+        model.fit(assets / "train", callbacks=["mlflow"])
     with pytest.raises(PbcError, match="no callback named 'tensorbord'; did you mean 'tensorboa"):
         model.fit(assets / "train", callbacks=["tensorbord"])
+
+
+def test_mlflow_and_wandb_hold_the_run(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(),
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    pbc.load(assets / "m.pbc", progress=False).fit(
+        assets / "train", costs=assets / "costs.json", callbacks=["mlflow", "wandb"], **FIT
+    )
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.data.params["epochs"] == "2"
+    assert {"train.loss", "val.accuracy"} <= set(run.data.metrics)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_a_fifth_is_held_out_unless_told_otherwise(assets: Path) -> None:

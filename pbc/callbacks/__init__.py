@@ -33,7 +33,7 @@ class CallbackPlugin(Protocol):
 def together(chosen: Iterable[Callback | str], out: Path, options: TrainOptions) -> Callback:
     """Return one callback for several; a plugin goes by its name, and is made for this run.
 
-    Raises PbcError for a plugin that is not installed, or whose package is not.
+    Raises PbcError for a plugin that is not installed, whose package is not, or that cannot begin.
     """
     callbacks = [
         _made(callback, out, options) if isinstance(callback, str) else callback
@@ -54,6 +54,10 @@ def _made(name: str, out: Path, options: TrainOptions) -> Callback:
         if (needs := missing(error)) is None:
             raise
         raise PbcError(f"the callback {name!r} needs {needs}") from error
+    except PbcError:
+        raise
+    except Exception as error:  # a tool's own settings: what it says of them is what helps
+        raise PbcError(f"the callback {name!r} cannot begin: {error}") from error
     return made
 
 
