@@ -29,15 +29,20 @@ def unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, tuple[str, ...]]
 
     Wrappers of torch go, also those inside; torch.compile in place is undone; so does a module
     without a forward of its own that holds one network. Raises PbcError for a scripted or traced
-    module, whose Python code is gone.
+    module, whose Python code is gone, and for a quantised one, whose weights are.
     """
     taken: list[str] = []
     for path, inner in module.named_modules():
+        place = f", its {path}," if path else ""
         if isinstance(inner, torch.jit.ScriptModule):
-            place = f", its {path}," if path else ""
             raise PbcError(
                 f"{name}{place} is a scripted or traced module (torch.jit), which cannot be "
                 "captured; return the nn.Module that it was made of"
+            )
+        if _is_quantized(inner):
+            raise PbcError(
+                f"{name}{place} is a quantized {type(inner).__name__}: what it was rounded from "
+                "is gone; return the network as it was before, in float32"
             )
     module = _without_wrapper(module, taken)
     for owner in list(module.modules()):
@@ -50,6 +55,18 @@ def unwrapped(module: nn.Module, name: str) -> tuple[nn.Module, tuple[str, ...]]
             inner._compiled_call_impl = None
             taken.append("torch.compile")
     return module, tuple(f"{kind} around {name} was taken off" for kind in dict.fromkeys(taken))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a layer computes with packed integers, or has tensors of them.
+
+    Those for training that is aware of rounding, and torch's reference layers, are float32 still.
+    """
+    words = type(module).__module__.split(".")
+    if words[0] == "torch" and "quantized" in words and "reference" not in words:
+        return True
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and tensor.is_quantized for tensor in tensors)
 
 
 def _without_wrapper(module: nn.Module, taken: list[str]) -> nn.Module:

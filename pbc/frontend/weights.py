@@ -15,8 +15,9 @@ from pbc.errors import PbcError
 
 State = Mapping[str, Tensor]
 
-# What DataParallel and torch.compile put into the names of what they wrap, at any depth.
-_WRAPPERS = frozenset({"module", "_orig_mod"})
+# What DataParallel, torch.compile, FSDP and activation checkpoints put into the names of what they
+# wrap, at any depth.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DEPTH = 3
 
 
@@ -103,9 +104,14 @@ def _counts(name: str) -> bool:
 
 
 def _without_wrappers(wanted: frozenset[str], state: State) -> tuple[State, str]:
-    """Take wrappers' parts out of names that the model does not have; which parts these were."""
+    """Take wrappers' parts out of names that the model does not have; what was done, in words.
+
+    Where everything of the model is inside the wrapper, what is outside is the wrapper's own, such
+    as how many models an AveragedModel has averaged.
+    """
     renamed: dict[str, Tensor] = {}
     parts: set[str] = set()
+    inside = wanted.isdisjoint(state)
     for name, tensor in state.items():
         words = name.split(".")
         short = ".".join(word for word in words if word not in _WRAPPERS)
@@ -117,7 +123,15 @@ def _without_wrappers(wanted: frozenset[str], state: State) -> tuple[State, str]
     better = sum(name in wanted for name in renamed) >= sum(name in wanted for name in state)
     if not parts or not better or len(renamed) < len(state):
         return state, ""
-    return renamed, ", ".join(sorted(f"{part}." for part in parts))
+    said = ", ".join(sorted(f"{part}." for part in parts))
+    outside = sorted(name for name in renamed if name in state)
+    if outside and inside and not wanted.isdisjoint(renamed):
+        renamed = {name: t for name, t in renamed.items() if name not in state}
+        were = (
+            "1 tensor outside of them was" if len(outside) == 1 else f"{len(outside)} outside were"
+        )
+        said += f"; {were} left out: {outside[0]}"
+    return renamed, said
 
 
 def _prefixes(name: str) -> list[str]:

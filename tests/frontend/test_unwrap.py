@@ -74,6 +74,18 @@ def test_a_scripted_module_is_refused_by_name(whole: bool) -> None:
         unwrapped(module, "net")
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_quantized_layer_is_refused_by_name() -> None:
+    dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
+    for module, where in ((dynamic, "net, its 0,"), (dynamic[0], "net")):
+        with pytest.raises(PbcError, match=f"^{where} is a quantized Linear: .* in float32$"):
+            unwrapped(module, "net")
+    table = nn.Module()
+    table.register_buffer("codes", torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
+    with pytest.raises(PbcError, match="is a quantized Module"):
+        unwrapped(table, "net")
+
+
 def test_what_is_not_wrapped_stays() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

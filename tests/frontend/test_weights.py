@@ -34,10 +34,20 @@ def test_wrappers_inside_are_taken_off() -> None:
     got, notes = named_as(NAMES, {"stem.module.weight": torch.zeros(1), **state("")}, PATH)
     assert "stem.module.weight" in got  # two tensors would get one name: left for the check
     assert notes == ()
-    inside = {name.replace("stem.", "stem.module."): t for name, t in state("").items()}
-    got, notes = named_as(NAMES, inside, PATH)
+    for part in ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        inside = {name.replace("stem.", f"stem.{part}."): t for name, t in state("").items()}
+        got, notes = named_as(NAMES, inside, PATH)
+        assert sorted(got) == sorted(NAMES)
+        assert f"{part}." in notes[0]
+
+
+def test_what_a_wrapper_adds_is_left_out() -> None:
+    got, notes = named_as(NAMES, state("module.", a="n_averaged"), PATH)
     assert sorted(got) == sorted(NAMES)
-    assert "module." in notes[0]
+    assert notes == (
+        "wrappers' parts of the names in w.safetensors were taken off: module.; 1 tensor outside "
+        "of them was left out: n_averaged",
+    )
 
 
 def test_what_is_beside_the_network_is_left_out_and_said() -> None:

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
-from catalogue import networks
+from catalogue import Network, networks
 from cell import Cell
 from processes import results
 from records import Record, append, read
@@ -33,12 +35,15 @@ def main() -> int:
         for cell in _cells(arguments)
         if (record := known.get(Record.key_of(cell))) is None or record.outcome in arguments.again
     ]
+    end = time.monotonic() + 60 * arguments.minutes
     for count, (cell, result, seconds) in enumerate(
         results(cells, arguments.jobs, arguments.limit), 1
     ):
         record = Record.of(cell, result, seconds)
         append(arguments.results, record)
         sys.stderr.write(f"{count}/{len(cells)} {record.line}\n")
+        if time.monotonic() > end:
+            break
     sys.stdout.write(table(read(arguments.results)))
     return 0
 
@@ -48,14 +53,25 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
     chosen = [n for n in networks() if re.search(arguments.only, n.name)]
     if arguments.sample is not None:
         chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
-    chosen.sort(key=lambda network: network.parameters)  # most results first
+    if arguments.order == "random":
+        random.Random(arguments.seed).shuffle(chosen)
+    else:
+        chosen.sort(key=lambda network: network.parameters)
     return [
         Cell(network, strategy, engine, arguments.levels)
         for network in chosen
-        for strategy in arguments.strategies
         for engine in arguments.engines
-        if strategy != "full" or network.parameters <= _SMALL
+        for strategy in _strategies(network, engine, arguments)
     ]
+
+
+def _strategies(network: Network, engine: str, arguments: argparse.Namespace) -> list[str]:
+    """Those that fit, or --each of them: the same ones whatever else is asked for."""
+    fit = [s for s in arguments.strategies if s != "full" or network.parameters <= _SMALL]
+    if arguments.each is None:
+        return fit
+    draw = random.Random(f"{arguments.seed} {network.name} {engine}")
+    return draw.sample(fit, min(arguments.each, len(fit)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="a pattern that the names of networks hold")
     parser.add_argument("--sample", type=int, help="so many networks, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--each", type=int, help="so many strategies of each network and engine, drawn by --seed"
+    )
+    parser.add_argument(
+        "--order",
+        choices=("size", "random"),
+        default="size",
+        help="small networks first, for the most results; or by --seed, so that whatever is "
+        "there when the run stops is a sample",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after the cell that ends later"
+    )
     parser.add_argument("--levels", type=int, default=1, help="proxies to make, as in pbc compile")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for a cell")
