@@ -134,17 +134,20 @@ class Model:
         self._output, self._personal, self.validation = Output(root), None, validation
         return self
 
-    def evaluate(self, data: Any, *, level: int = 0) -> Evaluation:
-        """Return accuracy, loss and count on labelled photos; see `fit` for what they may be in."""
+    def evaluate(self, data: Any, *, level: int | None = None) -> Evaluation:
+        """Return accuracy, loss and count on labelled photos; see `fit` for what they may be in.
+
+        level: of the network; by default the one that training left it at.
+        """
         with self._shown(1) as display:
             samples = self._samples(data, display, classes=self.classes, held_out=True)
         return self.personal.evaluate(samples, level=level)
 
-    def score(self, data: Any, *, level: int = 0) -> float:
+    def score(self, data: Any, *, level: int | None = None) -> float:
         """Return the accuracy on labelled photos, in 0…1."""
         return self.evaluate(data, level=level).accuracy
 
-    def predict(self, image: Any, *, level: int = 0) -> Prediction | list[Prediction]:
+    def predict(self, image: Any, *, level: int | None = None) -> Prediction | list[Prediction]:
         """Name what is in a photo, or in each of several.
 
         image: a path, a PIL image or an array as pbc.data.arrays.pixels takes it; for several a
@@ -240,7 +243,7 @@ class Model:
             return read_image(image, self.spec)
         return pixels(image, self.spec, "the image")
 
-    def _seen(self, image: np.ndarray, level: int) -> Prediction:
+    def _seen(self, image: np.ndarray, level: int | None) -> Prediction:
         best = self.personal.predict(image, top=len(self.personal.classes), level=level)
         return Prediction(tuple(best), Image.fromarray(image))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pbc.errors import PbcError
+from pbc.errors import PbcError, UsageError
 
 ORIGINAL = "original"
 ALIGNED = "aligned"
@@ -62,6 +62,12 @@ class Ladder:
 
     def __len__(self) -> int:
         return len(self.levels)
+
+    def require(self, level: int) -> int:
+        """Return the number of a level; raises UsageError where there is none."""
+        if not 0 <= level < len(self):
+            raise UsageError(f"no level {level}; this model has levels 0 to {len(self) - 1}")
+        return level
 
     def precision(self, level: int) -> str:
         """Return what the frozen part of a level computes in; float32 where nothing is planned."""

@@ -18,7 +18,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "-o", "--output", "target", type=_PATH, help="File to write.  [default: OUT's name + .onnx]"
 )
-@click.option("--level", type=int, help="Level of an .onnx file.  [default: 0, the original]")
+@click.option("--level", type=int, help="Level of an .onnx file.  [default: the model's own]")
 @unsigned
 def export(out: Path, target: Path | None, level: int | None) -> None:
     """Write a personal model as one file: FILE.onnx to run anywhere, or FILE.safetensors.

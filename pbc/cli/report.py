@@ -36,11 +36,19 @@ def report(out: Path, data: Path | None, output: Path | None, as_json: bool) -> 
         for line in samples.inventory.lines():
             click.echo(line, err=True)
         labelled = samples.with_classes(personal.classes)
-        validation = Validation.of(personal.evaluate(samples), labelled)
-        found = Report.of(out, validation, f"of {data}")
+        results = [
+            personal.evaluate(samples, level=at) for at in range(len(personal.bundle.ladder))
+        ]
+        validation = Validation.of(results[personal.level], labelled)
+        levels = [
+            {"level": at, "accuracy": result.accuracy, "sample_ms": result.sample_ms}
+            for at, result in enumerate(results)
+        ]
+        found = Report.of(out, validation, f"of {data}", levels)
     if as_json:
         shown = None if found.validation is None else found.validation.to_json()
-        click.echo(json.dumps({"model": found.model, "validation": shown}, ensure_ascii=False))
+        known = {"model": found.model, "validation": shown, "levels": list(found.levels)}
+        click.echo(json.dumps(known, ensure_ascii=False))
         return
     target = output or Path(f"{out.resolve().name}.html")
     replace_bytes(target, found.html().encode())

@@ -28,7 +28,7 @@ from pbc.data import images as photos_below
 from pbc.data.held_out import default_validation, train_and_validation
 from pbc.data.inventory import printable
 from pbc.errors import PbcError
-from pbc.runtime.options import TrainOptions
+from pbc.runtime.options import AUTO, TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
@@ -57,6 +57,19 @@ class _Val(click.ParamType[Any]):
                 f"{_NONE}, or a folder (./{value})"
             )
         return share
+
+
+class _DeployLevel(click.ParamType[Any]):
+    """A level by its number, or `auto`."""
+
+    name = "LEVEL|auto"
+
+    def convert(self, value: Any, param: Any, context: Any) -> int | str:
+        if value == AUTO:
+            return AUTO
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is no level: expected a number from 0 on, or {AUTO}")
+        return int(value)
 
 
 @click.command()
@@ -103,6 +116,14 @@ class _Val(click.ParamType[Any]):
     "[default: what --max-accuracy-loss implies]",
 )
 @click.option("--max-level", type=int, help="Route to no cheaper level.  [default: any]")
+@click.option(
+    "--deploy-level",
+    type=_DeployLevel(),
+    default=_DEFAULTS.deploy_level,
+    show_default=True,
+    help="The level that the personal model runs at: one at which all photos are learnt from too, "
+    "or auto, the cheapest within --max-accuracy-loss by the held-out photos.",
+)
 @click.option("--scheduler", default=_DEFAULTS.scheduler, show_default=True)
 @click.option(
     "--alpha",
@@ -217,18 +238,19 @@ def train(
 @click.command("eval")
 @click.argument("out", type=_PATH)
 @click.argument("data", type=_PATH)
-@click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
+@click.option("--level", type=int, help="0 is the original network.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @unsigned
 def evaluate(
-    out: Path, data: Path, level: int, threads: int | None, strict: bool, as_json: bool
+    out: Path, data: Path, level: int | None, threads: int | None, strict: bool, as_json: bool
 ) -> None:
     """Measure the accuracy of a personal model on labelled photos."""
     personal = Personal.open(out, threads=threads)
     samples = ImageFolder.open(data, personal.spec, held_out=True, strict=strict)
     _tell(samples, functools.partial(click.echo, err=True))
+    level = personal.level if level is None else level
     result = personal.evaluate(samples, level=level)
     if as_json:
         facts = {
@@ -247,12 +269,17 @@ def evaluate(
 @click.argument("out", type=_PATH)
 @click.argument("images", type=_PATH, nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--level", type=int, default=0, show_default=True, help="0 is the original network.")
+@click.option("--level", type=int, help="0 is the original network.  [default: the model's own]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @unsigned
 def predict(
-    out: Path, images: tuple[Path, ...], top: int, level: int, threads: int | None, as_json: bool
+    out: Path,
+    images: tuple[Path, ...],
+    top: int,
+    level: int | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Name what a personal model sees in photos, the likeliest class first.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,10 +14,11 @@ from pbc.bench.report.page import page, section, table
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.data.inventory import printable
+from pbc.report.levels import accuracy_by_time
 from pbc.report.thumbnails import thumbnail
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.personal import stored
+from pbc.runtime.output.personal import deployed_level, stored
 from pbc.runtime.output.validation import Validation
 from pbc.util.sizes import memory_text, size_text
 
@@ -31,7 +33,8 @@ class Report:
     """A personal model, and what it answered for photos that it was not trained on, if known.
 
     epochs: the lines of metrics.jsonl, none where they were forgotten. photos: where the photos
-    that it was measured on are from.
+    that it was measured on are from. levels: accuracy and sample_ms of each on these photos; none
+    where what the run found counts.
     """
 
     name: str
@@ -41,10 +44,20 @@ class Report:
     epochs: tuple[dict[str, Any], ...]
     validation: Validation | None
     photos: str = "that were held out"
+    levels: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, root: Path, validation: Validation | None = None, photos: str = "") -> Report:
-        """Read a personal model's folder; `validation` stands for what its run left there."""
+    def of(
+        cls,
+        root: Path,
+        validation: Validation | None = None,
+        photos: str = "",
+        levels: Sequence[dict[str, Any]] = (),
+    ) -> Report:
+        """Read a personal model's folder; what else is given stands for what its run left there.
+
+        levels: accuracy and sample_ms of each on the photos.
+        """
         bundle, model, _ = stored(root)
         output = Output(root)
         if validation is None and output.validation.exists():
@@ -57,6 +70,7 @@ class Report:
             epochs=tuple(Metrics(output.metrics).epochs()),
             validation=validation,
             photos=photos,
+            levels=tuple(levels),
         )
 
     def html(self) -> str:
@@ -67,6 +81,7 @@ class Report:
             [
                 f"<header><h1>{escape(title)}</h1>{self._summary()}</header>",
                 *self._quality(),
+                section("Accuracy against inference time", self._by_level()),
                 section("Loss per epoch", self._losses()),
                 section("Routing: photos per level and epoch", self._routing()),
                 section("Where the time went", self._stages()),
@@ -177,6 +192,14 @@ class Report:
         more = len(self.validation.wrong) - _PHOTOS_MOST
         rest = f"<p>And {more} more.</p>" if more > 0 else ""
         return f'<div class="photos">{"".join(figures)}</div>{rest}' if figures else ""
+
+    def _by_level(self) -> str:
+        photos = f"On photos {escape(self.photos or 'that were held out')}"
+        if self.levels:
+            words = f"{photos}, every level with the head of this model."
+            return accuracy_by_time(self.levels, deployed_level(self.model), words)
+        words = f"{photos}, every level with a head of its own."
+        return accuracy_by_time(self.model.get("levels", []), deployed_level(self.model), words)
 
     # ---- how it was trained ----------------------------------------------------------------
 

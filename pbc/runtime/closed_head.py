@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from pbc.errors import UsageError
 from pbc.runtime.closed_form import ClassStatistics, Head
 from pbc.runtime.engines import Arrays, Executable
 from pbc.runtime.head_inputs import HeadInputs
-from pbc.runtime.loop import Totals
+from pbc.runtime.loop import Totals, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.prepared import Prepared
@@ -94,10 +93,19 @@ class ClosedHead:
         cache = "disk" if options.cache == "disk" else "off"
         return replace(options, epochs=min(options.views, options.epochs), cache=cache, skip=False)
 
-    @property
-    def due(self) -> bool:
-        """Return whether so many samples came since the last head that another is worth it."""
-        return self._statistics.count >= self._next
+    def learn(
+        self, batch: Batch, features: Arrays, labels: np.ndarray, meter: Meter
+    ) -> tuple[float | None, bool]:
+        """Add a mini-batch to the sums; where they replace the epochs, make heads on the way.
+
+        Returns the loss of the last head. Whoever calls makes the last one.
+        """
+        self.add(batch.level, features, labels)
+        meter.lap("forward")
+        if self.complete and self._statistics.count >= self._next:
+            self.settle(last=False)
+            meter.lap("backward")
+        return None if self.head is None else self.head.loss, True
 
     def add(self, level: int, features: Arrays, labels: np.ndarray) -> None:
         """Take features of one level's body with int64[b] labels."""
@@ -113,6 +121,11 @@ class ClosedHead:
         self.head = self._statistics.solve() if last else self._statistics.glance()
         self.use(self._inputs.theta(self.head))
         return self.head
+
+    def finished(self) -> dict[str, np.ndarray]:
+        """Return all parameters, with the head of everything that was added."""
+        self.settle(last=True)
+        return dict(self._theta)
 
     def use(self, theta: Mapping[str, np.ndarray]) -> None:
         """Start the executable with these parameters, as they are until the next head."""
@@ -168,34 +181,13 @@ def told(head: Head) -> str:
     )
 
 
-def collect(
-    closed: ClosedHead,
-    run: Prepared,
-    labels: np.ndarray,
-    batches: Sequence[Batch],
-    meter: Meter,
-    totals: Totals,
-    *,
-    epoch: int = 0,
-    first: int = 0,
-) -> Iterator[float]:
-    """Add an epoch's mini-batches from number `first` on to the sums, as `loop.train` learns.
-
-    Yields the last head's loss, NaN before the first. A head for the time being is made at growing
-    intervals; whoever calls makes the last.
-    """
-    meter.lap("bookkeeping")
-    fetched = run.fetch(batches, first, epoch)
-    for batch, features in zip(batches[first:], fetched, strict=True):
-        meter.lap("bookkeeping")
-        closed.add(batch.level, features, labels[batch.samples])
-        meter.lap("forward")
-        if closed.complete and closed.due:
-            closed.settle(last=False)
-            meter.lap("backward")
-        loss = math.nan if closed.head is None else closed.head.loss
-        totals.count(0.0, run.levels(batch), updated=True)
-        yield loss
-        meter.lap("bookkeeping")
-    run.scheduler.finish_epoch()
-    meter.lap("bookkeeping")
+def start_epochs(
+    closed: ClosedHead, run: Prepared, labels: np.ndarray, meter: Meter, totals: Totals
+) -> Iterator[int]:
+    """Start the epochs of a run with the head of all its samples; yield how many were visited."""
+    batches, visited = run.scheduler.plan(0), 0
+    for batch, _ in zip(batches, train(closed, run, labels, batches, meter, totals), strict=True):
+        visited += len(batch.samples)
+        yield visited
+    closed.settle(last=True)
+    meter.lap("backward")

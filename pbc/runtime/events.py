@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 from pbc.runtime.output.validation import Validation
@@ -71,6 +71,19 @@ class EpochReport:
     stage_seconds: dict[str, float]
     peak_memory_bytes: int
     skipped_samples: int = 0
+
+    def longer_by(self, stage_seconds: Mapping[str, float]) -> EpochReport:
+        """Return the same epoch with more seconds, by stage."""
+        stages = {
+            name: taken + stage_seconds.get(name, 0.0) for name, taken in self.stage_seconds.items()
+        }
+        seconds = sum(stages.values())
+        return replace(
+            self,
+            seconds=seconds,
+            stage_seconds=stages,
+            samples_per_second=self.samples_per_second * self.seconds / seconds,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -11,8 +11,8 @@ from pbc.runtime.evaluation import KeptFeatures
 class GrowingModel:
     """The heads for the time being of one run, the best of them by held-out photos if any."""
 
-    def __init__(self, held_out: Samples | None) -> None:
-        self._held_out = KeptFeatures(held_out) if held_out is not None else None
+    def __init__(self, held_out: Samples | None, level: int) -> None:
+        self._held_out = KeptFeatures(held_out, level) if held_out is not None else None
         self._shown: Head | None = None
         self._best = -1.0
 

@@ -1,9 +1,9 @@
 """The training loop that epochs, rounds and blocks of a stream share.
 
-A training iteration takes a mini-batch: its features are fetched, the body's forward runs, the
-scheduler judges the losses, and, unless it skips the update, backward and optimizer run. Each part
-is charged to its stage of the meter (pbc.runtime.meter), and whatever is left to `bookkeeping`:
-from the meter's restart to the end of the loop no second is lost or counted twice.
+A training iteration takes a mini-batch: its features are fetched, and a learner learns from them,
+by a step (`Steps`) or by sums (pbc.runtime.closed_head). Each part is charged to its stage of the
+meter (pbc.runtime.meter), and whatever is left to `bookkeeping`: from the meter's restart to the
+end of the loop no second is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from pbc.errors import PbcError
-from pbc.runtime.engines import Executable
+from pbc.runtime.engines import Arrays, Executable
 from pbc.runtime.events import EpochReport
 from pbc.runtime.meter import Meter, peak_memory_bytes
 from pbc.runtime.routing.prepared import Prepared
-from pbc.runtime.schedulers import Batch
+from pbc.runtime.schedulers import Batch, Scheduler
 
 
 class DivergedError(PbcError):
@@ -74,8 +75,43 @@ class Totals:
         )
 
 
+class Learner(Protocol):
+    """Learns from mini-batches, one after the other."""
+
+    def learn(
+        self, batch: Batch, features: Arrays, labels: np.ndarray, meter: Meter
+    ) -> tuple[float | None, bool]:
+        """Learn from features with int64[b] labels; charge the meter's stages.
+
+        Returns the mean loss, None where none is known yet, and whether anything was updated.
+        """
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Learns by steps: the body's forward, and, unless the scheduler skips it, an update."""
+
+    executable: Executable
+    scheduler: Scheduler
+
+    def learn(
+        self, batch: Batch, features: Arrays, labels: np.ndarray, meter: Meter
+    ) -> tuple[float, bool]:
+        """Raises DivergedError before an update by a loss that is not finite."""
+        losses, _ = self.executable.forward(batch.level, features, labels)
+        loss = float(losses.mean())
+        meter.lap("forward")
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss}")
+        updated = self.scheduler.observe(batch, losses)
+        if updated:
+            self.executable.update()
+            meter.lap("backward")
+        return loss, updated
+
+
 def train(
-    executable: Executable,
+    learner: Learner,
     run: Prepared,
     labels: np.ndarray,
     batches: Sequence[Batch],
@@ -87,25 +123,17 @@ def train(
 ) -> Iterator[float]:
     """Learn from an epoch's mini-batches from number `first` on; yield each one's mean loss.
 
-    labels: int64[n]. totals: grows by each iteration before its loss is yielded; what the caller
-    does until it asks for the next is bookkeeping. The scheduler's epoch is finished at the end.
-    Raises DivergedError before an update by a loss that is not finite.
+    labels: int64[n]. totals: grows by each iteration before its loss is yielded, NaN where none is
+    known; what the caller does until it asks for the next is bookkeeping. The scheduler's epoch is
+    finished at the end.
     """
     meter.lap("bookkeeping")
     fetched = run.fetch(batches, first, epoch)
     for batch, features in zip(batches[first:], fetched, strict=True):
         meter.lap("bookkeeping")
-        losses, _ = executable.forward(batch.level, features, labels[batch.samples])
-        loss = float(losses.mean())
-        meter.lap("forward")
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss is {loss}")
-        updated = run.scheduler.observe(batch, losses)
-        if updated:
-            executable.update()
-            meter.lap("backward")
-        totals.count(loss, run.levels(batch), updated=updated)
-        yield loss
+        loss, updated = learner.learn(batch, features, labels[batch.samples], meter)
+        totals.count(loss or 0.0, run.levels(batch), updated=updated)
+        yield math.nan if loss is None else loss
         # Before the next features are fetched, whose laps are not to be charged with this.
         meter.lap("bookkeeping")
     run.scheduler.finish_epoch()

@@ -12,7 +12,8 @@ from pbc.runtime.objective import Objective, default_rate
 
 CACHES = ("off", "ram", "disk")
 CACHE_DTYPES = ("float32", "float16")
-HEADS = ("auto", "closed", "sgd")
+AUTO = "auto"
+HEADS = (AUTO, "closed", "sgd")
 _MOMENTUM = Objective().momentum
 # More would be a cache of mostly the same image.
 _MOST_VIEWS = 64
@@ -36,6 +37,9 @@ class TrainOptions:
     fidelity_floor: no sample runs at a level whose fidelity, predicted for the sample or measured
         on held-out images, is below; None: what max_accuracy_loss implies.
     max_level: no sample runs at a cheaper level than this; None: any.
+    deploy_level: the level that the personal model is to run at; at another than 0 every sample is
+        learnt from there too. `auto`: level 0 until the run ends, then the cheapest level that
+        loses at most max_accuracy_loss on the held-out samples (pbc.runtime.level_trial).
     routing, skip: False sends every sample to level 0; visits every sample in every epoch, and
         learns from it.
     time_budget: seconds that the whole run may take; None: as long as it needs.
@@ -58,6 +62,7 @@ class TrainOptions:
     max_accuracy_loss: float = 0.5
     fidelity_floor: float | None = None
     max_level: int | None = None
+    deploy_level: int | str = 0
     scheduler: str = "cost-model"
     routing: bool = True
     skip: bool = True
@@ -104,6 +109,13 @@ class TrainOptions:
             raise UsageError(f"the time budget is {self.time_budget} s; it must be above 0")
         if self.max_level is not None and self.max_level < 0:
             raise UsageError(f"the cheapest level is {self.max_level}; it must be at least 0")
+        if self.deploy_level != AUTO and (
+            not isinstance(self.deploy_level, int) or self.deploy_level < 0
+        ):
+            raise UsageError(
+                f"the level to deploy is {self.deploy_level!r}; it must be a number from 0 on, "
+                f"or {AUTO}"
+            )
         if not 0 <= self.augment <= _MOST_VIEWS:
             raise UsageError(f"augment is {self.augment}; it must be in 0…{_MOST_VIEWS}")
         if self.seed < 0:
@@ -120,6 +132,12 @@ class TrainOptions:
             self.weight_decay,
             self.label_smoothing,
         )
+
+    @property
+    def fixed_level(self) -> int | None:
+        """Return the level that everything runs at; None where photos may run at several."""
+        level = self.deploy_level
+        return level if isinstance(level, int) and level > 0 else None
 
     @property
     def views(self) -> int:

@@ -14,11 +14,11 @@ from pbc.bundle import Bundle
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.closed_head import ClosedHead, collect, told
+from pbc.runtime.closed_head import ClosedHead, told
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.events import EpochReport, Note, Progress, Report, silent
 from pbc.runtime.frames import Stream, blocks
-from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
+from pbc.runtime.loop import DivergedError, Steps, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
@@ -54,6 +54,7 @@ class StreamTraining:
         # What a second visit would need is off.
         self._options = replace(options, epochs=1, cache="off", augment=0, time_budget=None)
         self._bundle = bundle
+        bundle.ladder.require(self._options.fixed_level or 0)
         self._engine = engine
         self._classes = tuple(classes)
         self._output = output
@@ -110,6 +111,7 @@ class StreamTraining:
             options={**self._options.to_json(), **self._options.resolved(self._batch)},
             fidelity_floor=run.floor,
             metrics=final,
+            level=self._options.fixed_level or 0,
         )
         metrics.append(final)
         return result
@@ -146,12 +148,8 @@ class StreamTraining:
 
     def _learn(self, run: Prepared, block: Samples, totals: Totals) -> None:
         batches = run.scheduler.plan(0)
-        meter, labels = self._meter, block.labels
-        losses = (
-            train(self._executable, run, labels, batches, meter, totals)
-            if self._closed is None
-            else collect(self._closed, run, labels, batches, meter, totals)
-        )
+        learner = self._closed or Steps(self._executable, run.scheduler)
+        losses = train(learner, run, block.labels, batches, self._meter, totals)
         try:
             for _ in losses:
                 pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import monotonic
@@ -12,17 +11,18 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.data import Samples
-from pbc.errors import PbcError, UsageError, reason_of
+from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.closed_head import ClosedHead, collect, stratified, told
+from pbc.runtime.closed_head import ClosedHead, start_epochs, stratified, told
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
 from pbc.runtime.growing_model import GrowingModel
-from pbc.runtime.loop import DivergedError, Totals, finite_parameters, train
+from pbc.runtime.level_trial import LevelTrial, Tried
+from pbc.runtime.loop import DivergedError, Learner, Steps, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
-from pbc.runtime.options import TrainOptions
-from pbc.runtime.output.checkpoint import FACTS, Checkpoint, difference, join
+from pbc.runtime.options import AUTO, TrainOptions
+from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
@@ -34,14 +34,13 @@ from pbc.runtime.parameters import (
     labelled_for,
     other_classes,
 )
+from pbc.runtime.resumption import Resumption, finite
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.preparation import Preparation
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.run_state import RunState
-from pbc.runtime.schedulers import Batch
 from pbc.util.interrupt import Interrupt
-from pbc.util.shapes import check
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
 # share a checkpoint.
@@ -86,9 +85,15 @@ class Trainer:
         self._epochs = options.epochs
         # Set by prepare(); None where SGD alone makes the head.
         self._closed: ClosedHead | None = None
-        self._growing = GrowingModel(self._val)
+        self._growing = GrowingModel(self._val, options.fixed_level or 0)
+        self._tried: tuple[Tried, ...] = ()
         self._metrics: Metrics
         self._run: Prepared
+        self._learner: Learner
+        self._resumption: Resumption
+        # 0 until `finish` decides, where that is left to it.
+        self._level = options.fixed_level or 0
+        bundle.ladder.require(self._level)
 
     @property
     def epoch(self) -> int:
@@ -163,6 +168,7 @@ class Trainer:
         self._interrupt = interrupt or self._interrupt
         self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
+        self._resumption = Resumption(self._output.checkpoint, self._identity(), options.epochs)
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None
         for line in filter(None, [other_classes(self._bundle, self._samples.classes)]):
@@ -173,14 +179,14 @@ class Trainer:
             self._bundle, self._executable, parameters, options, len(self._samples)
         )
         if checkpoint is not None:
-            with self._reading_checkpoint():
+            with self._resumption.reading():
                 theta = checkpoint.part("theta")
                 parameters = checked_theta(self._bundle, theta, len(self._samples.classes))
         self._executable.start(parameters, self.objective)
         preparation = Preparation(self._context())
         known = None
         if checkpoint is not None:
-            with self._reading_checkpoint():
+            with self._resumption.reading():
                 known = Decisions.load(checkpoint, len(self._bundle.ladder), len(self._samples))
                 self._state = RunState.from_facts(checkpoint.facts, len(self._bundle.ladder))
         self._run = preparation(known)
@@ -189,17 +195,18 @@ class Trainer:
         self._epochs = self._run.scheduler.epochs
         if checkpoint is not None:
             self._meter.seconds = dict(self._state.totals.seconds)
-            with self._reading_checkpoint():
-                self._executable.load_optimizer_state(_finite(checkpoint.part("optimizer")))
+            with self._resumption.reading():
+                self._executable.load_optimizer_state(finite(checkpoint.part("optimizer")))
         self._metrics.rewind(self.epoch)
         # No total of epochs bounds rounds: who is driven by them goes on with what is cached.
         if not self.finished or self._state.rounds:
             self._run = preparation.fill(self._run)
             self._epochs = self._run.scheduler.epochs
+        self._learner = Steps(self._executable, self._run.scheduler)
         if self._closed is not None:
             self._begin_closed(self._closed, checkpoint)
         if checkpoint is not None:
-            with self._reading_checkpoint():
+            with self._resumption.reading():
                 self._run.scheduler.load_state(checkpoint.part("scheduler"))
         else:
             self.save_checkpoint()
@@ -229,8 +236,13 @@ class Trainer:
         return tuple(reports)
 
     def finish(self) -> Validation | None:
-        """Write the personal model, evaluated at level 0 on the validation samples if any."""
+        """Write the personal model, evaluated at its level on the validation samples if any.
+
+        Where `deploy_level` is auto, the level is chosen here; what that takes is no epoch's time.
+        """
         final: dict[str, Any] = {"final": True, "epochs": self.epoch}
+        if self.options.deploy_level == AUTO:
+            self._choose_level()
         validation = None
         if self._val is not None:
             result = self.evaluate(self._val)
@@ -257,12 +269,27 @@ class Trainer:
             options={**self.options.to_json(), **self.options.resolved(self.batch)},
             fidelity_floor=self._run.floor,
             metrics=metrics,
+            level=self._level,
+            levels=[tried.to_json() for tried in self._tried],
         )
 
-    def evaluate(self, samples: Samples, level: int = 0) -> Evaluation:
+    def _choose_level(self) -> None:
+        """Try the levels on the held-out samples, and go on with the one to deploy."""
+        if self._val is None:
+            self._report(Note("level 0 is deployed: no photos are held out to choose another by"))
+            return
+        self._write_model({"final": False, "epochs": self.epoch})  # for whoever stops meanwhile
+        trial = LevelTrial(self._context(), self._run, self._val, self.parameters())
+        self._tried = trial()
+        chosen = trial.cheapest(self._tried)
+        self._level = chosen.level
+        self._executable.start(chosen.theta, self.objective)
+        self._report(Note(trial.told(self._tried, chosen)))
+
+    def evaluate(self, samples: Samples) -> Evaluation:
         """Evaluate the parameters as they are now; its time is not a part of training's."""
         labelled = labelled_as(self._samples.classes, samples)
-        return evaluate(self._executable, labelled, level, self.batch)
+        return evaluate(self._executable, labelled, self._level, self.batch)
 
     def save_checkpoint(self) -> None:
         """Write all that `prepare(resume=True)` needs; refuses parameters that are not finite."""
@@ -274,12 +301,7 @@ class Trainer:
             "closed": self._sums(),
         }
         self._state.totals.seconds = dict(self._meter.seconds)
-        facts = {
-            **self._identity(),
-            **self._run.decisions.facts(),
-            **self._state.facts(),
-        }
-        Checkpoint(facts, join(parts)).save(self._output.checkpoint)
+        self._resumption.save({**self._run.decisions.facts(), **self._state.facts()}, parts)
         self._saved_at = monotonic()
         self._meter.lap("bookkeeping")
 
@@ -294,7 +316,16 @@ class Trainer:
         if self._closed is not None and self._closed.complete:
             batches = stratified(batches, self._samples.labels)
         planned = sum(len(batch.samples) for batch in batches)
-        losses = self._losses(batches)
+        losses = train(
+            self._learner,
+            self._run,
+            self._samples.labels,
+            batches,
+            meter,
+            totals,
+            epoch=state.epoch,
+            first=state.step,
+        )
         try:
             for loss in losses:
                 state.step += 1
@@ -328,16 +359,6 @@ class Trainer:
         self._report(Note(f"after {visited} of {len(self._samples)} photos: {judged}"))
         self._write_model({"final": False, "epochs": self.epoch, "visited": visited})
 
-    def _losses(self, batches: Sequence[Batch]) -> Iterator[float]:
-        """Learn from the mini-batches that are left of an epoch, and yield their losses."""
-        state, labels = self._state, self._samples.labels
-        at = {"epoch": state.epoch, "first": state.step}
-        if self._closed is not None and self._closed.complete:
-            return collect(
-                self._closed, self._run, labels, batches, self._meter, state.totals, **at
-            )
-        return train(self._executable, self._run, labels, batches, self._meter, state.totals, **at)
-
     def _settle(self, closed: ClosedHead) -> None:
         """Make the head of all samples, and tell how it was judged."""
         head = closed.settle(last=True)
@@ -351,23 +372,15 @@ class Trainer:
             if checkpoint is not None:
                 closed.load_state(checkpoint.part("closed"))
             closed.use(self.parameters())
+            self._learner = closed
             return
         cache = self._run.features.cache
         # Without the features a start would cost as much as an epoch.
         affordable = self.options.head == "closed" or (cache is not None and cache.complete)
-        if checkpoint is not None or not affordable:
-            return
-        batches, totals = self._run.scheduler.plan(0), Totals.zero(len(self._bundle.ladder))
-        visited = 0
-        for batch, _ in zip(
-            batches,
-            collect(closed, self._run, self._samples.labels, batches, self._meter, totals),
-            strict=True,
-        ):
-            visited += len(batch.samples)
-            self._prepared("starting the head", visited, len(self._samples))
-        closed.settle(last=True)
-        self._meter.lap("backward")
+        if checkpoint is None and affordable:
+            labels, totals = self._samples.labels, Totals.zero(len(self._bundle.ladder))
+            for visited in start_epochs(closed, self._run, labels, self._meter, totals):
+                self._prepared("starting the head", visited, len(self._samples))
 
     def _sums(self) -> dict[str, np.ndarray]:
         """Return what the closed form was made of; once every view was seen, nothing."""
@@ -411,25 +424,10 @@ class Trainer:
         if last or monotonic() - self._saved_at >= wait:
             self.save_checkpoint()
         if last:
-            report = self._with_last_checkpoint(report)
+            # The line in the metrics is without this checkpoint: that was written first.
+            report = report.longer_by(self._meter.seconds)
         self._report(report)
         return report
-
-    def _with_last_checkpoint(self, report: EpochReport) -> EpochReport:
-        """Add what the last checkpoint took, as no epoch follows that could count it.
-
-        The line in the metrics is without it: that was written first.
-        """
-        stages = {
-            name: taken + self._meter.seconds[name] for name, taken in report.stage_seconds.items()
-        }
-        seconds = sum(stages.values())
-        return dataclasses.replace(
-            report,
-            seconds=seconds,
-            stage_seconds=stages,
-            samples_per_second=report.samples_per_second * report.seconds / seconds,
-        )
 
     def _is_late(self, epoch_seconds: float) -> bool:
         """Say whether another epoch would overrun the time budget, and tell the user so."""
@@ -486,32 +484,12 @@ class Trainer:
             "options": {**self.options.deciding(), **self.options.resolved(self.batch)},
         }
 
-    @contextmanager
-    def _reading_checkpoint(self) -> Iterator[None]:
-        """Say of whatever does not fit this run that it is the checkpoint."""
-        try:
-            yield
-        except (PbcError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise PbcError(
-                f"the checkpoint {self._output.checkpoint} is damaged ({reason_of(error)}); "
-                "start again with --overwrite"
-            ) from error
-
     def _resumable(self) -> Checkpoint | None:
         """Load the checkpoint if it is of this very run; None if there is none yet."""
-        path = self._output.checkpoint
-        if not path.exists():
+        if not self._output.checkpoint.exists():
             self._report(Note(f"no checkpoint in {self._output.root}: starting at the beginning"))
             return None
-        checkpoint = Checkpoint.load(path)
-        with self._reading_checkpoint():
-            check(checkpoint.facts, FACTS, "facts")
-        different = difference(checkpoint.facts, self._identity(), self.options.epochs)
-        if different is not None:
-            raise PbcError(
-                f"cannot resume {self._output.root}: {different}; --overwrite starts again"
-            )
-        return checkpoint
+        return self._resumption.load()
 
 
 def _split_line(samples: Samples, val: Samples) -> str:
@@ -519,11 +497,3 @@ def _split_line(samples: Samples, val: Samples) -> str:
     without = len(samples.classes) - len(set(val.labels.tolist()))
     none = f" (none of {without} classes)" if without else ""
     return f"{len(samples)} photos to train on, {len(val)} to measure the result on{none}"
-
-
-def _finite(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Return arrays whose values are all finite; raises ValueError for others."""
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name!r} is not finite")
-    return arrays

@@ -67,6 +67,15 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def test_the_page_shows_accuracy_against_time_for_every_level(run: Run) -> None:
+    run("report", "mine", "@test")
+    text = "".join(Page(Path("mine.html").read_text()).words)
+    assert "Accuracy against inference time" in text
+    assert all(name in text for name in ("level 0 (deployed)", "level 1", "level 2"))
+    levels = json.loads(run("report", "mine", "@test", "--json").stdout)["levels"]
+    assert [level["level"] for level in levels] == [0, 1, 2]
+
+
 def test_the_page_of_what_was_held_out(run: Run) -> None:
     validation: dict[str, Any] = json.loads(Path("mine/validation.json").read_text())
     assert validation["wrong"]

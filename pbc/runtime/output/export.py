@@ -18,7 +18,7 @@ from pbc import __version__
 from pbc.bundle import Bundle
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines.onnxruntime import wire as onnx_wire
-from pbc.runtime.output.personal import stored
+from pbc.runtime.output.personal import deployed_level, stored
 from pbc.util.atomic import replace_bytes, replacing
 
 SUFFIXES = (".onnx", ".safetensors")
@@ -30,7 +30,7 @@ _THETA = "θ"
 def export(root: Path | str, path: Path | str, *, level: int | None = None) -> None:
     """Write the personal model of a folder to a file, in the format that its suffix says.
 
-    level: which of the bundle's networks an ONNX file holds; the original one by default.
+    level: which of the bundle's networks an ONNX file holds; by default the one that it runs at.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -43,7 +43,7 @@ def export(root: Path | str, path: Path | str, *, level: int | None = None) -> N
     if path.suffix == ".safetensors":
         replace_bytes(path, safetensors.numpy.save(theta, _facts(bundle, model)))
     else:
-        _write_onnx(path, bundle, model, theta, level or 0)
+        _write_onnx(path, bundle, model, theta, deployed_level(model) if level is None else level)
 
 
 def _facts(bundle: Bundle, model: Mapping[str, Any]) -> dict[str, str]:

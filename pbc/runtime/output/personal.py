@@ -17,7 +17,7 @@ from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.bundle.trust import open_trusted
 from pbc.data import InputSpec, Samples
-from pbc.errors import PbcError, UsageError
+from pbc.errors import PbcError
 from pbc.runtime.engines import Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
@@ -41,6 +41,11 @@ _MODEL = record(
         "options": dict_of(anything),
         "fidelity_floor": maybe(number()),
         "metrics": dict_of(anything),
+        "level": integer(0, 63),
+        "levels": list_of(
+            record({"level": integer(0, 63), "accuracy": number(0, 1), "sample_ms": number()}),
+            most=64,
+        ),
     },
     more=True,
 )
@@ -70,25 +75,28 @@ class Personal:
         """Return the class names by label."""
         return list(self.model["classes"])
 
-    def evaluate(self, samples: Samples, *, level: int = 0) -> Evaluation:
+    @property
+    def level(self) -> int:
+        """Return the level that it runs at unless told otherwise."""
+        return deployed_level(self.model)
+
+    def evaluate(self, samples: Samples, *, level: int | None = None) -> Evaluation:
         """Accuracy and loss on labelled samples, which need not cover every class."""
         labelled = labelled_as(self.classes, samples)
         return evaluate(self.executable, labelled, self._checked(level), self.model["batch"])
 
     def predict(
-        self, image: np.ndarray, *, top: int = 5, level: int = 0
+        self, image: np.ndarray, *, top: int = 5, level: int | None = None
     ) -> list[tuple[str, float]]:
         """Return the likeliest (class, probability) for uint8[H, W, channels], best first."""
-        features = self.executable.prefix(self._checked(level), self.spec.normalise(image[None]))
+        level = self._checked(level)
+        features = self.executable.prefix(level, self.spec.normalise(image[None]))
         shares = np.exp(log_softmax(self.executable.logits(level, features))[0])
         best = np.argsort(-shares, kind="stable")[:top]
         return [(self.classes[index], float(shares[index])) for index in best]
 
-    def _checked(self, level: int) -> int:
-        count = len(self.bundle.manifest["levels"])
-        if not 0 <= level < count:
-            raise UsageError(f"no level {level}; this model has levels 0 to {count - 1}")
-        return level
+    def _checked(self, level: int | None) -> int:
+        return self.level if level is None else self.bundle.ladder.require(level)
 
 
 def stored(
@@ -113,9 +121,15 @@ def stored(
     if bundle.digest != model["bundle"]:
         raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
     try:
+        bundle.ladder.require(deployed_level(model))
         return bundle, model, checked_theta(bundle, parameters, len(model["classes"]))
     except PbcError as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
+
+
+def deployed_level(model: Mapping[str, Any]) -> int:
+    """Return the level that model.json says to run; those of earlier versions say none."""
+    return int(model.get("level", 0))
 
 
 def write_model(
@@ -129,11 +143,14 @@ def write_model(
     options: Mapping[str, Any] = MappingProxyType({}),
     fidelity_floor: float | None = None,
     metrics: Mapping[str, Any] = MappingProxyType({}),
+    level: int = 0,
+    levels: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write bundle and trained parameters, then model.json with the facts: then all is there.
 
     classes: names by label. batch: samples per call when it is evaluated. samples: it was trained
     on, 0 if not here. options, fidelity_floor, metrics: of the run, for whoever reads model.json.
+    level: that it runs at. levels: what is known of it and others (pbc.runtime.level_trial).
     """
     output.adopt(bundle)
     replace_bytes(output.trainable, safetensors.numpy.save(dict(theta)))
@@ -146,5 +163,7 @@ def write_model(
         "options": dict(options),
         "fidelity_floor": fidelity_floor,
         "metrics": dict(metrics),
+        "level": level,
+        "levels": [dict(one) for one in levels],
     }
     replace_bytes(output.model, (json.dumps(model, indent=1) + "\n").encode())

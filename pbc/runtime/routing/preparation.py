@@ -140,7 +140,12 @@ class Preparation:
         return prepared
 
     def _to_audit(self, prepared: Prepared) -> list[int]:
-        """Return the levels that serve enough samples and were not audited yet."""
+        """Return the levels that serve enough samples and were not audited yet.
+
+        None where everything runs at one level: nothing has to be like level 0 then.
+        """
+        if self.context.routes.fixed is not None:
+            return []
         done = {0, *(finding.level for finding in prepared.decisions.findings)}
         levels = set(np.unique(prepared.scheduler.levels).tolist()) - done
         return [level for level in sorted(levels) if len(self._chosen(prepared, level))]

@@ -44,7 +44,7 @@ class Routes:
     def note(self) -> str | None:
         """Return what the user should know about the floor, where one decides anything."""
         proxies = routable(self.ladder, 0.0)[1:].any()
-        if not self.options.routing or not proxies:
+        if not self.options.routing or not proxies or self.fixed is not None:
             return None
         return fidelity_floor(self.manifest, self.options)[1]
 
@@ -59,8 +59,15 @@ class Routes:
         report = (self.policy or {}).get("report") or {}
         return bool(report.get("shipped") == "means")
 
+    @property
+    def fixed(self) -> int | None:
+        """Return the one level that all samples run at, where the options say so."""
+        return self.options.fixed_level
+
     def usable(self, floor: float, findings: tuple[Finding, ...] = ()) -> np.ndarray:
         """Return bool[levels]: what any sample may use at a floor, after an audit."""
+        if self.fixed is not None:
+            return np.asarray(np.arange(len(self.ladder)) == self.fixed)
         if not self.options.routing:
             return np.asarray(np.arange(len(self.ladder)) == 0)
         usable = routable(self.ladder, floor, self.options.max_level)
@@ -76,6 +83,9 @@ class Routes:
         self, predicted: np.ndarray, findings: tuple[Finding, ...], floor: float | None = None
     ) -> Routing:
         """Route by f[n, N] predictions; at a lower floor than the bound's without margins."""
+        if self.fixed is not None:
+            allowed = np.tile(self.usable(0.0), (len(predicted), 1))
+            return Routing(np.full(len(predicted), self.fixed), allowed)
         if floor is None:
             floor = self.floor
             if not self.ships_means and "margins" in (self.policy or {}):
@@ -100,6 +110,8 @@ class Routes:
         """Return the fidelities of the levels below the floor; none below an explicit one."""
         options = self.options
         if options.time_budget is None or options.fidelity_floor is not None:
+            return []
+        if self.fixed is not None:
             return []
         usable = routable(self.ladder, 0.0, options.max_level)
         fidelities = {

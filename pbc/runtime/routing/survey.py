@@ -51,7 +51,7 @@ class Survey:
         """Ask the policy about every sample: f32[n, N]; None where no answer would matter."""
         context = self.context
         routes, policy = context.routes, context.routes.policy
-        if not context.options.routing:
+        if not context.options.routing or routes.fixed is not None:
             return None
         if policy is None or not routes.usable_ever(findings)[1:].any():
             lacking = "policy" if policy is None else f"proxy of fidelity {routes.floor:.3g}"
