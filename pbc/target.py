@@ -91,7 +91,8 @@ class Target:
 def load_target(name: str) -> Target:
     """Return the installed target of this name.
 
-    The entry point is a `Target`, or a function that reads the facts and returns one.
+    The entry point is a `Target`, or a function that reads the facts and returns one. Its own name
+    is another where the entry point is an alias.
     """
     loaded = plugins.load("pbc.targets", name)
     found = loaded() if callable(loaded) else loaded

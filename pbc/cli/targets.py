@@ -29,14 +29,25 @@ def targets(name: str | None, as_json: bool) -> None:
         else:
             _show_target(target, row)
         return
-    rows = [
-        {**load_target(entry.name).to_json(), **origin(entry)}
-        for entry in plugins.entries("pbc.targets").values()
-    ]
+    rows = _rows()
     if as_json:
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         _show_targets(rows)
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Return a row for each device; one that has several names is there once."""
+    rows: dict[str, dict[str, Any]] = {}
+    others: dict[str, list[str]] = {}
+    for entry in plugins.entries("pbc.targets").values():
+        target = load_target(entry.name)
+        others.setdefault(target.name, [])
+        if entry.name == target.name:
+            rows[target.name] = {**target.to_json(), **origin(entry)}
+        else:
+            others[target.name].append(entry.name)
+    return [{**row, "aliases": others[name]} for name, row in rows.items()]
 
 
 def _show_targets(rows: Sequence[dict[str, Any]]) -> None:
@@ -56,7 +67,7 @@ def _show_targets(rows: Sequence[dict[str, Any]]) -> None:
                 Text(f"  {row['name']}"),
                 Text(_gibibytes(row["memory_bytes"])),
                 Text(engine if engine in installed else f"({engine})"),
-                Text(row["description"]),
+                Text(row["description"] + "".join(f", also {name}" for name in row["aliases"])),
             )
     show(table)
     if any(row["engine"] not in installed for row in rows):

@@ -92,12 +92,6 @@ def _board32(
     )
 
 
-rasp4b64 = _board64(
-    name="rasp4b64",
-    description="Raspberry Pi 4 Model B, 64-bit system",
-    cpu="cortex-a72",
-    cores=4,
-)
 rk3399 = _board64(
     name="rk3399",
     description="boards with Rockchip's RK3399",
@@ -138,7 +132,7 @@ rasp3b = _board32(
     cpu="cortex-a53",
     cores=4,
     memory_gib=1,
-    as_64_bits="generic-arm64",
+    as_64_bits="raspberry-pi-3b",
 )
 rasp4b = _board32(
     name="rasp4b",

@@ -132,8 +132,9 @@ def _jetson(
     memory_gib: int,
     jetpack: JetPack,
     tvm_tag: str | None = None,
+    listed: bool = True,
 ) -> Target:
-    """Return a module; tvm_tag: TVM's own name for it, where that is another."""
+    """Return a module; tvm_tag: TVM's own name, where that is another; listed: it has one."""
     return module(
         name=name,
         description=f"NVIDIA Jetson {model}, {memory_gib} GB",
@@ -143,7 +144,7 @@ def _jetson(
         sm=sm,
         cores=cores,
         memory_gib=memory_gib,
-        tvm_tag=f"nvidia/{tvm_tag or name}",
+        tvm_tag=f"nvidia/{tvm_tag or name}" if listed else None,
     )
 
 
@@ -183,6 +184,16 @@ agx_xavier = _jetson(
     memory_gib=32,
     jetpack=JETPACK_5,
 )
+xavier_nx = _jetson(
+    name="jetson-xavier-nx",
+    model="Xavier NX",
+    cpu="carmel",
+    cores=6,
+    sm="72",
+    memory_gib=8,
+    jetpack=JETPACK_5,
+    listed=False,
+)
 orin_nano = _jetson(
     name="jetson-orin-nano",
     model="Orin Nano",
@@ -191,6 +202,16 @@ orin_nano = _jetson(
     sm="87",
     memory_gib=8,
     jetpack=JETPACK_6,
+)
+orin_nx = _jetson(
+    name="jetson-orin-nx",
+    model="Orin NX",
+    cpu="cortex-a78ae",
+    cores=8,
+    sm="87",
+    memory_gib=16,
+    jetpack=JETPACK_6,
+    listed=False,
 )
 agx_orin = _jetson(
     name="jetson-agx-orin",

@@ -43,6 +43,9 @@ def test_targets_are_listed_by_family() -> None:
     for row in rows:
         (line,) = [line for line in lines if line.split()[:1] == [row["name"]]]
         assert row["description"] in line
+    (pi,) = [line for line in lines if "raspberry-pi-4b" in line]
+    assert pi.endswith("Raspberry Pi 4 Model B, 4 GB, also arm-rasp4b64")
+    assert run("targets", "arm-rasp4b64").stdout.startswith("target        raspberry-pi-4b: ")
     assert lines.index("NVIDIA Jetson") < next(
         number for number, line in enumerate(lines) if line.startswith("  jetson-")
     )
