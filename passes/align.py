@@ -23,7 +23,8 @@ from pbc.ir.rewrite import replace_tensor
 from pbc.ir.work import work_file
 from pbc.proxies import parallel
 from pbc.proxies.distillation import Distillation, adopt, unaugmented
-from pbc.proxies.fidelity import UpToInterface, sample_fidelity, standards
+from pbc.proxies.fidelity import UpToInterface, standards
+from pbc.proxies.sample_fidelity import sample_fidelity
 
 STATISTICS_BATCHES = 16
 LEARNING_RATE = 5e-4

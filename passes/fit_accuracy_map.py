@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +13,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from pbc.bundle.graph_name import BODY, PREFIX
 from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import channel_axes
-from pbc.ir.graph import PARAMETER, parameter_names, placeholders, shape_of
+from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Head, Program
-from pbc.ir.rewrite import cut_at
 from pbc.passes.learn_policy import affordable
-from pbc.proxies.fidelity import BATCH, dtype_of, precision_of
+from pbc.proxies.as_run import up_to
+from pbc.proxies.fidelity import BATCH
 from pbc.util.progress import report
 
 Point = tuple[float, float]
@@ -133,14 +131,16 @@ def head_inputs(
     program: Program, level: LevelGraphs, calibration: Calibration, indices: np.ndarray
 ) -> Tensor:
     """float32 [samples, channels]: what the head reads at a level, at the initial parameters."""
-    run = _until_head(program, level)
     known = analyse(program.levels[0]).axes
-    read_by_head = _read_by_head(program.levels[0].body, program.network.head)
-    channels = [channel_axes(known[node.name]) for node in read_by_head]
+    head = program.network.head
+    channels = [
+        channel_axes(known[node.name]) for node in _read_by_head(program.levels[0].body, head)
+    ]
+    run = up_to(program, level, [node.name for node in _read_by_head(level.body, head)])
     rows = []
     with torch.no_grad():
         for start in range(0, len(indices), BATCH):
-            read = run(calibration.batch(indices[start : start + BATCH]))
+            _, read = run(calibration.batch(indices[start : start + BATCH]))
             rows.append(torch.cat([_pooled(*pair) for pair in zip(read, channels, strict=True)], 1))
     return torch.cat(rows)
 
@@ -168,30 +168,6 @@ def _read_by_head(graph: GraphModule, head: Head) -> list[Node]:
             inputs = (value for value in node.all_input_nodes if value not in weights)
             read.setdefault(next(value for value in inputs if PARAMETER not in value.meta))
     return list(read)
-
-
-def _until_head(program: Program, level: LevelGraphs) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Prefix and body of a level up to what the head reads, in the level's precision."""
-    read = _read_by_head(level.body, program.network.head)
-    last = cut_at(level.body, [node.name for node in read])
-    steps = []
-    for role, graph in ((PREFIX, level.prefix), (BODY, last)):
-        if graph is not None:
-            dtype = dtype_of(precision_of(program.levels[0], role, level.precision))
-            # A copy of its own: converting a module converts the tensors it shares.
-            own = graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
-            names = parameter_names(graph)
-            theta = [program.parameters[name].detach().to(dtype) for name in names]
-            steps.append((own, dtype, theta))
-
-    def run(images: Tensor) -> Sequence[Tensor]:
-        values: Sequence[Tensor] = (images,)
-        for graph, dtype, theta in steps:
-            values = graph(*(value.to(dtype) for value in values), *theta)
-            values = [value.float() for value in values]
-        return values
-
-    return run
 
 
 def points_lost(best: Tensor, right: Tensor) -> Point:

@@ -23,7 +23,7 @@ from pbc.ir.graph import name_outputs, placeholders
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Policy, Program
 from pbc.ir.rewrite import rename_input
-from pbc.proxies.fidelity import sample_fidelity
+from pbc.proxies.sample_fidelity import sample_fidelity
 from pbc.util.progress import report
 
 VIEW = (32, 32)

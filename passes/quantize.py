@@ -20,6 +20,7 @@ from pbc.ir.program import Program
 from pbc.ir.work import work_file
 from pbc.passes.align import MINUTES, STATISTICS_BATCHES, measured
 from pbc.proxies import parallel
+from pbc.proxies.as_run import up_to_interface
 from pbc.proxies.distillation import Distillation, adopt, alignment_loss, unaugmented
 from pbc.proxies.fidelity import Standard, UpToInterface, standards
 from pbc.proxies.quantization import (
@@ -174,7 +175,8 @@ class _Quantization:
         assert corrected.prefix is not None
         images = next(self._batches(1))
         correct_biases(corrected.prefix, self._float, images)
-        start = min((rounded, corrected), key=self._judged)
+        judged = {level: self._judged(level) for level in (rounded, corrected)}
+        start = min(judged, key=lambda level: judged[level])
         trained = copy.deepcopy(start)
         Distillation(
             self._original,
@@ -190,11 +192,15 @@ class _Quantization:
             label=label,
             autocast=False,  # rounding is simulated in float32
         ).train()
-        best = min((start, trained), key=self._judged).cpu()
-        assert best.prefix is not None
-        level = replace(self._level, prefix=best.prefix)
-        adopt(level, best)
-        return replace(level, prefix=integers(best.prefix))
+        return self._in_integers(trained if self._judged(trained) < judged[start] else start)
+
+    def _in_integers(self, simulation: UpToInterface) -> LevelGraphs:
+        """The level with the weights of a simulation, rounded."""
+        simulation = copy.deepcopy(simulation).cpu()
+        assert simulation.prefix is not None
+        level = replace(self._level.copy(), prefix=simulation.prefix)
+        adopt(level, simulation)
+        return replace(level, prefix=integers(simulation.prefix))
 
     def _up_to_interface(self, simulation: GraphModule) -> UpToInterface:
         """The level with this prefix, in tensors of its own."""
@@ -205,11 +211,12 @@ class _Quantization:
         return parallel.once(lambda: self._loss(level))
 
     def _loss(self, level: UpToInterface) -> float:
-        """On images of the alignment set, as they are."""
+        """On images of the alignment set, as they are, and as the engine computes it."""
+        run = up_to_interface(self._program, self._in_integers(level))
         total = 0.0
         with torch.no_grad():
-            for images in self._batches(JUDGED_BATCHES):
-                total += float(
-                    alignment_loss(level(images), self._original(images), self._standard)
-                )
+            for images in unaugmented(self._calibration, JUDGED_BATCHES):
+                sent = [value.to(self._device) for value in run(images)]
+                target = self._original(images.to(self._device))
+                total += float(alignment_loss(sent, target, self._standard))
         return total

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from pbc.bundle.graph_name import GraphName
@@ -15,6 +16,7 @@ from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner
 from pbc.lower.iteration import IterationTimer, measure
+from pbc.proxies.fidelity import dtype_of, in_precision
 from pbc.runtime.costs import LevelCost
 from pbc.target import Target
 
@@ -50,6 +52,16 @@ class Lowering(ABC):
 
         Of an engine that derives no steps, running the body differentiates it too.
         """
+
+    def prefix(self, program: Program, level: LevelGraphs) -> Callable[[Tensor], Sequence[Tensor]]:
+        """Return what computes a level's prefix of many images, float32 in and out.
+
+        Levels are judged by that: it is to be fast, and as near to the device as can be here.
+        """
+        assert level.prefix is not None
+        dtype = dtype_of(level.precision)
+        graph = in_precision(level.prefix, dtype)
+        return lambda images: [value.float() for value in graph(images.to(dtype))]
 
     def check(self, target: Target) -> None:  # noqa: B027 - most can lower to any target
         """Raise PbcError for a target that it cannot lower to here; before anything takes long."""

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pbc.bundle.graph_name import PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
-from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import channel_axes
 from pbc.ir.graph import PARAMETER, output_nodes, parameter_names
@@ -81,17 +79,10 @@ def dtype_of(precision: str) -> torch.dtype:
     return dtype
 
 
-def rounded_to(level: UpToInterface, precision: str) -> Callable[[Tensor], list[Tensor]]:
-    """A level as it runs on the device: in its precision, on a copy; float32 in and out.
-
-    The graphs of an int8 level round by themselves, and only where they are quantised.
-    """
-    if precision in (FLOAT32, INT8):
-        return level
-    dtype = dtype_of(precision)
-    low = copy.deepcopy(level).to(dtype)
-    low.theta = [value.to(dtype) for value in low.theta]
-    return lambda images: [tensor.float() for tensor in low(images.to(dtype))]
+def in_precision(graph: GraphModule, dtype: torch.dtype) -> GraphModule:
+    """Return the graph with its real numbers in this type."""
+    # A copy of its own: converting a module converts the tensors that it shares.
+    return graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
 
 
 def boundary_nodes(graph: GraphModule) -> list[str]:
@@ -133,7 +124,9 @@ def interface_channels(program: Program) -> list[tuple[int, ...]]:
     return [channel_axes(known[name]) for name in (*sent, *boundary_nodes(original.body))]
 
 
-def standards(program: Program, level0: UpToInterface, batches: Iterator[Tensor]) -> list[Standard]:
+def standards(
+    program: Program, level0: Callable[[Tensor], Sequence[Tensor]], batches: Iterable[Tensor]
+) -> list[Standard]:
     """Measure level 0's statistics at the interface."""
     sums = [_Sums(channels) for channels in interface_channels(program)]
     with torch.no_grad():
@@ -172,39 +165,3 @@ class _Sums:
 def cosine(proxy: Tensor, original: Tensor, standard: Standard) -> Tensor:
     """[batch]: cosine of two interface tensors, centred and standardised."""
     return torch.cosine_similarity(standard(proxy).flatten(1), standard(original).flatten(1), dim=1)
-
-
-def held_out_batches(calibration: Calibration) -> Iterator[Tensor]:
-    for start in range(0, len(calibration.held_out), BATCH):
-        yield calibration.batch(calibration.held_out[start : start + BATCH])
-
-
-def sample_fidelity(
-    program: Program,
-    levels: Sequence[LevelGraphs],
-    calibration: Calibration,
-    indices: np.ndarray,
-) -> np.ndarray:
-    """float32 [samples, levels]: the fidelity of single samples.
-
-    Each is the cosine at the interface tensor where the level is weakest on average, so that the
-    mean over held-out samples is the level's fidelity.
-    """
-    original = UpToInterface(program, program.levels[0]).eval()
-    proxies = [
-        rounded_to(UpToInterface(program, level).eval(), level.precision) for level in levels
-    ]
-    standard = standards(program, original, held_out_batches(calibration))
-    rows = []
-    with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            images = calibration.batch(indices[start : start + BATCH])
-            target = original(images)
-            per_level = []
-            for proxy in proxies:
-                triples = zip(proxy(images), target, standard, strict=True)
-                per_level.append(torch.stack([cosine(p, t, s) for p, t, s in triples], dim=-1))
-            rows.append(torch.stack(per_level, dim=1))
-    values = torch.cat(rows)
-    weakest = values.mean(0).argmin(-1)
-    return values[:, torch.arange(len(levels)), weakest].numpy()

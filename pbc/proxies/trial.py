@@ -18,7 +18,7 @@ from pbc.ir.levels import IMAGES, Keep, LevelGraphs, LevelPlan
 from pbc.ir.program import Program
 from pbc.ir.slice_graph import slice_graph
 from pbc.lower.backend import backend
-from pbc.proxies.fidelity import UpToInterface, dtype_of, precision_of
+from pbc.proxies.fidelity import UpToInterface, dtype_of, in_precision, precision_of
 from pbc.proxies.quantization import quantized
 from pbc.proxies.resolution import reduced
 
@@ -133,20 +133,16 @@ def computed(
     with torch.no_grad():
         if level.prefix is not None:
             dtype = dtype_of(precision_of(original, PREFIX, level.precision))
-            graph = _in(level.prefix, dtype)
+            graph = in_precision(level.prefix, dtype)
             sent = graph(images.to(dtype))
             features = {name: t.float() for name, t in zip(level.sent, sent, strict=True)}
         dtype = dtype_of(precision_of(original, BODY, level.precision))
         theta = [
             program.parameters[name].detach().to(dtype) for name in parameter_names(level.body)
         ]
-        body = _in(level.body, dtype)
+        body = in_precision(level.body, dtype)
         (logits,) = body(*[features[name].to(dtype) for name in level.read], *theta)
     return dict(features), logits.float()
-
-
-def _in(graph: torch.fx.GraphModule, dtype: torch.dtype) -> torch.fx.GraphModule:
-    return graph if dtype == torch.float32 else copy.deepcopy(graph).to(dtype)
 
 
 def _require_interface(program: Program, level: LevelGraphs) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx
+import torch
 from onnx import ModelProto, TensorProto
 from onnxruntime import InferenceSession
 from torch import Tensor
@@ -101,6 +102,13 @@ class OnnxRuntimeLowering(Lowering):
 
     def runner(self, program: Program, level: LevelGraphs) -> _Sessions:
         return _Sessions(self, program, level)
+
+    def prefix(self, program: Program, level: LevelGraphs) -> Callable[[Tensor], Sequence[Tensor]]:
+        session = self.session(program, PREFIX, level.fused().graphs[PREFIX])
+        name = session.get_inputs()[0].name
+        return lambda images: [
+            torch.from_numpy(v) for v in session.run(None, {name: images.numpy()})
+        ]
 
     def session(self, program: Program, name: GraphName, graph: GraphModule) -> InferenceSession:
         """Return a session like the device's, with the graph's tensors in it."""

@@ -19,7 +19,8 @@ from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies import distillation
 from pbc.proxies.distillation import alignment_loss, augment
-from pbc.proxies.fidelity import Standard, sample_fidelity
+from pbc.proxies.fidelity import Standard
+from pbc.proxies.sample_fidelity import sample_fidelity
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,

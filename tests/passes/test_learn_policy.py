@@ -31,7 +31,7 @@ from pbc.passes.learn_policy import (
     judge,
     views,
 )
-from pbc.proxies.fidelity import sample_fidelity
+from pbc.proxies.sample_fidelity import sample_fidelity
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.testing import (
     assert_equivalent,

@@ -21,7 +21,7 @@ from pbc.ir.program import Program
 from pbc.ir.rewrite import replace_tensor
 from pbc.passes.quantize import Quantize
 from pbc.proxies import distillation
-from pbc.proxies.fidelity import precision_of, sample_fidelity
+from pbc.proxies.fidelity import precision_of
 from pbc.proxies.quantization import (
     HIGHEST,
     LOWEST,
@@ -36,6 +36,7 @@ from pbc.proxies.quantization import (
     scheme,
     simulated,
 )
+from pbc.proxies.sample_fidelity import sample_fidelity
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,

@@ -1,0 +1,49 @@
+"""How faithful levels are to single samples, as the engine computes both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pbc.ir.calibration import Calibration
+from pbc.ir.levels import LevelGraphs
+from pbc.ir.program import Program
+from pbc.proxies.as_run import up_to_interface
+from pbc.proxies.fidelity import BATCH, cosine, standards
+
+
+def sample_fidelity(
+    program: Program,
+    levels: Sequence[LevelGraphs],
+    calibration: Calibration,
+    indices: np.ndarray,
+) -> np.ndarray:
+    """float32 [samples, levels]: the fidelity of single samples.
+
+    Each is the cosine at the interface tensor where the level is weakest on average, so that the
+    mean over held-out samples is the level's fidelity.
+    """
+    original = up_to_interface(program, program.levels[0])
+    proxies = [up_to_interface(program, level) for level in levels]
+    standard = standards(program, original, _held_out_batches(calibration))
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(indices), BATCH):
+            images = calibration.batch(indices[start : start + BATCH])
+            target = original(images)
+            per_level = []
+            for proxy in proxies:
+                triples = zip(proxy(images), target, standard, strict=True)
+                per_level.append(torch.stack([cosine(p, t, s) for p, t, s in triples], dim=-1))
+            rows.append(torch.stack(per_level, dim=1))
+    values = torch.cat(rows)
+    weakest = values.mean(0).argmin(-1)
+    return values[:, torch.arange(len(levels)), weakest].numpy()
+
+
+def _held_out_batches(calibration: Calibration) -> Iterator[Tensor]:
+    for start in range(0, len(calibration.held_out), BATCH):
+        yield calibration.batch(calibration.held_out[start : start + BATCH])
