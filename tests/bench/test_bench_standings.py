@@ -250,6 +250,17 @@ def test_what_is_saved_is_said_in_words_and_the_fastest_is_first() -> None:
     assert page.index('class="ours"') < page.index("fine-tuning (pet)")
 
 
+def test_accuracies_are_those_of_complete_runs() -> None:
+    found = ranked()
+    few = replace(found["pet"], epochs=1)
+    shown = replace(results(), standings=[few, found["pet-cache"], found["pbc"]])
+    accuracy, time = verdict.lines(shown)
+    assert "; fine-tuning with a feature cache 71.0" in accuracy
+    assert "fine-tuning 7" not in accuracy
+    assert "fine-tuning 33.0 ± 4.2 s (by 1 of 3 epochs), 5.50" in time
+    assert "(fine-tuning with a feature cache: 71.0" in verdict.sentence(shown)
+
+
 def test_the_report_shows_everything_and_escapes_it() -> None:
     point = Point("4", "pbc", Spread.of([0.5]), Spread.of([1.0]), Spread.of([2.0]))
     more = Point("8", "pet", Spread.of([0.6]), Spread.of([2.0]), None)

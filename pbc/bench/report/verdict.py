@@ -20,10 +20,11 @@ def lines(results: Results) -> list[str]:
     if ours is None or not others:
         return []
     accuracies = "; ".join(
-        f"{WORDS[other.rival]} {tables.percent(other.accuracy)}" for other in others
+        f"{WORDS[other.rival]} {tables.percent(other.accuracy)}" for other in _complete(others)
     )
     times = "; ".join(
-        f"{WORDS[other.rival]} {tables.seconds(other.seconds)}, {_times(ours, other)}"
+        f"{WORDS[other.rival]} {tables.seconds(other.seconds)}{_measured(other)}, "
+        f"{_times(ours, other)}"
         for other in others
     )
     return [
@@ -38,16 +39,26 @@ def sentence(results: Results) -> str:
     if ours is None or not others:
         return ""
     saved = " and ".join(_saved(ours, other) for other in others)
+    beside = _complete(others)[0]
     return (
         f"{ours.rival} trains in {tables.seconds(ours.seconds)}, {saved}, and reaches "
-        f"{tables.percent(ours.accuracy)} ({WORDS[others[0].rival]}: "
-        f"{tables.percent(others[0].accuracy)})."
+        f"{tables.percent(ours.accuracy)} ({WORDS[beside.rival]}: "
+        f"{tables.percent(beside.accuracy)})."
     )
 
 
 def _baselines(results: Results) -> list[Standing]:
     found = (results.standing(name) for name in BASELINES)
     return [standing for standing in found if standing is not None]
+
+
+def _complete(others: list[Standing]) -> list[Standing]:
+    """Return those that ran all their epochs: a few of them say nothing about an accuracy."""
+    return [other for other in others if not other.extrapolated] or others
+
+
+def _measured(other: Standing) -> str:
+    return f" (by {other.epochs} of {other.planned} epochs)" if other.extrapolated else ""
 
 
 def _times(ours: Standing, other: Standing) -> str:
