@@ -15,6 +15,10 @@ FLOAT32 = "float32"
 BFLOAT16 = "bfloat16"
 INT8 = "int8"
 
+SGD = "sgd"
+CLOSED = "closed"
+"""Kinds of heads: learnt in steps, or solved for in closed form."""
+
 MACS = "macs"
 LATENCY = "latency"
 PROFILE = "profile"

@@ -164,6 +164,7 @@ MANIFEST: Shape = record(
         "cost_model": one_of(MACS, LATENCY, PROFILE),
         "policy": maybe(_POLICY),
         "accuracy_map": maybe(list_of(list_of(number(), 2, 2), 1, 2**16)),
+        "mixes": dict_of(list_of(list_of(number(0, 2**10), 3, 3), most=2**12), most=8),
         "weights": dict_of(list_of(_NAME, most=MOST_FILES), most=MOST_FILES),
         "calls": _NAME,
         "export": dict_of(_EXPORT, most=_MOST_LEVELS, key=_LEVEL_NAME),

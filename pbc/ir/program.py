@@ -120,6 +120,7 @@ class Program:
     dims: which dimensions may shrink, of level 0 before its batch norms were folded.
     costs: what a sample costs at each level on this machine; empty where nothing was measured.
     accuracy_map: (fidelity, points of accuracy lost), ascending in fidelity; empty where unknown.
+    mixes: by kind of head (level, share of the samples there, points lost), of aligned levels.
     checks: what was verified, for the manifest. notes: what the user should know, one line each.
     history: the passes that ran. artifacts: the bundle's files, once lowered.
     """
@@ -137,6 +138,7 @@ class Program:
     calibration: Calibration | None = None
     policy: Policy | None = None
     accuracy_map: tuple[tuple[float, float], ...] = ()
+    mixes: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
     checks: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[str, ...] = ()

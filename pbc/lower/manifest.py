@@ -73,6 +73,7 @@ def manifest(
         "costs": measured_costs(program),
         "policy": None if program.policy is None else policy(program.policy),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
+        "mixes": {kind: [list(mix) for mix in found] for kind, found in program.mixes.items()},
         "graphs": graph_files,
         **contents,
         "trainable": TRAINABLE,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from pbc.bundle import Bundle
+from pbc.bundle.ladder import CLOSED, SGD
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
@@ -118,6 +119,11 @@ class StreamTraining:
 
     def _prepared(self, block: Samples, before: Prepared | None) -> Prepared:
         """Decide about a block: all on the first one, then only where its own samples run."""
+        theta = initial_parameters(self._bundle, len(block.classes), self._options.seed)
+        if before is None:
+            self._closed = ClosedHead.find(
+                self._bundle, self._executable, theta, self._options, samples=None
+            )
         context = RunContext(
             bundle=self._bundle,
             engine=self._engine,
@@ -129,6 +135,7 @@ class StreamTraining:
             output=self._output,
             report=self._report if before is None else silent,
             progress=lambda stage, done, total: None,
+            head=SGD if self._closed is None else CLOSED,
         )
         preparation = Preparation(context)
         if before is not None:
@@ -136,14 +143,10 @@ class StreamTraining:
             run.scheduler.carry(before.scheduler.state())
             return run
         objective = self._options.objective
-        theta = initial_parameters(self._bundle, len(block.classes), self._options.seed)
         self._executable.start(theta, objective)
         run = preparation(None)
         # Measuring trained on the first samples: begin again.
         self._executable.start(theta, objective)
-        self._closed = ClosedHead.find(
-            self._bundle, self._executable, theta, self._options, samples=None
-        )
         return run
 
     def _learn(self, run: Prepared, block: Samples, totals: Totals) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.bundle.ladder import CLOSED, SGD
 from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
@@ -469,6 +470,7 @@ class Trainer:
             output=self._output,
             report=self._report,
             progress=self._prepared,
+            head=CLOSED if self._closed is not None and self._closed.complete else SGD,
         )
 
     def _prepared(self, stage: str, done: int, total: int) -> None:

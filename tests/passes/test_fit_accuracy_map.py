@@ -70,7 +70,9 @@ def test_a_map_and_a_loss_for_every_level(opened: Open, kind: Kind, strategy: st
     assert_equivalent(before, after)
     assert_gradients(gradients(after), gradients(before))
     fidelities, losses = zip(*after.accuracy_map, strict=True)
-    expected = sorted({1 - share * 0.1 * k for k in (1, 2) for share in (1, 0.5, 0.25)} | {1.0})
+    expected = sorted(
+        {1 - share * 0.1 * k for k in (1, 2) for share in (1, 0.75, 0.5, 0.25)} | {1.0}
+    )
     assert fidelities == pytest.approx(sorted(set(np.round(expected, 12))))
     assert list(losses) == sorted(losses, reverse=True)
     assert after.accuracy_map[-1] == (1.0, 0.0)
@@ -78,6 +80,15 @@ def test_a_map_and_a_loss_for_every_level(opened: Open, kind: Kind, strategy: st
     assert all((level.accuracy_loss or 0) >= 0 for level in rungs(after).levels)
     # Proxies of a random network, never aligned: what they send tells little.
     assert losses[0] > 5
+    assert set(after.mixes) == {"sgd", "closed"}
+    for mixes in after.mixes.values():
+        assert [(level, share) for level, share, _ in mixes] == [
+            (level, share) for level in (1, 2) for share in (1.0, 0.75, 0.5, 0.25)
+        ]
+        for level in (1, 2):
+            lost = [loss for at, _, loss in mixes if at == level]
+            assert lost == sorted(lost, reverse=True)
+            assert lost[-1] >= 0
 
 
 def test_the_same_seed_gives_the_same_map(opened: Open) -> None:

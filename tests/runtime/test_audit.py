@@ -67,7 +67,7 @@ def test_the_worst_tensor_counts() -> None:
         assert len(samples) <= 8
         return {"a": a[samples], "b": b[samples] + noise[samples] * level}
 
-    found = audit(1, np.arange(32), 0.9, compute, 8)
+    found = audit(1, np.arange(32), np.arange(32), 0.9, compute, 8)
     assert found.fidelity == pytest.approx(cosines(b + noise, b).mean())
     assert 0 < found.error < 0.1
 

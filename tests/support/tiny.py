@@ -155,6 +155,7 @@ def contents(
     policy: bool = True,
     promised: bool = False,
     accuracy_map: Sequence[Sequence[float]] | None = ((0.9, 0.5), (1.0, 0.0)),
+    mixes: Mapping[str, Sequence[Sequence[float]]] | None = None,
     batch: int = 4,
 ) -> tuple[Json, dict[str, bytes]]:
     """Return the manifest and the files of a bundle of level 0 and its proxies.
@@ -225,6 +226,7 @@ def contents(
         "cost_model": "macs",
         "levels": levels,
         "accuracy_map": accuracy_map and [list(point) for point in accuracy_map],
+        "mixes": {kind: [list(mix) for mix in rows] for kind, rows in (mixes or {}).items()},
         "policy": {"view": [3, 4, 4], "report": {"shipped": "means"} if promised else {}}
         if policy
         else None,

@@ -11,34 +11,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+
+from pbc.runtime.routing.audited_head import points_lost, vectors
 
 _SHARE = 0.01
 _LEAST = 16
 # Fewer samples at a level are not worth the doubt: their audit would cost more than they save.
 _FEW = 50
 _CONFIDENCE = 1.96  # standard errors: 95 %
+# Ratios to less than these would be of noise.
+_LEAST_LOST = 0.01
+_LEAST_POINTS = 0.5
 
 Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A level's fidelity on N samples routed to it, with its standard error."""
+    """A level's fidelity on N samples routed to it, with its standard error.
+
+    points_lost, points_error: what a head loses that learns from these samples at the level and is
+    tested at level 0, likewise; None where they are too few of a class to tell.
+    """
 
     level: int
     samples: int
     fidelity: float
     error: float
     floor: float
+    points_lost: float | None = None
+    points_error: float = 0.0
 
     @property
     def kept(self) -> bool:
         """Return whether the level may go on serving."""
         return self.fidelity + _CONFIDENCE * self.error >= self.floor
+
+    def worse_than(self, fidelity: float, lost: float) -> float:
+        """Return by what factor more is surely lost here than `lost` points at a `fidelity`."""
+        factor = (1 - self.fidelity - _CONFIDENCE * self.error) / max(1 - fidelity, _LEAST_LOST)
+        if self.points_lost is not None:
+            surely = self.points_lost - _CONFIDENCE * self.points_error
+            factor = max(factor, surely / max(lost, _LEAST_POINTS))
+        return max(1.0, factor)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "kept": self.kept}
@@ -65,11 +84,12 @@ def chosen(levels: np.ndarray, level: int, chunk: int, seed: int) -> np.ndarray:
 def audit(
     level: int,
     samples: np.ndarray,
+    labels: np.ndarray,
     floor: float,
     compute: Callable[[int, np.ndarray], Arrays],
     chunk: int,
 ) -> Finding:
-    """Compare what a level and level 0 make of int64[b] samples.
+    """Compare what a level and level 0 make of int64[b] samples with int64[b] labels.
 
     compute: (level, samples) to features, for at most `chunk` samples a call.
     """
@@ -81,7 +101,8 @@ def audit(
         if fidelity < worst.fidelity:
             error = float(similar.std(ddof=1) / math.sqrt(len(similar)))
             worst = Finding(level, len(samples), fidelity, error, floor)
-    return worst
+    lost = points_lost(vectors(proxy), vectors(original), labels)
+    return worst if lost is None else replace(worst, points_lost=lost[0], points_error=lost[1])
 
 
 def cosines(proxy: np.ndarray, original: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pbc import plugins
 from pbc.bundle import Bundle
-from pbc.bundle.ladder import Ladder
+from pbc.bundle.ladder import SGD, Ladder
 from pbc.data import Samples
 from pbc.runtime.engines import Engine, Executable
 from pbc.runtime.events import Note, Report
@@ -26,7 +26,7 @@ class RunContext:
     """A bundle, samples, options, and where time and notes go.
 
     progress: told (stage, done, total); may raise to stop. made: features that measuring made, by
-    level and rows: they need not be made again.
+    level and rows: they need not be made again. head: how the head is made, SGD or CLOSED.
     """
 
     bundle: Bundle
@@ -40,6 +40,7 @@ class RunContext:
     report: Report
     progress: Callable[[str, int, int], None]
     made: Made = field(default_factory=dict)
+    head: str = SGD
 
     @functools.cached_property
     def ladder(self) -> Ladder:
@@ -49,7 +50,7 @@ class RunContext:
     @functools.cached_property
     def routes(self) -> Routes:
         """The levels that bundle and options leave open."""
-        return Routes(self.bundle.manifest, self.ladder, self.options)
+        return Routes(self.bundle.manifest, self.ladder, self.options, self.head)
 
     @functools.cached_property
     def views(self) -> Views:

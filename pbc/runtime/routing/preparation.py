@@ -89,6 +89,7 @@ class Preparation:
             views=views.count,
             costs=costs,
             time_budget_ms=options.time_budget and options.time_budget * 1e3,
+            mixes=context.routes.mixes(len(context.samples), findings),
             fallbacks=context.routes.fallbacks(predicted, findings),
         )
         scheduler = context.scheduler_class(given)
@@ -170,7 +171,8 @@ class Preparation:
             return features.compute(0, rows) if number == 0 else features(number, rows)
 
         with self.context.meter.only("audit"):
-            found = audit(level, samples, floor, compute, features.chunk_of(level))
+            labels = self.context.samples.labels[samples]
+            found = audit(level, samples, labels, floor, compute, features.chunk_of(level))
         if not found.kept:
             self.context.note(
                 f"level {level} is not used: its fidelity on {found.samples} of these "
@@ -179,7 +181,13 @@ class Preparation:
         return found
 
     def _audit_floor(self, prepared: Prepared, level: int) -> float:
-        """Return the floor that routing held a level to: a time budget may have lowered it."""
+        """Return the floor that routing held a level to: a time budget may have lowered it.
+
+        None holds a level that a mix uses: its share goes by what is lost (Routes.mixes).
+        """
+        mix = prepared.scheduler.mix
+        if mix is not None and mix.level == level:
+            return 0.0
         fidelity = self.context.ladder.levels[level].fidelity
         assert fidelity is not None, "an unaligned level serves nobody"
         return min(prepared.floor, fidelity)

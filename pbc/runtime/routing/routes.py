@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pbc.bundle.ladder import Ladder
+from pbc.bundle.ladder import SGD, Ladder
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.audit import Finding
 from pbc.runtime.routing.fidelity_floor import fidelity_floor, lost_at
-from pbc.runtime.schedulers import Fallback
+from pbc.runtime.routing.mixes import drawn, largest_share
+from pbc.runtime.schedulers import Fallback, Mix
+
+# A mix that so few samples make up is not worth its difference from level 0.
+_LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Routes:
-    """The levels that a manifest's ladder and the options of a run leave open."""
+    """The levels that a manifest's ladder and the options of a run leave open.
+
+    head: how the run makes its head, SGD or CLOSED; mixes are measured for each.
+    """
 
     manifest: Mapping[str, Any]
     ladder: Ladder
     options: TrainOptions
+    head: str = SGD
 
     @property
     def floor(self) -> float:
@@ -78,6 +86,46 @@ class Routes:
     def usable_ever(self, findings: tuple[Finding, ...] = ()) -> np.ndarray:
         """Return bool[levels]: what any sample may use, also if a time budget lowers the floor."""
         return self.usable(min([self.floor, *self._lower_floors()]), findings)
+
+    def levels_in_use(self) -> list[int]:
+        """Return the levels that any sample may run at, by the floor or by a mix."""
+        floor_keeps = np.flatnonzero(self.usable_ever()).tolist()
+        return sorted({*floor_keeps, *self.mixed_levels()})
+
+    def mixed_levels(self, findings: tuple[Finding, ...] = ()) -> list[int]:
+        """Return the levels that a share of the samples may use, whatever the floor."""
+        return [mix.level for mix in self.mixes(1, findings)]
+
+    def mixes(self, samples: int, findings: tuple[Finding, ...]) -> tuple[Mix, ...]:
+        """Return for every level the largest share of n samples there that keeps the bound.
+
+        What the bundle expects to be lost grows with what the audit found: by how much less
+        faithful the level is to these samples, and by what a head loses on the audited ones.
+        """
+        options = self.options
+        rows = (self.manifest.get("mixes") or {}).get(self.head, ())
+        if not options.routing or self.fixed is not None or options.fidelity_floor is not None:
+            return ()
+        usable = routable(self.ladder, 0.0, options.max_level)
+        for finding in findings:
+            usable[finding.level] &= finding.kept
+        worse = {found.level: self._worse(found, rows) for found in findings}
+        found = []
+        for level in np.flatnonzero(usable)[1:].tolist():
+            losses = sorted(
+                (share, lost * worse.get(level, 1.0)) for at, share, lost in rows if at == level
+            )
+            share, lost = largest_share(losses, options.max_accuracy_loss)
+            if share >= _LEAST_SHARE:
+                allowed = drawn(samples, len(self.ladder), level, share, options.seed)
+                found.append(Mix(allowed, level, share, lost))
+        return tuple(found)
+
+    def _worse(self, finding: Finding, rows: Sequence[Sequence[float]]) -> float:
+        """Return by what factor a level loses more here than it was measured to, at least 1."""
+        fidelity = self.ladder.levels[finding.level].fidelity
+        whole = max((lost for at, _, lost in rows if at == finding.level), default=0.0)
+        return finding.worse_than(1.0 if fidelity is None else fidelity, whole)
 
     def route(
         self, predicted: np.ndarray, findings: tuple[Finding, ...], floor: float | None = None

@@ -55,7 +55,8 @@ class Survey:
             return None
         if policy is None or not routes.usable_ever(findings)[1:].any():
             lacking = "policy" if policy is None else f"proxy of fidelity {routes.floor:.3g}"
-            context.note(f"the bundle has no {lacking}: every sample runs at level 0")
+            if not routes.mixed_levels(findings):
+                context.note(f"the bundle has no {lacking}: every sample runs at level 0")
             return None
         if routes.ships_means:
             return means(context.ladder, len(context.samples))
@@ -92,7 +93,7 @@ class Survey:
             labels=context.samples.labels,
             kept=context.made,
             ladder=context.ladder,
-            levels=np.flatnonzero(context.routes.usable_ever()).tolist(),
+            levels=context.routes.levels_in_use(),
             batch=min(context.batch, len(context.samples)),
             chunk=options.prefix_batch,
             computed=min(options.views, options.epochs) if keeps else options.epochs,

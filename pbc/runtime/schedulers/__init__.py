@@ -30,6 +30,26 @@ class Fallback:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """A share of the samples, drawn at random, that may run at one cheap level, the rest at 0.
+
+    allowed: bool[n, levels]. points_lost: the accuracy that this is predicted to cost.
+    """
+
+    allowed: np.ndarray
+    level: int
+    share: float
+    points_lost: float
+
+    def told(self) -> str:
+        """Return the line that says so."""
+        return (
+            f"level {self.level} serves {self.share:.0%} of the photos, drawn at random: a loss of "
+            f"{self.points_lost:.1f} points of accuracy is predicted"
+        )
+
+
+@dataclass(frozen=True)
 class SchedulerInput:
     """All that a scheduler decides by.
 
@@ -46,7 +66,8 @@ class SchedulerInput:
     views: how many views of each sample there are.
     costs: measured on this device, for cost-aware schedulers only.
     time_budget_ms: the time that the whole run may take; what was spent before the first epoch is
-        not taken off. fallbacks: what else it may use to keep it, the most faithful first.
+        not taken off. mixes: what else keeps the bound on accuracy. fallbacks: what else it may
+        use to keep the time budget, the most faithful first.
     """
 
     levels: np.ndarray
@@ -61,6 +82,7 @@ class SchedulerInput:
     views: int = 1
     costs: Costs | None = None
     time_budget_ms: float | None = None
+    mixes: tuple[Mix, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
 
     def is_cached(self) -> np.ndarray:
@@ -84,12 +106,14 @@ class Scheduler(Protocol):
     cost_aware: whether it decides by measured costs. The runtime then measures them, looks ahead
         with the prefix, and audits the levels that were chosen.
     levels: int64[n], where every sample runs. epochs: how many there will be, at most the
-        input's. notes: what the user should know about the decisions.
+        input's. mix: that of the input which is used, if any.
+    notes: what the user should know about the decisions.
     """
 
     cost_aware: ClassVar[bool]
     levels: np.ndarray
     epochs: int
+    mix: Mix | None
     notes: Sequence[str]
 
     def plan(self, epoch: int) -> list[Batch]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.schedulers import Batch, SchedulerInput
+from pbc.runtime.schedulers import Batch, Mix, SchedulerInput
 from pbc.runtime.schedulers.estimate import NEVER, Skipping, Workload, cheapest, full_epochs
 
 # Measured on MobileNetV3, Caltech-101, 3 seeds: 0.6 to 0.7 of the visits at the accuracy of all.
@@ -21,6 +21,8 @@ _LEAST_SAVED = 0.03
 
 class CostModel:
     """Run each sample at the allowed level of lowest measured cost, and skip easy ones.
+
+    Where a mix of a cheap level and level 0 makes the run shorter than that, it runs instead.
 
     An epoch's mini-batches are the samples in a random order, as plain training has them; where
     every level has a body of its own they are grouped by level instead. A sample whose last known
@@ -38,6 +40,7 @@ class CostModel:
         choice = _choose(given)
         self.levels: np.ndarray = choice.levels
         self.epochs = choice.epochs
+        self.mix = choice.mix
         self.notes: Sequence[str] = choice.notes
         self.skipping = choice.skipping
         self._given = given
@@ -137,6 +140,7 @@ class _Choice:
     levels: np.ndarray
     skipping: Skipping
     epochs: int
+    mix: Mix | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -153,23 +157,27 @@ def _choose(given: SchedulerInput) -> _Choice:
         sample_ms = load.sample_ms(given.epochs, skipping)
         return _Choice(allowed, sample_ms, cheapest(allowed, sample_ms), skipping, given.epochs)
 
-    choice = choose(given.allowed, NEVER)
-    usual = choose(given.allowed, USUAL_SKIPPING)
+    def best(skipping: Skipping) -> _Choice:
+        mixed = (replace(choose(mix.allowed, skipping), mix=mix) for mix in given.mixes)
+        return min((choose(given.allowed, skipping), *mixed), key=run_ms)
+
+    choice, usual = best(NEVER), best(USUAL_SKIPPING)
     if given.skips_samples and run_ms(usual) <= (1 - _LEAST_SAVED) * run_ms(choice):
         choice = usual
     budget = given.time_budget_ms
+    notes = [] if choice.mix is None else [choice.mix.told()]
     if budget is None or run_ms(choice) <= budget:
-        return choice
-    notes: list[str] = []
+        return replace(choice, notes=tuple(notes))
     if given.skips_samples:
-        choice = choose(given.allowed, HARD_SKIPPING)
+        choice = best(HARD_SKIPPING)
+        notes = [] if choice.mix is None else [choice.mix.told()]
     lowered = None
     for fallback in given.fallbacks:
         if run_ms(choice) <= budget:
             break
         cheaper = choose(fallback.allowed, choice.skipping)
         if run_ms(cheaper) < run_ms(choice):
-            choice, lowered = cheaper, fallback
+            choice, lowered, notes = cheaper, fallback, []
     if lowered is not None:
         lost = lowered.points_lost
         told = "an unknown loss" if lost is None else f"a loss of {lost:.1f} points"

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pbc.runtime.schedulers import Batch, SchedulerInput
+from pbc.runtime.schedulers import Batch, Mix, SchedulerInput
 
 EMA_WEIGHT = 2 / (10 + 1)
 
@@ -28,6 +28,7 @@ class PieBridge:
     def __init__(self, given: SchedulerInput) -> None:
         self.levels: np.ndarray = given.levels.copy()
         self.epochs = given.epochs
+        self.mix: Mix | None = None
         self.notes: Sequence[str] = ()
         self._given = given
         self._moving = np.zeros(len(self.levels), dtype=bool)
