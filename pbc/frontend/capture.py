@@ -32,6 +32,13 @@ EXAMPLE_BATCH = 13
 # What avg_pool2d takes where it is not given.
 _POOL: tuple[Any, ...] = (None, None, [], [0, 0], False, True, None)
 
+# What torch.export says, and what a model does to hear it.
+_MEANINGS = {
+    "data-dependent expression": "its forward decides by the values of a tensor, which no graph "
+    "does; torch.where chooses between two results",
+    ".numpy() is not supported": "its forward computes outside of torch (.numpy())",
+}
+
 _RETURNED = (OutputKind.USER_OUTPUT, OutputKind.LOSS_OUTPUT)
 
 
@@ -77,6 +84,9 @@ def _reason(error: Exception) -> str:
             "its forward is made for one number of images, such as by a loop over them; let it "
             "take any"
         )
+    for words, meaning in _MEANINGS.items():
+        if words in reason:
+            return meaning
     return reason
 
 

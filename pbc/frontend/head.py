@@ -138,7 +138,7 @@ class _Walk:
         others: list[Value] = []
         for operand in operator.inputs:
             at = axis - len(value.shape) + len(operand.shape)
-            if at < 0 or operand.shape[at] != value.shape[axis] or operand.shape[at] == 1:
+            if at < 0 or operand.shape[at] != value.shape[axis] or _repeated(operand, at):
                 others.append(operand)  # no class axis: a temperature, a scale for each image
             else:
                 with_classes.append((operand, at))
@@ -157,7 +157,11 @@ class _Walk:
     ) -> None:
         if not weight.constant:
             raise Lost(self._at(operator, f"`{operator.word}` of two features"))
-        width = math.prod(weight.shape) // weight.shape[axis]
+        width = math.prod(
+            size
+            for other, size in enumerate(weight.shape)
+            if other != axis and not _repeated(weight, other)  # over the batch
+        )
         self.widths.append(width)
         self.data.append(data)
         self._parameter(weight, axis, width)
@@ -205,6 +209,27 @@ class _Walk:
     def _at(self, operator: Operator, what: str) -> str:
         place = f" in {operator.module}" if operator.module else ""
         return f"its outputs come from {what}{place}"
+
+
+def _repeated(value: Value, axis: int) -> bool:
+    """Whether a value is the same all along an axis, since it was expanded to it."""
+    if value.shape[axis] == 1:
+        return True
+    operator = value.made_by
+    if operator is None or operator.word not in BINARY | LAYOUT | _SCALES | REDUCTIONS:
+        return False
+    for operand in operator.inputs:
+        try:
+            before = axis_before(operator, operand, value, axis) if operand.shape else None
+        except Lost:
+            before = None
+        # An axis that an operand does not have repeats it, but where the operator made the axis.
+        if before is None:
+            if operator.word not in BINARY | _SCALES | {"expand"}:
+                return False
+        elif not _repeated(operand, before):
+            return False
+    return True
 
 
 def _depends_on(values: list[Value], operators: set[Operator]) -> bool:

@@ -17,8 +17,8 @@ from pbc.data.spec import INTERPOLATIONS
 from pbc.errors import PbcError, UsageError, reason_of, suggest
 from pbc.frontend import head
 from pbc.frontend.torchvision_shim import import_torchvision, shim_imports
-from pbc.frontend.trace import trace
-from pbc.frontend.unwrap import is_lazy, unwrapped, with_tensor_output
+from pbc.frontend.trace import Trace, trace
+from pbc.frontend.unwrap import is_lazy, outputs, take, unwrapped
 from pbc.frontend.weights import State, apply, named_as, read
 from pbc.ir.program import Head
 
@@ -119,8 +119,9 @@ def given(
         with torch.no_grad():
             run(lambda: module(example), name, spec.shape)
     run_of = run(lambda: trace(module, example), name, spec.shape)
-    if not isinstance(run_of.output, Tensor) and with_tensor_output(module, run_of.output):
-        run_of = trace(module, example)
+    if not isinstance(run_of.output, Tensor):
+        run_of, taken = _of_one_tensor(module, run_of, example)
+        notes += taken
     found = head.Missing(_NO_HEAD) if _has_no_classifier(module) else head.find(run_of)
     if weights is not None:
         notes += _weighted(module, found, *weights)
@@ -134,6 +135,37 @@ def given(
 
 
 _NO_HEAD = "its get_classifier() has none"
+
+
+def _of_one_tensor(
+    module: nn.Module, run_of: Trace, example: Tensor
+) -> tuple[Trace, tuple[str, ...]]:
+    """Let a network that returns a structure return its class scores, or its only tensor.
+
+    Returns its run with that, and a note; as it was, where there are several tensors and none has a
+    head. Raises PbcError where several have.
+    """
+    tensors = outputs(run_of.output)
+    runs: dict[str | int, Trace] = {}
+    for key in tensors:
+        hook = take(module, key)
+        again = trace(module, example)
+        hook.remove()
+        if len(tensors) == 1 or isinstance(head.find(again), head.Found):
+            runs[key] = again
+    if len(runs) > 1:
+        raise PbcError(
+            f"{type(module).__name__} returns class scores {len(runs)} times "
+            f"({', '.join(map(repr, runs))}); return those to train on, alone or as `logits`"
+        )
+    for key, found in runs.items():
+        take(module, key)
+        if len(tensors) > 1:
+            others = ", ".join(repr(other) for other in tensors if other != key)
+            note = f"of what the model returns, {key!r} has the class scores; not used: {others}"
+            return found, (note,)
+        return found, ()
+    return run_of, ()
 
 
 def _has_no_classifier(module: nn.Module) -> bool:

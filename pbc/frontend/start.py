@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc.errors import PbcError
+from pbc.errors import PbcError, reason_of
 from pbc.frontend import head, models, strategy
 from pbc.frontend.agreement import confirm
 from pbc.frontend.capture import capture
@@ -40,9 +40,9 @@ def begin(
     chosen = strategy.parse(request.strategy)
     source = _loaded(model, weights, shape, request.seed, resize)
     torch.manual_seed(request.seed)
-    if request.class_count is not None:
-        head.resize(source.module, source.head, request.class_count)
     example = torch.randn(2, *source.input.shape)
+    if request.class_count is not None:
+        _resize(source, request.class_count, example)
     traced = prepared(source, chosen, example, request.blocks)
     reference = _scores(traced, source)
     trainable = _trained(chosen, traced)
@@ -105,6 +105,26 @@ def prepared(
         return network.again(example) if inserted else network
 
     return models.run(read, source.name, source.input.shape)
+
+
+def _resize(source: models.Source, count: int, example: Tensor) -> None:
+    """Give the head another number of classes; PbcError where something else counts on its own."""
+    module, found = source.module, source.head
+    before = len(module.get_parameter(next(iter(found.parameters))))
+    if count == before:
+        return
+    head.resize(module, found, count)
+    try:
+        with torch.no_grad():
+            module(example)
+    except Exception as error:  # it ran before: whatever it raises is of the other number
+        state = module.state_dict()
+        sized = [n for n, t in state.items() if before in t.shape and n not in found.parameters]
+        beside = f"; {sized[0]} has the former number too" if sized else ""
+        raise PbcError(
+            f"{source.name} does not run with {count} classes in place of its {before}: "
+            f"{reason_of(error)}{beside}"
+        ) from error
 
 
 def _loaded(

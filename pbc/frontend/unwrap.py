@@ -1,4 +1,4 @@
-"""Unwrapping: the network inside what training loops put around it, with one tensor as output."""
+"""Unwrapping: the network inside what training loops put around it, and the tensors it returns."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils.hooks import RemovableHandle
 
 from pbc.errors import PbcError
 
@@ -91,25 +92,27 @@ def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(inner, LazyModuleMixin) for inner in module.modules())
 
 
-def with_tensor_output(module: nn.Module, output: Any) -> str | None:
-    """Make a network that returns a structure return one tensor of it, in place; which one.
+def outputs(output: Any) -> dict[str | int, Tensor]:
+    """Return the tensors of a structure that a network returned, by key, attribute or index.
 
-    output: what it returned: a mapping or an object with `logits` (or the features of a backbone),
-    or a tuple of one. Returns None, and changes nothing, where there is none of these.
+    Where one of them is what networks call their scores, it alone.
     """
-    for key in _OUTPUTS:
-        if isinstance(_item(output, key), Tensor):
-            module.register_forward_hook(partial(_take, key))
-            return key
-    if isinstance(output, (tuple, list)) and len(output) == 1 and isinstance(output[0], Tensor):
-        module.register_forward_hook(lambda owner, inputs, x: x[0])
-        return "the only element"
-    return None
+    if isinstance(output, Mapping):
+        items = dict(output)
+    elif isinstance(output, (tuple, list)):
+        items = dict(zip(getattr(output, "_fields", range(len(output))), output, strict=True))
+    else:
+        items = dict(getattr(output, "__dict__", {}))
+    tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
+    best = [key for key in _OUTPUTS if key in tensors]
+    return {best[0]: tensors[best[0]]} if best else tensors
 
 
-def _take(key: str, owner: nn.Module, inputs: Any, output: Any) -> Any:
-    return _item(output, key)
+def take(module: nn.Module, key: str | int) -> RemovableHandle:
+    """Let a network that returns a structure return this tensor of it, in place."""
+    return module.register_forward_hook(partial(_item, key))
 
 
-def _item(output: Any, key: str) -> Any:
-    return output.get(key) if isinstance(output, Mapping) else getattr(output, key, None)
+def _item(key: str | int, owner: nn.Module, inputs: Any, output: Any) -> Any:
+    named = isinstance(key, str) and not isinstance(output, Mapping)
+    return getattr(output, str(key)) if named else output[key]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -98,6 +98,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "prototypes": (
         lambda: Net(lambda n, x: -(pool(x)[:, None] - n.w).square().sum(2).sqrt()),
         ["w"],
+    ),
+    "cosine similarity": (
+        lambda: Net(lambda n, x: 8 * functional.cosine_similarity(pool(x)[:, None], n.w, 2)),
+        ["w"],
+    ),
+    "a scale for each image": (
+        lambda: Net(
+            lambda n, x: (lambda y: y * x.amax((1, 2, 3))[:, None].expand_as(y))(n.a(pool(x))),
+            a=linear(),
+        ),
+        ["a.weight", "a.bias"],
     ),
     "distances": (lambda: Net(lambda n, x: -torch.cdist(pool(x), n.w)), ["w"]),
     "an unused bias": (
@@ -208,8 +219,12 @@ def test_an_added_head_takes_a_free_name_and_is_captured() -> None:
             r"no classifier .* \(it returns a tuple\), and puts out nothing to put one on",
         ),
         (
-            lambda: Net(lambda n, x: {"out": x}),
-            r"it returns a dict with out\)",
+            lambda: Net(lambda n, x: {"low": x, "high": x.relu()}),
+            r"it returns a dict with low, high\)",
+        ),
+        (
+            lambda: Net(lambda n, x: (n.a(pool(x)), n.b(pool(x))), a=linear(), b=linear()),
+            r"^Net returns class scores 2 times \(0, 1\); return those to train on",
         ),
     ],
 )
@@ -243,12 +258,28 @@ class Output:
         self.logits = logits
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda x: {"logits": x}, Output, lambda x: (x,)], ids=["dict", "object", "tuple"]
-)
-def test_structures_with_logits(wrap: Callable[[Tensor], object]) -> None:
-    net = Net(lambda n, x: wrap(n.a(pool(x))), a=linear())
+STRUCTURES: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
+    "mapping": (lambda y, x: {"logits": y, "hidden": x}, ""),
+    "object": (lambda y, x: Output(y), ""),
+    "tuple of one": (lambda y, x: (y,), ""),
+    "with nothing else": (lambda y, x: {"out": y, "loss": None}, ""),
+    "with features": (lambda y, x: (pool(x), y), "1 has the class scores; not used: 0"),
+    "by name": (lambda y, x: Named(x, y), "'y' has the class scores; not used: 'x'"),
+}
+
+
+class Named(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("case", STRUCTURES)
+def test_structures_with_class_scores(case: str) -> None:
+    wrap, note = STRUCTURES[case]
+    net = Net(lambda n, x: wrap(n.a(pool(x)), x), a=linear())
     source = models.given(net, "net", SPEC)
     assert list(source.head.parameters) == ["a.weight", "a.bias"]
+    assert note in "".join(source.notes)
+    assert bool(note) == bool(source.notes)
     with torch.no_grad():
         assert source.module(torch.randn(2, 3, 8, 8)).shape == (2, 4)
