@@ -78,7 +78,7 @@ class Align:
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
         batches = unaugmented(calibration, STATISTICS_BATCHES)
-        standard = standards(program, original, (batch.to(device) for batch in batches))
+        standard = standards(program, (original(batch.to(device)) for batch in batches))
         numbers = [
             number
             for number, level in enumerate(program.levels)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from pbc.bundle.ladder import ALIGNED, CLOSED, SGD
-from pbc.ir.calibration import Calibration
+from pbc.ir.calibration import Calibration, batches
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import channel_axes
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
@@ -22,7 +22,6 @@ from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Head, Program
 from pbc.passes.learn_policy import affordable
 from pbc.proxies.as_run import up_to
-from pbc.proxies.fidelity import BATCH
 from pbc.runtime.closed_form import ClassStatistics
 from pbc.util.progress import report
 
@@ -170,11 +169,12 @@ def head_inputs(
     channels = [
         channel_axes(known[node.name]) for node in _read_by_head(program.levels[0].body, head)
     ]
-    run = up_to(program, level, [node.name for node in _read_by_head(level.body, head)])
+    last = [node.name for node in _read_by_head(level.body, head)]
+    run = up_to(program, level, calibration, last)
     rows = []
     with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            _, read = run(calibration.batch(indices[start : start + BATCH]))
+        for part in batches(indices):
+            _, read = run(part)
             rows.append(torch.cat([_pooled(*pair) for pair in zip(read, channels, strict=True)], 1))
     return torch.cat(rows)
 

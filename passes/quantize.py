@@ -21,7 +21,7 @@ from pbc.ir.work import work_file
 from pbc.passes.align import MINUTES, STATISTICS_BATCHES, measured
 from pbc.proxies import parallel
 from pbc.proxies.as_run import up_to_interface
-from pbc.proxies.distillation import Distillation, adopt, alignment_loss, unaugmented
+from pbc.proxies.distillation import Distillation, adopt, alignment_loss, spread, unaugmented
 from pbc.proxies.fidelity import Standard, UpToInterface, standards
 from pbc.proxies.quantization import (
     calibrated,
@@ -94,8 +94,12 @@ class Quantize:
         device = parallel.device()
         # A copy of its own: moving a module moves the tensors it shares.
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
-        batches = unaugmented(calibration, STATISTICS_BATCHES)
-        standard = standards(program, original, (batch.to(device) for batch in batches))
+        tensors = up_to_interface(program, program.levels[0], calibration)
+        statistics = map(tensors, spread(calibration, STATISTICS_BATCHES))
+        standard = [
+            Standard(one.mean.to(device), one.std.to(device))
+            for one in standards(program, statistics)
+        ]
         levels = list(program.levels)
         for turn, number in enumerate(numbers, 1):
             levels[number] = _Quantization(program, calibration, original, standard, number).run(
@@ -210,13 +214,16 @@ class _Quantization:
     def _judged(self, level: UpToInterface) -> float:
         return parallel.once(lambda: self._loss(level))
 
-    def _loss(self, level: UpToInterface) -> float:
+    def _loss(self, simulation: UpToInterface) -> float:
         """On images of the alignment set, as they are, and as the engine computes it."""
-        run = up_to_interface(self._program, self._in_integers(level))
+        program, data = self._program, self._calibration
+        runs = [
+            up_to_interface(program, level, data)
+            for level in (self._in_integers(simulation), program.levels[0])
+        ]
         total = 0.0
         with torch.no_grad():
-            for images in unaugmented(self._calibration, JUDGED_BATCHES):
-                sent = [value.to(self._device) for value in run(images)]
-                target = self._original(images.to(self._device))
+            for indices in spread(data, JUDGED_BATCHES):
+                sent, target = ([t.to(self._device) for t in run(indices)] for run in runs)
                 total += float(alignment_loss(sent, target, self._standard))
         return total

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pbc.bundle.graph_name import BODY
-from pbc.ir.graph import parameter_names
+from pbc.ir.calibration import Calibration
+from pbc.ir.graph import get_tensor, parameter_names, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import cut_at
@@ -20,37 +22,56 @@ from pbc.lower.backend import backend
 from pbc.proxies.fidelity import boundary_nodes, dtype_of, in_precision, precision_of
 
 Features = Sequence[Tensor]
-Run = Callable[[Tensor], tuple[Features, Features]]
+Run = Callable[[np.ndarray], tuple[Features, Features]]
 
 
-def up_to(program: Program, level: LevelGraphs, last: Sequence[str]) -> Run:
-    """Return what makes of images what the prefix sends and the values of some nodes of the body.
+def up_to(program: Program, level: LevelGraphs, data: Calibration, last: Sequence[str]) -> Run:
+    """Return what makes of images, by their indices, what the prefix sends and the body computes.
 
     Both are float32, at the initial trainable parameters; without a prefix the images are sent.
-    last: the names of the nodes; the body is not run where there are none.
+    last: the names of the body's nodes; it is not run where there are none.
     """
-    prefix = None
-    if level.prefix is not None:
-        prefix = backend(program.request.engine).lowering().prefix(program, level)
+    send = _sender(program, level, data)
     body = _body(program, level, last) if last else None
 
-    def run(images: Tensor) -> tuple[Features, Features]:
+    def run(indices: np.ndarray) -> tuple[Features, Features]:
         with torch.no_grad():
-            sent = [images] if prefix is None else prefix(images)
+            sent = send(indices)
             return sent, () if body is None else body(sent)
 
     return run
 
 
-def up_to_interface(program: Program, level: LevelGraphs) -> Callable[[Tensor], list[Tensor]]:
+def up_to_interface(
+    program: Program, level: LevelGraphs, data: Calibration
+) -> Callable[[np.ndarray], list[Tensor]]:
     """Return what makes of images the tensors of the interface, as `UpToInterface` does."""
-    run = up_to(program, level, boundary_nodes(program.levels[0].body))
+    run = up_to(program, level, data, boundary_nodes(program.levels[0].body))
 
-    def tensors(images: Tensor) -> list[Tensor]:
-        sent, read = run(images)
+    def tensors(indices: np.ndarray) -> list[Tensor]:
+        sent, read = run(indices)
         return [*(() if level.prefix is None else sent), *read]
 
     return tensors
+
+
+def _sender(
+    program: Program, level: LevelGraphs, data: Calibration
+) -> Callable[[np.ndarray], Features]:
+    """What the prefix sends; several passes ask for the same, so it is kept with the images."""
+    graph = level.prefix
+    if graph is None:
+        return lambda indices: [data.batch(indices)]
+    made: list[Callable[[Tensor], Features]] = []
+
+    def compute(indices: np.ndarray) -> Features:
+        if not made:  # perhaps all is kept
+            made.append(backend(program.request.engine).lowering().prefix(program, level))
+        return made[0](data.batch(indices))
+
+    code = (graph.code, level.precision, program.request.engine)
+    tensors = [get_tensor(graph, name) for name in tensor_names(graph)]
+    return lambda indices: data.kept((*code, indices.tobytes()), tensors, lambda: compute(indices))
 
 
 def _body(

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pbc.errors import PbcError
-from pbc.ir.calibration import Calibration
+from pbc.ir.calibration import BATCH, Calibration, batches
 from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.rewrite import replace_tensor
 from pbc.proxies import parallel
-from pbc.proxies.fidelity import BATCH, Standard, UpToInterface
+from pbc.proxies.fidelity import Standard, UpToInterface
 from pbc.util.atomic import replacing
 from pbc.util.interrupt import Interrupt, deferred_interrupt
 from pbc.util.progress import report
@@ -203,13 +203,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def unaugmented(calibration: Calibration, count: int) -> Iterator[Tensor]:
-    """At most `count` batches, evenly spread over the alignment images."""
+def spread(calibration: Calibration, count: int) -> Iterator[np.ndarray]:
+    """The indices of at most `count` batches, evenly spread over the alignment images."""
     chosen = calibration.align
     if len(chosen) > count * BATCH:
         chosen = chosen[np.linspace(0, len(chosen) - 1, count * BATCH).astype(int)]
-    for start in range(0, len(chosen), BATCH):
-        yield calibration.batch(chosen[start : start + BATCH])
+    return batches(chosen)
+
+
+def unaugmented(calibration: Calibration, count: int) -> Iterator[Tensor]:
+    """These images."""
+    return map(calibration.batch, spread(calibration, count))
 
 
 def adopt(level: LevelGraphs, proxy: UpToInterface) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,6 @@ from pbc.ir.graph import PARAMETER, output_nodes, parameter_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import copy_graph, cut_at
-
-BATCH = 64
 
 
 class UpToInterface(nn.Module):
@@ -124,14 +122,12 @@ def interface_channels(program: Program) -> list[tuple[int, ...]]:
     return [channel_axes(known[name]) for name in (*sent, *boundary_nodes(original.body))]
 
 
-def standards(
-    program: Program, level0: Callable[[Tensor], Sequence[Tensor]], batches: Iterable[Tensor]
-) -> list[Standard]:
-    """Measure level 0's statistics at the interface."""
+def standards(program: Program, batches: Iterable[Sequence[Tensor]]) -> list[Standard]:
+    """Measure level 0's statistics at the interface, of what it has there for batches of images."""
     sums = [_Sums(channels) for channels in interface_channels(program)]
     with torch.no_grad():
-        for images in batches:
-            for total, tensor in zip(sums, level0(images), strict=True):
+        for tensors in batches:
+            for total, tensor in zip(sums, tensors, strict=True):
                 total.add(tensor)
     return [total.standard() for total in sums]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pbc.ir.calibration import Calibration
+from pbc.ir.calibration import Calibration, batches
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.proxies.as_run import up_to_interface
-from pbc.proxies.fidelity import BATCH, cosine, standards
+from pbc.proxies.fidelity import cosine, standards
 
 
 def sample_fidelity(
@@ -26,24 +25,18 @@ def sample_fidelity(
     Each is the cosine at the interface tensor where the level is weakest on average, so that the
     mean over held-out samples is the level's fidelity.
     """
-    original = up_to_interface(program, program.levels[0])
-    proxies = [up_to_interface(program, level) for level in levels]
-    standard = standards(program, original, _held_out_batches(calibration))
+    original = up_to_interface(program, program.levels[0], calibration)
+    proxies = [up_to_interface(program, level, calibration) for level in levels]
+    standard = standards(program, map(original, batches(calibration.held_out)))
     rows = []
     with torch.no_grad():
-        for start in range(0, len(indices), BATCH):
-            images = calibration.batch(indices[start : start + BATCH])
-            target = original(images)
+        for part in batches(indices):
+            target = original(part)
             per_level = []
             for proxy in proxies:
-                triples = zip(proxy(images), target, standard, strict=True)
+                triples = zip(proxy(part), target, standard, strict=True)
                 per_level.append(torch.stack([cosine(p, t, s) for p, t, s in triples], dim=-1))
             rows.append(torch.stack(per_level, dim=1))
     values = torch.cat(rows)
     weakest = values.mean(0).argmin(-1)
     return values[:, torch.arange(len(levels)), weakest].numpy()
-
-
-def _held_out_batches(calibration: Calibration) -> Iterator[Tensor]:
-    for start in range(0, len(calibration.held_out), BATCH):
-        yield calibration.batch(calibration.held_out[start : start + BATCH])

@@ -27,7 +27,7 @@ def test_statistics_are_of_channels_and_not_of_rows() -> None:
     program = split(ChannelsLastNet, "last-k:1")
     images = torch.randn(6, 3, 16, 16)
     level = UpToInterface(program, program.levels[0])
-    (standard, *_) = standards(program, level, iter(images.split(2)))
+    (standard, *_) = standards(program, (level(part) for part in images.split(2)))
     with torch.no_grad():
         (sent, *_) = level(images)
     assert sent.shape == (6, 4, 4, 16)
