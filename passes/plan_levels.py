@@ -26,7 +26,7 @@ from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import boundary_nodes
-from pbc.proxies.resolution import macs, reduced
+from pbc.proxies.resolution import macs
 from pbc.proxies.trial import reason_against, reason_of_failure, trial
 from pbc.util.atomic import replace_bytes
 
@@ -91,7 +91,8 @@ class PlanLevels:
     nothing frozen sends what trains, level 0 is the only one, whatever a timing says.
 
     axes: those that may be used, of "precision", "resolution", "width". cost: a file that
-    `pbc profile` wrote on the device, of a bundle compiled with the same options.
+    `pbc profile` wrote on the device, of a bundle compiled with the same options. trials: False
+    plans forms untried, in seconds; of those that fail, a compilation makes no level.
     """
 
     levels: int = 4
@@ -99,6 +100,7 @@ class PlanLevels:
     rounding: int = 0
     axes: tuple[str, ...] = AXES
     cost: Path | None = None
+    trials: bool = True
     stage: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class PlanLevels:
         if profile is not None:
             profile.check(program)
         dims = dims_of(program)
-        planner = _Planner(program, dims, self.rounding, profile)
+        planner = _Planner(program, dims, self.rounding, profile, trials=self.trials)
         notes = program.notes
         chosen: list[tuple[Form, float]] = []
         precision = FLOAT32
@@ -190,11 +192,18 @@ class _Planner:
     """The forms that a program can take, and what they cost."""
 
     def __init__(
-        self, program: Program, dims: Dims, rounding: int, profile: CostProfile | None
+        self,
+        program: Program,
+        dims: Dims,
+        rounding: int,
+        profile: CostProfile | None,
+        *,
+        trials: bool,
     ) -> None:
         self._program = program
         self._original = program.levels[0]
         self._profile = profile
+        self._trials = trials
         self._dims = dims
         self._rounding = rounding or (16 if has_depthwise(*self._original.frozen) else 8)
         self.whole = self._dims.macs()
@@ -221,8 +230,14 @@ class _Planner:
         )
 
     def runnable(self, forms: Sequence[Form]) -> list[Form]:
-        """Those of the forms of which a trial runs as a level must."""
+        """Those of the forms of which a trial runs as a level must; without trials most."""
+        if not self._trials:
+            return [form for form in forms if self._countable(form)]
         return [form for form in forms if not self._reason_against(form)]
+
+    def _countable(self, form: Form) -> bool:
+        """Whether the layers at least take images of its size."""
+        return not reason_of_failure(lambda: self.macs(form))
 
     def _reason_against(self, form: Form) -> str:
         """One line, empty where there is none."""
@@ -319,7 +334,7 @@ class _Planner:
         """Multiply-accumulates of one sample."""
         prefix = self._original.prefix
         if form.resolution not in self._pixels and form.resolution and prefix is not None:
-            before, after = macs(prefix), macs(reduced(prefix, form.resolution))
+            before, after = macs(prefix), macs(prefix, form.resolution)
             # Only the prefix shrinks: what it sends has its full size again.
             self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
         return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]

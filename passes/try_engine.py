@@ -24,15 +24,16 @@ class TryEngine:
 
     Does nothing where no levels are made: lowering comes next then, and says the same.
 
-    levels: how many proxies will be made.
+    levels: how many proxies will be made. trials: False does nothing.
     """
 
     levels: int = 4
+    trials: bool = True
     stage: ClassVar[str] = "mark"
     after: ClassVar[tuple[str, ...]] = ("split-prefix",)
 
     def __call__(self, program: Program) -> Program:
-        if not self.levels:
+        if not self.levels or not self.trials:
             return program
         engine = backend(program.request.engine)
         lowering = engine.lowering()

@@ -150,11 +150,12 @@ def compile(model: str, output: Path | str, options: CompileOptions = CompileOpt
 
 
 def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast:
-    """Return what `compile` would do, without aligning, measuring or writing.
+    """Return what `compile` would do, without trying, aligning, measuring or writing.
 
-    Costs are multiply-accumulates, or what a profile says: `compile` measures on this machine.
+    Costs are multiply-accumulates, or what a profile says: `compile` measures on this machine. What
+    the engine cannot run is not found: `compile` refuses it, or makes no level of it.
     """
-    passes = _passes(options)
+    passes = _passes(options, trials=False)
     program = start(model, options)
     elsewhere = replace(program.request.target, local=False)
     program = replace(program, request=replace(program.request, target=elsewhere))
@@ -258,8 +259,8 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
 # ---- what these need -----------------------------------------------------------------------
 
 
-def _passes(options: CompileOptions) -> pipeline.PassPipeline:
-    return pipeline.build(vars(options), options.passes, options.without)
+def _passes(options: CompileOptions, *, trials: bool = True) -> pipeline.PassPipeline:
+    return pipeline.build({**vars(options), "trials": trials}, options.passes, options.without)
 
 
 def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | None]:

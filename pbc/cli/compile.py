@@ -204,7 +204,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     for name, size in plan.file_bytes.items():
         click.echo(f"{name}: {size_text(size)} expected")
     _show_notes(plan.notes)
-    click.echo("dry run: nothing was written")
+    click.echo("dry run: nothing was tried or written")
 
 
 def _show_result(bundle: Bundle) -> None:

@@ -101,10 +101,14 @@ def _brought_back(
     return node
 
 
-def macs(graph: GraphModule) -> float:
-    """Multiply-accumulates of one sample, by the shapes on the nodes."""
+def macs(graph: GraphModule, size: Size | None = None) -> float:
+    """Multiply-accumulates of one sample, whose image has this size; None for the graph's own.
+
+    Raises RuntimeError (torch's own) where a layer is built for another resolution.
+    """
     (image,) = placeholders(graph)
-    shape = shape_of(image)
+    shape = [*shape_of(image)]
+    shape[2:] = shape[2:] if size is None else size
     # On fake tensors of its own: counting would make the program's symbolic batch a constant.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, FlopCounterMode(display=False) as counter, torch.no_grad():

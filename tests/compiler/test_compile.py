@@ -233,7 +233,7 @@ def test_a_dry_run_plans_and_writes_nothing(here: Path, custom: list[str | Path]
         "passes: mark-trainable, ",
         "engine: pytorch",
         "level 3: ",
-        "nothing was written",
+        "nothing was tried or written",
     ):
         assert words in result.stdout
     plan = json_of(pbc(*custom, "--levels", "3", "--dry-run", "--json"))

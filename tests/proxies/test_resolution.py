@@ -79,3 +79,4 @@ def test_macs_fall_with_the_pixels() -> None:
     graph = frozen(ConvNet)
     assert macs(graph) == 32 * 32 * 16 * 27 + 16 * 16 * 24 * 16 * 9
     assert macs(reduced(graph, (16, 16))) == pytest.approx(macs(graph) / 4)
+    assert macs(graph, (16, 16)) == macs(reduced(graph, (16, 16)))
