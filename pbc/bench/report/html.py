@@ -78,11 +78,14 @@ def _summary(results: Results) -> str:
         for name in BASELINES
         if name in faster
     )
+    # A few epochs say nothing about an accuracy.
+    beside = (
+        "" if reference.extrapolated else f" ({REFERENCE}: {tables.percent(reference.accuracy)})"
+    )
     return (
         f'<p class="lead">{escape(verdict.sentence(results))}</p>'
         f"<p>{escape(ours.rival)} is {times} {escape(what)}, at "
-        f"<b>{tables.percent(ours.accuracy)}</b> final test accuracy "
-        f"({REFERENCE}: {tables.percent(reference.accuracy)}).</p>{setting}"
+        f"<b>{tables.percent(ours.accuracy)}</b> final test accuracy{beside}.</p>{setting}"
     )
 
 

@@ -50,10 +50,13 @@ def reached(found: Reached | None) -> str:
     return f"{seconds(found.seconds)} ({times}{part})" if times or part else seconds(found.seconds)
 
 
-def moment(found: Reached | None) -> str:
-    """Write when an accuracy was reached: `3.2 s`, with the seeds that did if not all did."""
+def moment(found: Reached | None, *, complete: bool = True) -> str:
+    """Write when an accuracy was reached: `3.2 s`, with the seeds that did if not all did.
+
+    complete: whether all epochs ran; else nobody knows what they would have reached.
+    """
     if found is None or found.seconds is None:
-        return "-" if found is None else "never"
+        return "-" if found is None or not complete else "never"
     part = "" if found.seeds == found.of_seeds else f" ({found.seeds} of {found.of_seeds} seeds)"
     return f"{seconds(found.seconds)}{part}"
 
@@ -89,13 +92,13 @@ def clock(results: Results) -> list[list[str]]:
         *(
             [
                 standing.label,
-                moment(standing.to_reference),
+                moment(standing.to_reference, complete=not standing.extrapolated),
                 *(
                     ratio(standing.to_reference.faster.get(name) if standing.to_reference else None)
                     for name in baselines
                 ),
-                moment(standing.to_final),
-                moment(standing.to_best),
+                moment(standing.to_final, complete=not standing.extrapolated),
+                moment(standing.to_best, complete=not standing.extrapolated),
             ]
             for standing in standings
         ),
