@@ -245,7 +245,8 @@ class Model:
 
     def _seen(self, image: np.ndarray, level: int | None) -> Prediction:
         best = self.personal.predict(image, top=len(self.personal.classes), level=level)
-        return Prediction(tuple(best), Image.fromarray(image))
+        shown = image[..., 0] if image.shape[-1] == 1 else image  # Pillow has grey without channels
+        return Prediction(tuple(best), Image.fromarray(shown))
 
 
 @dataclass(frozen=True)

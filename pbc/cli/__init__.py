@@ -35,6 +35,7 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
+    "demo": Command("pbc.cli.demo", "demo", DEVICE_EXTRAS),
     "compile": Command("pbc.cli.compile", "compile"),
     "inspect": Command("pbc.cli.inspect", "inspect"),
     "train": Command("pbc.cli.train", "train", DEVICE_EXTRAS),

@@ -25,7 +25,7 @@ def test_sdist_and_wheel_hold_one_package_with_everything(
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     assert {name.partition("/")[0] for name in names} == {"pbc"}
     assert {name for name in names if name.endswith(".py")} == modules(root)
-    assert "pbc/py.typed" in names
+    assert {"pbc/py.typed", "pbc/demo/digits.pbc", "pbc/demo/digits.png"} <= set(names)
     assert len(names) == len(set(names))
 
 
