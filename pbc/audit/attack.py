@@ -92,24 +92,29 @@ def identified(scores: np.ndarray, member: np.ndarray) -> float:
     return float(member[first].mean())
 
 
-def labels_recovered(bias: np.ndarray, probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Return which share of a batch's labels an attacker names without any photo.
+def labels_named(bias: np.ndarray, probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Return int64[classes], how often an attacker without any photo names each label.
 
     bias: f64[classes], minus the mean gradient of the head's bias, which is the share of each label
     less its mean probability (Zhao et al., iDLG, 2020, for one photo). probabilities: f64[classes],
-    what the network gives each class on average. labels: int64[n], the truth.
+    what the network gives each class on average. count: of the photos behind the gradient.
     """
-    count = len(labels)
     if count == 1:  # the one positive entry
-        return float(int(bias.argmax()) == int(labels[0]))
+        return np.bincount([int(bias.argmax())], minlength=len(bias))
     expected = np.maximum(bias + probabilities, 0) * count
-    guessed = np.floor(expected)
+    guessed: np.ndarray = np.floor(expected).astype(np.int64)
     for label in np.argsort(guessed - expected, kind="stable")[
         : max(count - int(guessed.sum()), 0)
     ]:
         guessed[label] += 1
+    return guessed
+
+
+def labels_recovered(bias: np.ndarray, probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Return which share of a batch's labels `labels_named` finds; labels: int64[n], the truth."""
+    guessed = labels_named(bias, probabilities, len(labels))
     true = np.bincount(labels, minlength=len(bias))
-    return float(np.minimum(guessed, true).sum() / count)
+    return float(np.minimum(guessed, true).sum() / len(labels))
 
 
 def cosine(found: np.ndarray, true: np.ndarray, mean: np.ndarray) -> float:

@@ -94,7 +94,7 @@ def audit(
     """Attack what clients of a fleet would share of training `bundle` on `photos`."""
     runtime = Runtime.open(bundle)
     samples = labelled_for(runtime.bundle, ImageFolder.open(photos, runtime.spec))
-    chosen = _chosen(samples, options)
+    chosen = chosen_photos(samples, options)
     tell(f"computing the features of {len(chosen)} photos")
     executable = runtime.engine.load(runtime.bundle, threads=options.threads)
     part = samples.subset(chosen)
@@ -108,7 +108,7 @@ def audit(
         manifest["batch"],
         options,
     )
-    return _Audit(network, _head(manifest), options, tell).run(
+    return _Audit(network, head_names(manifest), options, tell).run(
         {
             "model": manifest["model"],
             "strategy": manifest["strategy"],
@@ -359,7 +359,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _chosen(samples: Samples, options: AuditOptions) -> np.ndarray:
+def chosen_photos(samples: Samples, options: AuditOptions) -> np.ndarray:
     """Return int64 photos, evenly of all classes, two of each at least."""
     random = np.random.default_rng(options.seed)
     each = max(options.photos // len(samples.classes), 2)
@@ -375,7 +375,7 @@ def _chosen(samples: Samples, options: AuditOptions) -> np.ndarray:
     return found
 
 
-def _head(manifest: dict[str, Any]) -> tuple[str, str | None]:
+def head_names(manifest: dict[str, Any]) -> tuple[str, str | None]:
     """Return the names of the head's weight and bias, which may have none."""
     names = sorted(manifest["head"], key=lambda name: -len(manifest["parameters"][name]))
     biases = [name for name in names if len(manifest["parameters"][name]) == 1]

@@ -8,25 +8,33 @@ from typing import Any
 
 import click
 
-from pbc.audit import tables
+from pbc.audit import pixel_tables, tables
 from pbc.audit.audit import audit as run
 from pbc.audit.html import html
 from pbc.audit.options import AuditOptions
+from pbc.audit.pixel_tables import Reconstruction
 from pbc.bench.report.tables import aligned
-from pbc.cli.objective import objective_options
+from pbc.cli.objective import objective_options, take_objective
+from pbc.cli.options import (
+    PATH,
+    html_report,
+    learning_rate,
+    protection_options,
+    threads,
+    write,
+    write_private,
+)
+from pbc.cli.tables import as_json as json_option
 from pbc.cli.tables import console
+from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
-from pbc.runtime.objective import Objective, default_rate
-from pbc.util.atomic import replace_bytes
 
-_PATH = click.Path(path_type=Path)
 _DEFAULTS = AuditOptions()
-_MODE = 0o644  # a report is made to be shown; it holds no photo
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.argument("photos", type=_PATH)
+@click.argument("bundle", type=PATH)
+@click.argument("photos", type=PATH)
 @click.option("--batch", "batches", metavar="N,N,…", help="Photos behind one shared gradient.  "
               f"[default: {','.join(map(str, _DEFAULTS.batches))}]")  # fmt: skip
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True,
@@ -34,29 +42,30 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("--clients", type=int, default=_DEFAULTS.clients, show_default=True)
 @click.option("--rounds", type=int, default=_DEFAULTS.rounds, show_default=True,
               help="Of averaging, for the accuracy.")  # fmt: skip
-@click.option("--top-k", "top_k_percent", type=float, metavar="PERCENT",
-              help="Defence: send the largest values alone.")  # fmt: skip
-@click.option("--clip", type=float, help="Defence: bound the norm of an update.")
-@click.option("--noise", type=float, help="Defence: normal noise, by the clip.")
+@protection_options
 @click.option("--dp", type=float, metavar="EPSILON",
-              help="Defence: the noise of an (ε, 1/photos)-private release.")  # fmt: skip
-@click.option("--lr", type=float, help="Learning rate.  [default: sgd 0.01, adam and adamw 0.001]")
+              help="The noise of an (ε, 1/photos)-private release.")  # fmt: skip
+@learning_rate
 @objective_options
+@click.option("--pixels", is_flag=True,
+              help="Rebuild photos from gradients too, with torch: minutes a photo.")  # fmt: skip
+@click.option("--pixel-steps", type=click.IntRange(min=1), default=1000, show_default=True,
+              help="Iterations of a reconstruction.")  # fmt: skip
+@click.option("--weights", type=PATH,
+              help="For --pixels: what the bundle was compiled from, if it moved.")  # fmt: skip
 @click.option("--max-photos", type=int, default=_DEFAULTS.photos, show_default=True)
 @click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True)
-@click.option("--threads", type=int, help="Threads of the engine.  [default: the engine's choice]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
+@threads
+@json_option
+@html_report
+@unsigned
 def audit(
     bundle: Path,
     photos: Path,
     batches: str | None,
-    top_k_percent: float | None,
-    lr: float | None,
-    optimizer: str,
-    momentum: float,
-    weight_decay: float,
-    label_smoothing: float,
+    pixels: bool,
+    pixel_steps: int,
+    weights: Path | None,
     max_photos: int,
     as_json: bool,
     html_out: Path | None,
@@ -66,19 +75,25 @@ def audit(
 
     Half of PHOTOS are dealt to clients; the attacker has all of them, and θ before and after.
     """
-    if html_out is not None and not html_out.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {html_out} does not exist")
-    rate = default_rate(optimizer) if lr is None else lr
     options = AuditOptions(
         batches=_DEFAULTS.batches if batches is None else _numbers(batches),
-        top_k=None if top_k_percent is None else top_k_percent / 100,
-        objective=Objective(optimizer, rate, momentum, weight_decay, label_smoothing),
+        objective=take_objective(settings),
         photos=max_photos,
         **settings,
     )
-    found = run(bundle, photos, options, lambda line: click.echo(line, err=True))
+    found = run(bundle, photos, options, _tell)
+    pictures: tuple[Reconstruction, ...] = ()
+    if pixels:
+        # Only this needs torch, and the network that the bundle was compiled from.
+        from pbc.audit.pixels.reconstruct import PixelOptions, rebuilt
+
+        sizes = (1,) if batches is None else options.batches
+        pictures = rebuilt(
+            bundle, photos, options, PixelOptions(sizes, pixel_steps, weights, options.seed), _tell
+        )
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        content = {**found.to_json(), "pixels": [each.to_json() for each in pictures]}
+        click.echo(json.dumps(content, indent=1, ensure_ascii=False))
     else:
         to = console()
         to.print(aligned(tables.rows(found)))
@@ -86,9 +101,23 @@ def audit(
         to.print(tables.READING, soft_wrap=True)
         for line in found.findings:
             to.print(f"- {line}", soft_wrap=True)
+        if pictures:
+            to.print()
+            to.print(aligned(pixel_tables.rows(pictures)))
+            to.print()
+            to.print(pixel_tables.READING, soft_wrap=True)
+            for line in pixel_tables.findings(pictures):
+                to.print(f"- {line}", soft_wrap=True)
     if html_out is not None:
-        replace_bytes(html_out, html(found).encode(), mode=_MODE)
-        click.echo(f"wrote {html_out}", err=as_json)
+        text = html(found, pictures)
+        if pictures:  # it shows photos, which are the user's own to show
+            write_private(html_out, text, quiet=as_json)
+        else:
+            write(html_out, text, quiet=as_json)
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

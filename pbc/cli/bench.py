@@ -16,22 +16,21 @@ from pbc.bench.report import html as report
 from pbc.bench.report import tables, verdict
 from pbc.bench.standings import FULL
 from pbc.cli.objective import objective_options
+from pbc.cli.options import PATH, batch, html_report, write, written
+from pbc.cli.tables import as_json as json_option
 from pbc.cli.tables import console
 from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
 from pbc.plugins import entries
 from pbc.runtime.options import TrainOptions
-from pbc.util.atomic import replace_bytes
 
-_PATH = click.Path(path_type=Path)
 _DEFAULTS = TrainOptions()
-_MODE = 0o644  # a report is made to be shown; it holds no photo
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.argument("data", type=_PATH)
-@click.option("--test", type=_PATH, help="Photos to test on.  [default: a third of DATA]")
+@click.argument("bundle", type=PATH)
+@click.argument("data", type=PATH)
+@click.option("--test", type=PATH, help="Photos to test on.  [default: a third of DATA]")
 @click.option(
     "--rivals",
     help="Which rivals run; `all` means every installed one.  "
@@ -39,7 +38,7 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 )
 @click.option("--seeds", type=int, default=3, show_default=True)
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
-@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@batch
 @click.option("--lr", type=float, help="Learning rate of all rivals.  [default: tuned for PET]")
 @objective_options
 @click.option("--head", default="auto", show_default=True,
@@ -47,13 +46,13 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
 @click.option("--threads", type=int, help="Threads of every rival.  [default: the engine's choice]")
 @click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
 @click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")
-@click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
+@click.option("--weights", type=PATH, help="What the bundle was compiled from, if it moved.")
 @click.option("--no-torch-compile", is_flag=True, help="PyTorch rivals run eagerly only.")
 @click.option("--max-accuracy-loss", type=float, default=_DEFAULTS.max_accuracy_loss,
               show_default=True, help="Points that pbc's cheap levels may cost.")  # fmt: skip
 @click.option("--fidelity-floor", type=float, help="For pbc: never route below this fidelity.")
 @click.option("--cache-mb", type=int, default=_DEFAULTS.cache_mb, show_default=True)
-@click.option("--work", type=_PATH, help="Where cells are kept.  [default: BUNDLE with .bench]")
+@click.option("--work", type=PATH, help="Where cells are kept.  [default: BUNDLE with .bench]")
 @click.option("--resume", is_flag=True, help="Go on from the cells in the work folder.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a bench.")
 @click.option("--quick", is_flag=True, help="A few minutes: one seed, few epochs and photos.")
@@ -67,10 +66,10 @@ _MODE = 0o644  # a report is made to be shown; it holds no photo
     metavar="NAME=PATH",
     help="For --sweep policy-data: the same model compiled with other images.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
-@click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
-@click.option("--csv", "csv_out", type=_PATH, help="Write the paper artifact's table.")
+@json_option
+@written("-o", "--output", help="Write everything as JSON.")
+@html_report
+@written("--csv", "csv_out", help="Write the paper artifact's table.")
 @unsigned
 def bench(
     bundle: Path,
@@ -106,9 +105,6 @@ def bench(
         names = tuple(entries("pbc.rivals")) if rivals == "all" else _list(rivals)
     if accuracy_budgets and FULL not in names:
         raise UsageError(f"--accuracy-budgets needs {FULL!r} among --rivals ({', '.join(names)})")
-    for out in (output, html_out, csv_out):
-        if out is not None and not out.resolve().parent.is_dir():
-            raise UsageError(f"the folder of {out} does not exist")
     options = BenchOptions(
         train=TrainOptions(learning_rate=lr, **settings),
         test=test,
@@ -136,11 +132,11 @@ def bench(
     else:
         tables.show(console(), results, accuracy_budgets)
     if output is not None:
-        _write(output, text, as_json)
+        write(output, text, quiet=as_json)
     if html_out is not None:
-        _write(html_out, report.html(results, accuracy_budgets), as_json)
+        write(html_out, report.html(results, accuracy_budgets), quiet=as_json)
     if csv_out is not None:
-        _write(csv_out, tables.artifact_csv(results), as_json)
+        write(csv_out, tables.artifact_csv(results), quiet=as_json)
     if not as_json:
         told = verdict.lines(results)
         where = [f"report: {html_out}"] if told and html_out is not None else []
@@ -149,11 +145,6 @@ def bench(
 
 def _tell(line: str) -> None:
     click.echo(line, err=True)
-
-
-def _write(path: Path, text: str, as_json: bool) -> None:
-    replace_bytes(path, text.encode(), mode=_MODE)
-    click.echo(f"wrote {path}", err=as_json)
 
 
 def _list(text: str) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import click
 
 from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.cli import completion
+from pbc.runtime.objective import Objective, default_rate
 from pbc.runtime.options import TrainOptions
 
 _DEFAULTS = TrainOptions()
@@ -45,3 +46,10 @@ def objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
+
+
+def take_objective(settings: dict[str, Any]) -> Objective:
+    """Take these options' values, and the learning rate, out of a command's settings."""
+    optimizer, rate = settings.pop("optimizer"), settings.pop("learning_rate")
+    others = {name: settings.pop(name) for name in ("momentum", "weight_decay", "label_smoothing")}
+    return Objective(optimizer, default_rate(optimizer) if rate is None else rate, **others)

@@ -8,22 +8,20 @@ from typing import Any
 
 import click
 
+from pbc.cli.options import PATH, written
 from pbc.cli.unsigned import unsigned
 from pbc.deploy.pack import ACTIVATE, PackOptions
 from pbc.deploy.pack import pack as write
-from pbc.errors import UsageError
 from pbc.util.sizes import size_text
-
-_PATH = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.option("-o", "--output", type=_PATH, required=True, metavar="FILE.tar")
+@click.argument("bundle", type=PATH)
+@written("-o", "--output", required=True, metavar="FILE.tar")
 @click.option("--python-version", "python", metavar="3.N",
               help="The board's Python.  [default: the target's, else this one's]")  # fmt: skip
 @click.option("--libc", metavar="2.N", help="The board's glibc.  [default: the target's]")
-@click.option("--wheels", type=_PATH, help="Take wheels from this folder, and from nowhere else.")
+@click.option("--wheels", type=PATH, help="Take wheels from this folder, and from nowhere else.")
 @click.option("--offline", is_flag=True, help="Take wheels that were collected before.")
 @click.option("--trust", multiple=True, metavar="KEYS",
               help="A public key that must have signed it, or a folder of them.  "
@@ -37,8 +35,6 @@ def pack(bundle: Path, output: Path, as_json: bool, **settings: Any) -> None:
     For boards that have an updater of their own: unpacked there, `sh activate.sh DIR` does what
     `pbc deploy` does once it has copied.
     """
-    if not output.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {output} does not exist")
     found = write(bundle, output, PackOptions(**settings))
     if as_json:
         click.echo(json.dumps(found, indent=1))

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc.bench.report.tables import aligned
+from pbc.cli.options import PATH, batch, written
 from pbc.cli.tables import console
 from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
@@ -25,15 +26,14 @@ from pbc.profile.task import COMPILED, EAGER, level_name
 from pbc.util.atomic import replace_bytes
 from pbc.util.sizes import memory_text
 
-_PATH = click.Path(path_type=Path)
 _DEFAULTS = ProfileOptions()
 _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it holds no photo
 
 
 @click.command()
-@click.argument("bundle", type=_PATH)
-@click.option("--data", type=_PATH, help="Photos to measure on.  [default: noise]")
-@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@click.argument("bundle", type=PATH)
+@click.option("--data", type=PATH, help="Photos to measure on.  [default: noise]")
+@batch
 @click.option(
     "--threads", metavar="N,N,…", help="Numbers of threads to measure with.  [default: one per CPU]"
 )
@@ -44,13 +44,13 @@ _MODE = 0o644  # it is made to be shown, and to be read by the compiler; it hold
 @click.option("--against", metavar="torch|none",
               help="What to compare with.  [default: torch, where it is installed]")  # fmt: skip
 @click.option("--no-compile", is_flag=True, help="PyTorch runs eagerly only.")
-@click.option("--weights", type=_PATH, help="What the bundle was compiled from, if it moved.")
+@click.option("--weights", type=PATH, help="What the bundle was compiled from, if it moved.")
 @click.option("--on", metavar="USER@HOST[:DIR]",
               help="Measure there, where `pbc deploy` brought BUNDLE.")  # fmt: skip
 @click.option("--ssh-option", "ssh_options", multiple=True, metavar="WORDS",
               help="For ssh, like '-p 2222' or '-i key'.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("-o", "--output", type=_PATH, help="Write everything as JSON.")
+@written("-o", "--output", help="Write everything as JSON.")
 @unsigned
 def profile(
     bundle: Path,
@@ -68,8 +68,6 @@ def profile(
     Training with BUNDLE decides by measurements of its own; this one is for people, and for
     `pbc compile --cost`, which plans the next ladder by it.
     """
-    if output is not None and not output.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {output} does not exist")
     if ssh_options and on is None:
         raise UsageError("--ssh-option is for --on")
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from pbc.callbacks import together
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
+from pbc.cli.options import batch, learning_rate, threads
 from pbc.cli.tables import console
 from pbc.cli.unsigned import unsigned
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
@@ -84,13 +85,8 @@ class _DeployLevel(click.ParamType[Any]):
     "or none (train on all).  [default: val/ beside train/ in DATA, else 0.2]",
 )
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
-@click.option(
-    "--lr",
-    "learning_rate",
-    type=float,
-    help="Learning rate.  [default: sgd 0.01, adam and adamw 0.001]",
-)
-@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@learning_rate
+@batch
 @objective_options
 @click.option(
     "--head",
@@ -155,7 +151,7 @@ class _DeployLevel(click.ParamType[Any]):
     "--cache-dtype", default=_DEFAULTS.cache_dtype, show_default=True, help="float32 or float16."
 )
 @click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True)
-@click.option("--threads", type=int, help="Threads of the engine.  [default: the engine's choice]")
+@threads
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
 @click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")

@@ -1,0 +1,1 @@
+"""Photos rebuilt from a shared gradient alone (with torch): what no list of candidates is for."""
