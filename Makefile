@@ -4,7 +4,7 @@
 # make fuzz   mutated bundles and personal models, for hours: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make clean  remove what they made
-# All install what they need into .venv, again only when setup.cfg or pyproject.toml changed.
+# All install what they need into .venv, again only when setup.cfg, pyproject.toml or this file changed.
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -45,12 +45,12 @@ fuzz: $(installed)
 	    OMP_NUM_THREADS=1 PBC_UNSIGNED=1 $(bin)/python tests/fuzz/campaign.py --engine $$engine $(FUZZ) || exit 1; \
 	done
 
-$(installed): setup.cfg pyproject.toml
+$(installed): Makefile setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: pbc needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	         "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,cuda,models,dev]'
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,cuda,models,fleet,dev]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""`pbc fleet`: simulate a fleet, adopt what it learnt."""
+"""`pbc fleet`: simulate a fleet, join one, adopt what it learnt."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ from typing import Any
 
 import click
 
-from pbc.cli.objective import objective_options
+from pbc.cli.objective import objective_options, take_objective
+from pbc.cli.options import (
+    PATH,
+    batch,
+    html_report,
+    learning_rate,
+    protection_options,
+    threads,
+    write,
+)
+from pbc.cli.tables import as_json as json_option
+from pbc.cli.unsigned import unsigned
 from pbc.errors import UsageError
 from pbc.fleet.adopt import adopt as write_adopted
 from pbc.fleet.html import html
 from pbc.fleet.protection import Protection
 from pbc.fleet.state import FleetState, metrics
-from pbc.runtime.objective import Objective, default_rate
-from pbc.util.atomic import replace_bytes
+from pbc.runtime.options import TrainOptions
+from pbc.util.interrupt import interrupted_by_sigterm
 
-_PATH = click.Path(path_type=Path)
-_MODE = 0o644  # a report is made to be shown; it holds no photo
+# Flower is imported by the commands that run it alone: adopting needs none.
 
 
 @click.group()
@@ -27,10 +37,10 @@ def fleet() -> None:
 
 
 @fleet.command()
-@click.argument("bundle", type=_PATH)
-@click.argument("photos", type=_PATH)
-@click.option("-o", "--output", "out", type=_PATH, required=True, help="Folder of the fleet.")
-@click.option("--test", type=_PATH, help="Photos to test on.  [default: a fifth of PHOTOS]")
+@click.argument("bundle", type=PATH)
+@click.argument("photos", type=PATH)
+@click.option("-o", "--output", "out", type=PATH, required=True, help="Folder of the fleet.")
+@click.option("--test", type=PATH, help="Photos to test on.  [default: a fifth of PHOTOS]")
 @click.option("--clients", type=int, default=4, show_default=True)
 @click.option("--rounds", type=int, default=10, show_default=True)
 @click.option("--epochs", type=int, default=1, show_default=True, help="Of a client a round.")
@@ -41,20 +51,18 @@ def fleet() -> None:
               help="Of the clients that train in a round.")  # fmt: skip
 @click.option("--mu", type=float, default=0.01, show_default=True, help="Of fedprox.")
 @click.option("--eta", type=float, default=0.01, show_default=True, help="Of fedadam.")
-@click.option("--top-k", "top_k_percent", type=float, metavar="PERCENT",
-              help="Send the largest values alone, keep the others.")  # fmt: skip
-@click.option("--clip", type=float, help="Bound the norm of an update.")
-@click.option("--noise", type=float, default=0.0, help="Normal noise, by the clip.")
+@protection_options
 @click.option("--float16", is_flag=True, help="Send θ and updates in half precision.")
-@click.option("--lr", type=float, help="Learning rate.  [default: sgd 0.01, adam and adamw 0.001]")
-@click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+@learning_rate
+@batch
 @objective_options
 @click.option("--compare", is_flag=True, help="Train on all photos at once too, and alone.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--threads", type=int, help="Threads of the engine.  [default: the engine's choice]")
+@threads
 @click.option("--resume", is_flag=True, help="Go on from the last round in the folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
-@click.option("--html", "html_out", type=_PATH, help="Write a report to open in a browser.")
+@json_option
+@html_report
+@unsigned
 def simulate(
     bundle: Path,
     photos: Path,
@@ -62,16 +70,11 @@ def simulate(
     test: Path | None,
     clients: int,
     alpha: float,
-    top_k_percent: float | None,
+    top_k: float | None,
     clip: float | None,
-    noise: float,
+    noise: float | None,
     float16: bool,
-    lr: float | None,
     batch: int | None,
-    optimizer: str,
-    momentum: float,
-    weight_decay: float,
-    label_smoothing: float,
     compare: bool,
     threads: int | None,
     resume: bool,
@@ -83,21 +86,17 @@ def simulate(
 
     Killed at any moment, the same command with --resume goes on from the last round.
     """
-    # Only this command runs Flower: adopting needs none.
     from pbc.fleet.rounds import FleetOptions
     from pbc.fleet.simulate import Simulation, SimulationOptions
 
-    if html_out is not None and not html_out.resolve().parent.is_dir():
-        raise UsageError(f"the folder of {html_out} does not exist")
     if FleetState.exists(out) and not resume:
         raise UsageError(f"{out} holds a fleet already: --resume goes on, -o names another folder")
-    share = None if top_k_percent is None else top_k_percent / 100
-    rate = default_rate(optimizer) if lr is None else lr
+    objective = take_objective(settings)
     options = SimulationOptions(
-        FleetOptions(protection=Protection(share, clip, noise, float16), **settings),
+        FleetOptions(protection=Protection(top_k, clip, noise or 0.0, float16), **settings),
         clients=clients,
         alpha=alpha,
-        objective=Objective(optimizer, rate, momentum, weight_decay, label_smoothing),
+        objective=objective,
         batch=batch,
         threads=threads,
     )
@@ -114,17 +113,63 @@ def simulate(
     if as_json:
         click.echo(json.dumps({"rounds": lines, "compared": compared}, indent=1))
     if html_out is not None:
-        page = html(f"pbc fleet: {clients} clients", lines, compared)
-        replace_bytes(html_out, page.encode(), mode=_MODE)
-        tell(f"wrote {html_out}")
+        write(html_out, html(f"pbc fleet: {clients} clients", lines, compared), quiet=as_json)
     tell(f"next: pbc fleet adopt {out} -o mine")
 
 
 @fleet.command()
-@click.argument("root", metavar="FLEET", type=_PATH)
-@click.option("-o", "--output", "out", type=_PATH, required=True, help="Folder of the result.")
-@click.option("--bundle", type=_PATH, help="The fleet's bundle, if FLEET has none.")
+@click.argument("bundle", type=PATH)
+@click.argument("photos", type=PATH)
+@click.option("-o", "--output", "out", type=PATH, required=True,
+              help="Folder of this device: what it keeps between rounds.")  # fmt: skip
+@click.option("--superlink", metavar="HOST:PORT", required=True, help="The fleet's server.")
+@click.option("--root-certificates", type=PATH, metavar="FILE.pem",
+              help="Of who vouches for the server.  [default: the system's]")  # fmt: skip
+@click.option("--private-key", type=PATH, metavar="FILE.pem",
+              help="By which the server knows this device.")  # fmt: skip
+@click.option("--insecure", is_flag=True, help="Without TLS: anybody may be the server.")
+@click.option("--secure", is_flag=True,
+              help="Send what only the sum over devices can be read of (SecAgg+).")  # fmt: skip
+@click.option("--fidelity-floor", type=float, help="The fleet's.  [default: the bundle's own]")
+@learning_rate
+@batch
+@objective_options
+@click.option("--cache-mb", type=int, default=TrainOptions.cache_mb, show_default=True)
+@threads
+@unsigned
+def join(
+    bundle: Path,
+    photos: Path,
+    out: Path,
+    superlink: str,
+    root_certificates: Path | None,
+    private_key: Path | None,
+    insecure: bool,
+    secure: bool,
+    **settings: Any,
+) -> None:
+    """Train BUNDLE on this device's PHOTOS whenever the fleet's server asks, until interrupted.
+
+    Flower's SuperNode carries the messages. The code that a server sends is not run: this process
+    answers, and keeps its trainer. What it keeps between rounds is in the folder.
+    """
+    from pbc.fleet.node import Link, resident
+
+    link = Link(superlink, root_certificates, private_key, insecure)
+    options = TrainOptions(epochs=1, cache="disk", **settings)
+    with interrupted_by_sigterm():
+        try:
+            resident(link, bundle, photos, out, options, click.echo, secure=secure)
+        except KeyboardInterrupt:
+            click.echo("left the fleet; the same command joins it again", err=True)
+
+
+@fleet.command()
+@click.argument("root", metavar="FLEET", type=PATH)
+@click.option("-o", "--output", "out", type=PATH, required=True, help="Folder of the result.")
+@click.option("--bundle", type=PATH, help="The fleet's bundle, if FLEET has none.")
 @click.option("--overwrite", is_flag=True, help="Replace what the folder holds.")
+@unsigned
 def adopt(root: Path, out: Path, bundle: Path | None, overwrite: bool) -> None:
     """Write what the fleet in FLEET learnt as a personal model."""
     rounds = write_adopted(root, out, bundle=bundle, overwrite=overwrite)

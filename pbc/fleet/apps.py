@@ -1,8 +1,9 @@
 """The two Flower apps of a fleet; one's own is `app = client_app()` or `app = server_app()`.
 
 What a node is given: `bundle`, `photos` and `out` in its configuration; `floor`, `lr`, `batch`
-and `threads` if they are not the usual ones. A server, in the run's: `bundle`, `out`, `classes`
-where the bundle has none, and the names of FleetOptions and Protection.
+and `threads` if they are not the usual ones, `secure` if it answers in masked sums alone. A
+server, in the run's: `bundle`, `out`, `classes` where the bundle has none, and the names of
+FleetOptions and Protection.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from pbc.errors import PbcError
-from pbc.fleet.client import Client, open_client
-from pbc.fleet.messages import answer, terms_of
+from pbc.fleet.client import open_client
+from pbc.fleet.messages import Reply, answering_as
 from pbc.fleet.protection import Protection
 from pbc.fleet.rounds import FleetOptions, run
 from pbc.runtime.options import TrainOptions
@@ -29,7 +30,7 @@ _PROTECTION = ("top_k", "clip", "noise", "float16")
 
 def client_app() -> ClientApp:
     """Return the app of a node; where its process stays, so does its trainer."""
-    app, clients = ClientApp(), dict[tuple[str, ...], Client]()
+    app, replies = ClientApp(), dict[tuple[str, ...], Reply]()
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:
@@ -37,7 +38,7 @@ def client_app() -> ClientApp:
         bundle, photos, out = places = tuple(
             str(_required(given, name, "node")) for name in ("bundle", "photos", "out")
         )
-        if places not in clients:
+        if places not in replies:
             options = TrainOptions(
                 epochs=1,
                 cache="disk",
@@ -46,8 +47,10 @@ def client_app() -> ClientApp:
                 batch=given.get("batch"),
                 threads=given.get("threads"),
             )
-            clients[places] = open_client(bundle, photos, out, terms_of(message.content), options)
-        return answer(clients[places], message)
+            replies[places] = answering_as(bool(given.get("secure")))(
+                lambda terms: open_client(bundle, photos, out, terms, options)
+            )
+        return replies[places](message, context)
 
     return app
 

@@ -92,7 +92,8 @@ def open_client(
         trainer.prepare(resume=output.checkpoint.exists())
     except PbcError as error:
         raise PbcError(f"{error} (this device's state is in {output.root})") from error
-    output.adopt(runtime.bundle)
+    if not output.bundle.exists():  # comparing it would read all of it each time
+        output.adopt(runtime.bundle)
     known.write(samples.hashes if trainer.all_cached else ())
     kept = output.fleet / "unsent.f32"
     learner = TrainerLearner(trainer, len(samples))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import Any
 
+import numpy as np
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from pbc.errors import PbcError
@@ -16,6 +20,7 @@ from pbc.fleet.client import Client
 from pbc.fleet.messages import answer
 
 _REFUSED = 1001
+_POLL_SECONDS = 0.5
 
 
 class LocalGrid(Grid):  # type: ignore[misc]  # flwr is not there for everybody who checks types
@@ -26,13 +31,15 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is not there for everybody 
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 0
         self._clients = clients
         self._replies: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=0)
+        self._sent = 0
 
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError("a grid within a process has no runs")
+    def set_run(self, run: Run) -> None:
+        self._run = run
 
     @property
-    def run(self) -> Any:
-        raise NotImplementedError("a grid within a process has no runs")
+    def run(self) -> Run:
+        return self._run
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         return Message(*args, **kwargs)
@@ -43,23 +50,40 @@ class LocalGrid(Grid):  # type: ignore[misc]  # flwr is not there for everybody 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         names = []
         for message in messages:
-            names.append(f"{len(self._replies)}")
-            self._replies[names[-1]] = self._answer(message)
+            self._sent += 1
+            # A grid gives the ids, which a message has no setter for.
+            message.metadata.__dict__["_message_id"] = name = str(self._sent)
+            self._replies[name] = self._answer(message)
+            names.append(name)
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(name) for name in message_ids]
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        return [self._answer(message) for message in messages]
+        return self.pull_messages(self.push_messages(messages))
 
     def _answer(self, message: Message) -> Message:
         try:
             return answer(self._clients[message.metadata.dst_node_id], message)
         except PbcError as error:
             return Message(Error(_REFUSED, str(error)), reply_to=message)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An update f32[d] that came back, of how many photos, and how large it was on the wire.
+
+    nodes: one, or all that a masked sum is of. loss: of the last epoch, None where that is masked.
+    """
+
+    nodes: tuple[int, ...]
+    update: np.ndarray
+    examples: float
+    loss: float | None
+    up_bytes: int
 
 
 class Attendance:
@@ -86,34 +110,54 @@ class Attendance:
         self,
         messages: Iterable[Message],
         timeout: float,
-        accept: Callable[[Message], None],
+        accept: Callable[[int, Message], Answer],
         tell: Callable[[str], None],
-    ) -> list[Message]:
+    ) -> list[Answer]:
         """Send, wait, and return the answers that `accept` takes; say which nodes are left out.
 
-        accept: raises PbcError for an answer that is none.
+        accept: of a node's reply; raises PbcError for one that is none.
         """
         messages = list(messages)
         self.next_round()
         waiting = {message.metadata.dst_node_id for message in messages}
         taken = []
-        for reply in self._grid.send_and_receive(messages, timeout=timeout):
-            node = reply.metadata.src_node_id
+        for node, reply in self._replies(messages, timeout):
             waiting.discard(node)
             try:
                 if reply.has_error():
                     raise PbcError(_last_line(reply.error.reason))
-                accept(reply)
+                taken.append(accept(node, reply))
             except PbcError as error:
                 self.missed[node] += 1
                 tell(f"node {node} is left out: {error}")
                 continue
             self.missed.pop(node, None)
-            taken.append(reply)
-        for node in sorted(waiting):
+        self.miss(waiting, timeout, tell)
+        return taken
+
+    def miss(self, nodes: Iterable[int], timeout: float, tell: Callable[[str], None]) -> None:
+        """Note who did not answer in time."""
+        for node in sorted(nodes):
             self.missed[node] += 1
             tell(f"node {node} is left out: no answer within {timeout:g} s")
-        return taken
+
+    def _replies(self, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
+        """Send, and yield nodes and answers as they come; Flower's own wait looks every 3 s."""
+        names = self._grid.push_messages(messages)
+        sent = {
+            name: message.metadata.dst_node_id
+            for name, message in zip(names, messages, strict=False)
+            if name is not None  # it could not be sent
+        }
+        until = monotonic() + timeout
+        while sent:
+            for reply in self._grid.pull_messages(list(sent)):
+                yield sent.pop(reply.metadata.reply_to_message_id), reply
+            left = until - monotonic()
+            if left <= 0:
+                return
+            if sent:
+                sleep(min(_POLL_SECONDS, left))
 
 
 def _last_line(text: str) -> str:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 
 from pbc.errors import PbcError
 from pbc.fleet.client import Client
@@ -39,6 +48,44 @@ def answer(client: Client, message: Message) -> Message:
     arrays, figures = client.answer(arrays_of(message.content), terms_of(message.content))
     content = RecordDict({ARRAYS: record(arrays), METRICS: MetricRecord(figures)})
     return Message(content, reply_to=message)
+
+
+def once(opened: Callable[[Terms], Client]) -> Callable[[Terms], Client]:
+    """Return what opens a client by the first terms that it does not refuse, and keeps it."""
+    clients: list[Client] = []
+
+    def client(terms: Terms) -> Client:
+        if not clients:
+            clients.append(opened(terms))
+        return clients[0]
+
+    return client
+
+
+Reply = Callable[[Message, Context], Message]
+"""What Flower calls for each message of a node; the context is what it keeps for the node."""
+
+
+def answering(opened: Callable[[Terms], Client]) -> Reply:
+    """Return what answers messages by one client, opened by the first message's terms."""
+    client = once(opened)
+
+    def reply(message: Message, context: Context) -> Message:
+        if message.metadata.message_type.partition(".")[0] != MessageType.TRAIN:
+            raise PbcError(f"a device trains; it was asked to {message.metadata.message_type}")
+        return answer(client(terms_of(message.content)), message)
+
+    return reply
+
+
+def answering_as(secure: bool) -> Callable[[Callable[[Terms], Client]], Reply]:
+    """Return `answering`, or its counterpart that sends masked sums alone."""
+    if not secure:
+        return answering
+    # What it needs of Flower's older interface takes a while to import.
+    from pbc.fleet.masked import answering_masked
+
+    return answering_masked
 
 
 def config(terms: Terms) -> ConfigRecord:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.fleet.grid import Attendance
+from pbc.fleet.grid import Answer, Attendance
 from pbc.fleet.messages import ARRAYS, METRICS, arrays_of, config, record, size_bytes
 from pbc.fleet.protection import Protection
 from pbc.fleet.state import FleetState, append_metrics, rewind_metrics
@@ -39,6 +39,7 @@ class FleetOptions:
 
     fraction: of the nodes that train in a round; nodes: the least that must be there.
     mu: weight of fedprox's proximal term. eta: server's learning rate of fedadam.
+    secure: whether the server reads the sum of updates alone (pbc.fleet.masked).
     timeout_seconds: after which a round goes on without those that did not answer.
     """
 
@@ -50,6 +51,7 @@ class FleetOptions:
     mu: float = 0.01
     eta: float = 0.01
     floor: float | None = None
+    secure: bool = False
     protection: Protection = field(default_factory=Protection)
     timeout_seconds: float = 600.0
     seed: int = 0
@@ -63,6 +65,8 @@ class FleetOptions:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.fraction <= 1:
             raise UsageError(f"the fraction is {self.fraction}; it must be above 0 and at most 1")
+        if self.secure and self.protection.top_k is not None:
+            raise UsageError("in a masked sum every value counts: secure goes without top-k")
         for name in ("mu", "eta", "timeout_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -125,22 +129,24 @@ def run(
         if options.strategy == "fedadam":  # which goes on from θ, not from what was sent of it
             strategy.current_arrays = state.theta
         down = size_bytes(messages[0].content)
-        theta: Mapping[str, np.ndarray] = state.theta
-        up: dict[int, int] = {}
+        if options.secure:
+            from pbc.fleet import masked  # Flower's older interface takes a while to import
 
-        def accept(reply: Message, theta: Mapping[str, np.ndarray] = theta,
-                   up: dict[int, int] = up) -> None:  # fmt: skip
-            size = sum(value.size for value in theta.values())
-            received = size_bytes(reply.content)
-            update = decode(arrays_of(reply.content), size)
-            if not reply.content[METRICS]["num-examples"] > 0:
-                raise PbcError("it trained on no photo")
-            reply.content[ARRAYS] = record(unflatten(flatten(theta, theta) + update, theta))
-            up[reply.metadata.src_node_id] = received
-
-        taken = attendance.ask(messages, options.timeout_seconds, accept, tell)
-        if taken:
-            averaged, _ = strategy.aggregate_train(number, taken)
+            answers = masked.ask(
+                grid,
+                attendance,
+                number,
+                messages,
+                state.theta,
+                terms,
+                options.timeout_seconds,
+                tell,
+            )
+        else:
+            answers = attendance.ask(messages, options.timeout_seconds, _taker(state.theta), tell)
+        if answers:
+            replies = [_reply(answer, state.theta) for answer in answers]
+            averaged, _ = strategy.aggregate_train(number, replies)
             assert averaged is not None, "somebody answered"
             new = {name: np.asarray(array.numpy()) for name, array in averaged.items()}
             state.theta = checked_theta(bundle, new, len(classes))
@@ -152,18 +158,11 @@ def run(
             for name in _MOMENTS
             if (found := getattr(strategy, name, None))
         }
-        figures = {reply.metadata.src_node_id: dict(reply.content[METRICS]) for reply in taken}
-        examples = sum(each["num-examples"] for each in figures.values())
-        loss = sum(each["loss"] * each["num-examples"] for each in figures.values())
         line = {
             "round": number,
             "asked": len(messages),
-            "answered": len(taken),
-            "nodes": sorted(figures),
-            "examples": examples,
-            "loss": loss / examples if examples else None,
+            **_summary(answers),
             "down_bytes": down,
-            "up_bytes": round(sum(up.values()) / len(up)) if up else 0,
             "seconds": perf_counter() - begun,
             "cpu_seconds": process_time() - begun_cpu,
             **evaluate(state.theta),
@@ -172,6 +171,48 @@ def run(
         state.save(root)
         tell(round_line(line, options.rounds))
     return state
+
+
+def _taker(theta: Mapping[str, np.ndarray]) -> Callable[[int, Message], Answer]:
+    """Return what takes a node's reply, and raises PbcError for one that is none."""
+    size = sum(value.size for value in theta.values())
+
+    def take(node: int, reply: Message) -> Answer:
+        update = decode(arrays_of(reply.content), size)
+        try:
+            figures = reply.content[METRICS]
+            examples, loss = float(figures["num-examples"]), float(figures["loss"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PbcError(f"the answer has no figures: {error!r}") from error
+        if not 0 < examples < float("inf"):
+            raise PbcError("it trained on no photo")
+        return Answer((node,), update, examples, loss, size_bytes(reply.content))
+
+    return take
+
+
+def _reply(answer: Answer, theta: Mapping[str, np.ndarray]) -> Message:
+    """Return an answer as Flower's strategies take it: θ after it, and its weight."""
+    moved = unflatten(flatten(theta, theta) + answer.update, theta)
+    figures = MetricRecord({"num-examples": answer.examples})
+    content = RecordDict({ARRAYS: record(moved), METRICS: figures})
+    return Message(content, dst_node_id=answer.nodes[0], message_type=MessageType.TRAIN)
+
+
+def _summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return what a round's line says of who answered."""
+    nodes = sorted(node for answer in answers for node in answer.nodes)
+    examples = sum(answer.examples for answer in answers)
+    told = [(answer.loss, answer.examples) for answer in answers if answer.loss is not None]
+    weight = sum(photos for _, photos in told)
+    sizes = [answer.up_bytes for answer in answers]
+    return {
+        "answered": len(nodes),
+        "nodes": nodes,
+        "examples": examples,
+        "loss": sum(loss * photos for loss, photos in told) / weight if told else None,
+        "up_bytes": round(sum(sizes) / len(sizes)) if sizes else 0,
+    }
 
 
 def round_line(line: Mapping[str, Any], rounds: int) -> str:

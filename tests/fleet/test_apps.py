@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 import tiny
-
-from pbc.fleet.adopt import adopt
-from pbc.fleet.state import FleetState, metrics
-
-pytest.importorskip("flwr", reason="the extra fleet is not installed")
-
 from flwr.app import Context, Error, Message, RecordDict
 
+from pbc.fleet.adopt import adopt
 from pbc.fleet.apps import client_app, server_app
 from pbc.fleet.grid import LocalGrid
+from pbc.fleet.state import FleetState, metrics
 
 
 def context(node: int, node_config: dict[str, Any], run_config: dict[str, Any]) -> Context:

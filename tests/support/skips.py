@@ -15,7 +15,6 @@ ALLOWED: Mapping[str, str] = {
     "pip reaches no package index": "the environment of a device is made from the index",
     "only root can mount a small disk": "a disk that fills up needs a mount",
     "mounting is not allowed here": "containers forbid it to root too",
-    "the extra fleet is not installed": "flwr is 300 MB with what it brings, most of it services",
     "needs glibc": "other C libraries keep no freed memory to set",
     "this onnxruntime aligns what it saves": "newer versions have nothing left to work around",
 }
