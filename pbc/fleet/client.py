@@ -13,9 +13,11 @@ from pbc.bundle import Bundle
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.fleet.learner import Learner, TrainerLearner
+from pbc.fleet.proximal import Proximal
 from pbc.fleet.terms import Terms
 from pbc.fleet.vector import flatten
 from pbc.fleet.wire import encode
+from pbc.runtime.engines import guarded
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import checked_theta, numbered_classes
@@ -87,7 +89,8 @@ def open_client(
     output.fleet.mkdir(parents=True, exist_ok=True, mode=0o700)
     known = _Known(output.fleet / "photos.sha256", runtime.spec.hash())
     samples = ImageFolder.open(photos, runtime.spec, known=known.read())
-    trainer = runtime.trainer(samples, options, output.root, classes=classes)
+    executable = Proximal(guarded.load(runtime.engine, runtime.bundle, threads=options.threads))
+    trainer = runtime.trainer(samples, options, output.root, classes=classes, executable=executable)
     try:
         trainer.prepare(resume=output.checkpoint.exists())
     except PbcError as error:
@@ -96,7 +99,7 @@ def open_client(
         output.adopt(runtime.bundle)
     known.write(samples.hashes if trainer.all_cached else ())
     kept = output.fleet / "unsent.f32"
-    learner = TrainerLearner(trainer, len(samples))
+    learner = TrainerLearner(trainer, executable, len(samples))
     return Client(runtime.bundle, classes, learner, options.fidelity_floor, kept=kept)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pbc.fleet.proximal import Proximal
 from pbc.runtime.engines import Executable
 from pbc.runtime.objective import Objective
 from pbc.runtime.trainer import Trainer
@@ -27,8 +28,7 @@ class Learner(Protocol):
     ) -> tuple[dict[str, np.ndarray], float]:
         """Return θ after epochs from `theta`, and the last epoch's mean loss.
 
-        mu: weight of FedProx's term μ/2 ‖θ − theta‖² (Li et al., 2020). Its gradient steps are
-        taken after each epoch, as many as the epoch had: derived graphs know no other loss.
+        mu: weight of FedProx's term μ/2 ‖θ − theta‖², in every step.
         fresh: whether the optimizer's state begins at zero.
         """
 
@@ -38,6 +38,7 @@ class TrainerLearner:
     """A device: routing, cache and checkpoint are the runtime's."""
 
     trainer: Trainer
+    proximal: Proximal
     photos: int
 
     @property
@@ -48,15 +49,9 @@ class TrainerLearner:
         self, theta: Theta, epochs: int, *, mu: float = 0.0, fresh: bool = False
     ) -> tuple[dict[str, np.ndarray], float]:
         self.trainer.set_parameters(theta, keep_optimizer=not fresh)
-        loss = 0.0
-        for _ in range(epochs):
-            (report,) = self.trainer.run_round(1)
-            loss = report.loss
-            if mu:
-                rate = self.trainer.objective.learning_rate
-                near = towards(self.trainer.parameters(), theta, rate * mu, report.steps)
-                self.trainer.set_parameters(near, keep_optimizer=True)
-        return self.trainer.parameters(), loss
+        self.proximal.pull(theta, mu)
+        reports = self.trainer.run_round(epochs)
+        return self.trainer.parameters(), reports[-1].loss
 
 
 @dataclass
@@ -82,32 +77,19 @@ class TableLearner:
     def train(
         self, theta: Theta, epochs: int, *, mu: float = 0.0, fresh: bool = False
     ) -> tuple[dict[str, np.ndarray], float]:
-        executable, loss = self.executable, 0.0
-        if fresh:
-            self._state = {}
-        self._begin(theta)
+        executable, loss = Proximal(self.executable), 0.0
+        executable.start(theta, self.objective)
+        if self._state and not fresh:
+            executable.load_optimizer_state(self._state)
+        executable.pull(theta, mu)
         for _ in range(epochs):
             order = self.random.permutation(self.rows)
-            starts, losses = range(0, len(order), self.batch), []
-            for start in starts:
+            losses = []
+            for start in range(0, len(order), self.batch):
                 rows = order[start : start + self.batch]
                 chosen = {name: value[rows] for name, value in self.features.items()}
                 losses.append(executable.forward(0, chosen, self.labels[rows])[0])
                 executable.update()
             loss = float(np.concatenate(losses).mean())
-            self._state = executable.optimizer_state()
-            if mu:
-                rate = self.objective.learning_rate
-                self._begin(towards(executable.parameters(), theta, rate * mu, len(starts)))
+        self._state = executable.optimizer_state()
         return executable.parameters(), loss
-
-    def _begin(self, theta: Theta) -> None:
-        self.executable.start(theta, self.objective)
-        if self._state:
-            self.executable.load_optimizer_state(self._state)
-
-
-def towards(theta: Theta, centre: Theta, rate: float, steps: int) -> dict[str, np.ndarray]:
-    """Return θ after gradient steps of ½ ‖θ − centre‖² at a rate."""
-    left = np.float32(max(1 - rate, 0.0) ** steps)
-    return {name: centre[name] + left * (value - centre[name]) for name, value in theta.items()}
