@@ -17,6 +17,7 @@ import arm64
 import light
 import numpy as np
 import pytest
+import rounds
 import safetensors.numpy
 import stages
 import tiny
@@ -238,6 +239,16 @@ def test_the_bundle_passes_its_self_test(shipped: Shipped) -> None:
     outcome = json.loads(shipped.run("-m", "pbc.runtime.self_test", shipped.bundle.path))
     assert outcome["passed"] is True
     assert "level 0" in outcome["errors"]
+
+
+def test_rounds_of_a_fleet_send_the_same(shipped: Shipped) -> None:
+    photos, out = shipped.photos / "train", shipped.work / "rounds.npz"
+    shipped.run(rounds.__file__, shipped.bundle.path, photos, shipped.work / "device", out)
+    found = dict(np.load(out))
+    expected = rounds.results(shipped.reference.path, photos, shipped.work / "device-here")
+    for name, value in expected.items():
+        assert np.abs(value).max() > 0
+        assert difference(found[name], value) < 10 * TOLERANCE, name
 
 
 def test_a_training_of_20_steps_ends_the_same(shipped: Shipped, trained: tuple[Path, Path]) -> None:
