@@ -3,7 +3,7 @@
 What a node is given: `bundle`, `photos` and `out` in its configuration; `floor`, `lr`, `batch`
 and `threads` if they are not the usual ones, `secure` if it answers in masked sums alone. A
 server, in the run's: `bundle`, `out`, `classes` where the bundle has none, and the names of
-FleetOptions and Protection.
+FleetOptions and Protection; "" and 0 leave out what a fleet goes without.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.parameters import numbered_classes
 from pbc.runtime.runtime import Runtime
 
-_PROTECTION = ("top_k", "clip", "noise", "float16")
+FLEET = tuple(name for name in FleetOptions.__dataclass_fields__ if name != "protection")
+PROTECTION = tuple(Protection.__dataclass_fields__)
+"""What a run's configuration may say beside `bundle`, `out` and `classes`."""
 
 
 def client_app() -> ClientApp:
@@ -61,13 +63,13 @@ def server_app() -> ServerApp:
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        given = dict(context.run_config)
+        given = {name: value for name, value in context.run_config.items() if value != ""}
         root = Path(str(_required(given, "out", "run")))
         bundle = Runtime.open(str(_required(given, "bundle", "run"))).bundle
         names = bundle.manifest.get("classes") or str(_required(given, "classes", "run")).split(",")
         options = FleetOptions(
-            protection=Protection(**{n: given[n] for n in _PROTECTION if given.get(n)}),
-            **{n: given[n] for n in FleetOptions.__dataclass_fields__ if n in given},
+            protection=Protection(**{n: given[n] for n in PROTECTION if given.get(n)}),
+            **{n: given[n] for n in FLEET if n in given},
         )
         run(grid, bundle, numbered_classes(bundle, names), options, root, tell=_say)
 

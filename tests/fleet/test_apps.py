@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import tiny
+import tomli
 from flwr.app import Context, Error, Message, RecordDict
 
 from pbc.fleet.adopt import adopt
-from pbc.fleet.apps import client_app, server_app
+from pbc.fleet.apps import FLEET, PROTECTION, client_app, server_app
 from pbc.fleet.grid import LocalGrid
+from pbc.fleet.rounds import FleetOptions
 from pbc.fleet.state import FleetState, metrics
 
 
@@ -70,6 +72,18 @@ def test_nodes_and_server_train_and_go_on(
     assert not (tmp_path / "node3").exists()
     assert adopt(tmp_path / "fleet", tmp_path / "mine", bundle=tmp_path / "m.pbc") == 3
     assert FleetState.load(tmp_path / "fleet").round == 3
+
+
+def test_a_run_of_the_example_can_change_every_option(root: Path) -> None:
+    """Flower refuses what the app's own configuration does not name."""
+    text = (root / "examples" / "fleet" / "pyproject.toml").read_text()
+    config = tomli.loads(text)["tool"]["flwr"]["app"]["config"]
+    assert set(config) == {"bundle", "out", "classes", *FLEET, *PROTECTION}
+    options = FleetOptions()
+    assert {name: config[name] or None for name in FLEET if name != "nodes"} == {
+        name: getattr(options, name) or None for name in FLEET if name != "nodes"
+    }
+    assert not any(config[name] for name in PROTECTION)
 
 
 def test_what_a_node_is_not_given(tmp_path: Path) -> None:
