@@ -26,6 +26,7 @@ from pbc.training_graph.decompositions import (
     norms,
     pooling,
     resizing,
+    selections,
     slices,
     table,
 )
@@ -481,3 +482,31 @@ def test_a_trained_depthwise_convolution(
     found = convolutions.conv2d(*arguments)
     assert found.grad_fn is None
     assert_close(found, functional.conv2d(*arguments))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_one_value_is_written_by_a_comparison(axis: int) -> None:
+    x = random(2, 3, 4)
+    most = x.max(axis, keepdim=True)
+    source = random(*most.indices.shape)
+    written = selections.scatter_src(x, axis, most.indices, source)
+    assert_close(written, x.scatter(axis, most.indices, source))
+    written = selections.scatter_value(x, axis, most.indices, 0.5)
+    assert_close(written, x.scatter(axis, most.indices, 0.5))
+    several = x.argsort(axis)
+    assert selections.scatter_src(x, axis, several, x) is NotImplemented
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_the_gradient_of_a_maximum_scatters_nothing(keepdim: bool) -> None:
+    x = random(2, 3, 4)
+
+    def slope(x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        (found,) = torch.autograd.grad(leaf.max(1, keepdim).values.square().sum(), leaf)
+        return found
+
+    trace = make_fx(slope, decomposition_table=table())(x)
+    called = {node.target for node in trace.graph.nodes if node.op == "call_function"}
+    assert not [op for op in called if "scatter" in str(op)]
+    assert_close(trace(x), slope(x))

@@ -89,7 +89,7 @@ def train(
         _loss(module, inputs, labels).backward()
         optimizer.step()
     with torch.no_grad():
-        logits = module(inputs)
+        logits = _scores(module, inputs)
     parameters = {name: leaf.detach().double().numpy() for name, leaf in leaves.items()}
     return Trained(logits.double().numpy(), parameters)
 
@@ -106,7 +106,14 @@ def learning_rate(
 
 
 def _loss(module: nn.Module, inputs: Tensor, labels: np.ndarray) -> Tensor:
-    return nn.functional.cross_entropy(module(inputs), torch.from_numpy(labels))
+    return nn.functional.cross_entropy(_scores(module, inputs), torch.from_numpy(labels))
+
+
+def _scores(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Scores of the parameters as they are: what layers keep in eval mode goes at each eval()."""
+    module.eval()
+    scores: Tensor = module(inputs)
+    return scores
 
 
 def _with(

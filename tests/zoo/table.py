@@ -13,14 +13,17 @@ OUTCOMES = ("right", "refused", "wrong", "traceback", "limit")
 
 def table(records: Sequence[Record]) -> str:
     """Counts and the share that is right by engine and strategy; then reasons, frequent first."""
-    counted: dict[tuple[str, str], Counter[str]] = {}
+    rows: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         for strategy in (record.strategy, "all"):
-            counted.setdefault((record.engine, strategy), Counter())[record.outcome] += 1
-    lines = [_row("engine", "strategy", *OUTCOMES, "share right"), _row(*["---"] * 8)]
-    for (engine, strategy), counts in sorted(counted.items()):
-        share = f"{counts['right'] / counts.total():.0%}"
-        lines.append(_row(engine, strategy, *(counts[outcome] for outcome in OUTCOMES), share))
+            rows.setdefault((record.engine, strategy), []).append(record)
+    titles = ("engine", "strategy", "networks", *OUTCOMES, "share right")
+    lines = [_row(*titles), _row(*["---"] * len(titles))]
+    for (engine, strategy), cells in sorted(rows.items()):
+        counts = Counter(cell.outcome for cell in cells)
+        networks = len({cell.network for cell in cells})
+        share = f"{counts['right'] / len(cells):.0%}"
+        lines.append(_row(engine, strategy, networks, *(counts[o] for o in OUTCOMES), share))
     networks = len({record.network for record in records})
     lines.append(f"\n{networks} networks, {len(records)} cells.\n")
     lines += [_row("outcome", "cells", "reason", "for example"), _row(*["---"] * 4)]

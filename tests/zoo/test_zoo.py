@@ -107,7 +107,7 @@ def test_the_table_counts_outcomes_and_groups_reasons() -> None:
         )
     ]
     lines = table(records).splitlines()
-    assert "| tvm | linear-probe | 1 | 2 | 0 | 0 | 0 | 33% |" in lines
+    assert "| tvm | linear-probe | 3 | 1 | 2 | 0 | 0 | 0 | 33% |" in lines
     (reason,) = [line for line in lines if line.startswith("| refused")]
     assert reason.startswith("| refused | 2 | NETWORK puts out … for two images |")
 

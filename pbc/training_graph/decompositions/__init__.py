@@ -38,6 +38,7 @@ from pbc.training_graph.decompositions.resizing import (
     upsample_bilinear2d_backward,
     upsample_nearest2d_backward,
 )
+from pbc.training_graph.decompositions.selections import scatter_src, scatter_value
 
 aten = torch.ops.aten
 
@@ -70,6 +71,8 @@ _BACKWARD: dict[Any, Callable[..., Any]] = {
     aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.hardswish_backward.default: hardswish_backward,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
+    aten.scatter.src: scatter_src,
+    aten.scatter.value: scatter_value,
     aten.threshold_backward.default: threshold_backward,
     aten.upsample_bilinear2d_backward.default: upsample_bilinear2d_backward,
     aten.upsample_nearest2d_backward.default: upsample_nearest2d_backward,
