@@ -301,6 +301,12 @@ def _attention(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
         join(k, v)
     join(query[-1], key[-1])
     join(key[-2], value[-2])
+    mask = inputs[3] if len(inputs) > 3 and isinstance(inputs[3], list) else []
+    for axis in mask[-2:]:
+        analysis.window(axis)
+    for axis, whole in zip(mask[-3::-1], query[-3::-1], strict=False):
+        if size(axis) > 1:
+            join(axis, whole)
     for variable in atoms(query[1]) if len(query) == 4 else []:
         variable.kind = HEADS
     for variable in (*atoms(query[-1]), *atoms(value[-1])):

@@ -13,7 +13,7 @@ import torch_pruning
 import zoo
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from networks import AttentionNet, ConvNet, Kind, ResidualNet
+from networks import AttentionNet, ConvNet, Kind, MaskedNet, ResidualNet
 from networks import analysed as tiny_analysed
 from torch import nn
 
@@ -271,6 +271,7 @@ def test_random_plans_of_real_architectures_run(model: str, data: st.DataObject)
         (ResidualNet, "last-k:1"),
         (ResidualNet, "adapters:3"),
         (AttentionNet, "linear-probe"),
+        (MaskedNet, "linear-probe"),
     ],
 )
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

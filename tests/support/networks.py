@@ -93,11 +93,25 @@ class AttentionNet(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = self.attend(q, k, v)
         x = x + self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
         x = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
         logits: Tensor = self.head(x.mean(1))
         return logits
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+class MaskedNet(AttentionNet):
+    """Attention with a bias for each head and pair of the four positions, as of Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2, 4, 4))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(query, key, value, self.bias)
 
 
 class ChannelsLastNet(nn.Module):
