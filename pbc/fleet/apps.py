@@ -22,6 +22,7 @@ from pbc.fleet.messages import Reply, answering_as
 from pbc.fleet.protection import Protection
 from pbc.fleet.rounds import FleetOptions, run
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import numbered_classes
 from pbc.runtime.runtime import Runtime
 
@@ -71,7 +72,9 @@ def server_app() -> ServerApp:
             protection=Protection(**{n: given[n] for n in PROTECTION if given.get(n)}),
             **{n: given[n] for n in FLEET if n in given},
         )
-        run(grid, bundle, numbered_classes(bundle, names), options, root, tell=_say)
+        # A run that outlived its SuperLink may still be there.
+        with Output(root).locked():
+            run(grid, bundle, numbered_classes(bundle, names), options, root, tell=_say)
 
     return app
 

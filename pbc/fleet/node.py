@@ -24,6 +24,7 @@ from flwr.common.constant import ErrorCode, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -109,26 +110,33 @@ def _run(
     heartbeat = HeartbeatSender(lambda: _beat(client))
     heartbeat.start()
     context: Context | None = None
-    status, details = SubStatus.COMPLETED, ""
+    status, details = SubStatus.FAILED, "interrupted"
     try:
         message, context, _, _ = pull_task_input(client)
-        try:
-            begun = perf_counter()
-            answered = reply(message, context)
-            tell(f"answered within {perf_counter() - begun:.2f} s")
-        except PbcError as error:
-            tell(f"refused: {error}")
-            answered = Message(
-                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message
-            )
-        push_message(client, answered, context)
-    except httpx.HTTPError as error:
+        push_message(client, _answered(message, context, reply, tell), context)
+        status, details = SubStatus.COMPLETED, ""
+    except (httpx.HTTPError, ObjectPullError, ObjectPushError, RuntimeError) as error:
         tell(f"the round is lost: {error}")
-        status, details = SubStatus.FAILED, str(error)
+        details = str(error)
     finally:
         push_task_output(client, context, status, details)
-        heartbeat.stop()
+        if heartbeat.is_running:
+            heartbeat.stop()
         client.close()
+
+
+def _answered(
+    message: Message, context: Context, reply: Reply, tell: Callable[[str], None]
+) -> Message:
+    begun = perf_counter()
+    try:
+        answer = reply(message, context)
+    except PbcError as error:
+        tell(f"refused: {error}")
+        reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
+        return Message(reason, reply_to=message)
+    tell(f"answered within {perf_counter() - begun:.2f} s")
+    return answer
 
 
 def _beat(client: RuntimeHttpClient) -> bool:

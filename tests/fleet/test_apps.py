@@ -10,11 +10,13 @@ import tiny
 import tomli
 from flwr.app import Context, Error, Message, RecordDict
 
+from pbc.errors import PbcError
 from pbc.fleet.adopt import adopt
 from pbc.fleet.apps import FLEET, PROTECTION, client_app, server_app
 from pbc.fleet.grid import LocalGrid
 from pbc.fleet.rounds import FleetOptions
 from pbc.fleet.state import FleetState, metrics
+from pbc.runtime.output.folder import Output
 
 
 def context(node: int, node_config: dict[str, Any], run_config: dict[str, Any]) -> Context:
@@ -71,6 +73,8 @@ def test_nodes_and_server_train_and_go_on(
     assert (tmp_path / "node1" / "fleet" / "unsent.f32").exists()
     assert not (tmp_path / "node3").exists()
     assert adopt(tmp_path / "fleet", tmp_path / "mine", bundle=tmp_path / "m.pbc") == 3
+    with Output(tmp_path / "fleet").locked(), pytest.raises(PbcError, match="another"):
+        server_app()(Apps(configs), context(0, {}, {**given, "rounds": 4}))
     assert FleetState.load(tmp_path / "fleet").round == 3
 
 
