@@ -40,9 +40,10 @@ def _show(found: Diagnosis) -> None:
         _show_checks(title, checks)
     working = [check for check in found.targets if check.works]
     click.echo(f"\n{len(working)} of {len(found.targets)} targets can be compiled for here")
-    for check in found.targets:
-        if not check.works:
-            click.echo(f"  not {check.name}: {check.detail}")
+    if working:  # where nothing is, the engines above say why
+        for check in found.targets:
+            if not check.works:
+                click.echo(f"  not {check.name}: {check.detail}")
     remedies = dict.fromkeys(
         check.remedy
         for check in (*found.extras, *found.engines, *found.lowerings, *found.tools)
