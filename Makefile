@@ -1,7 +1,7 @@
 # make demo   compile, train, evaluate and predict on the photos under examples/
 # make test   lint, types and tests (make check is the same)
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
-# make fuzz   mutated bundles and personal models, for hours: docs/trust.md
+# make fuzz   mutated bundles, personal models and photos, and kills: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make clean  remove what they made
 # All install what they need into .venv, again only when setup.cfg, pyproject.toml or this file changed.
@@ -41,8 +41,9 @@ zoo: $(installed)
 	OMP_NUM_THREADS=1 $(bin)/python tests/zoo $(ZOO)
 
 fuzz: $(installed)
-	for engine in pytorch onnxruntime; do \
-	    OMP_NUM_THREADS=1 PBC_UNSIGNED=1 $(bin)/python tests/fuzz/campaign.py --engine $$engine $(FUZZ) || exit 1; \
+	for engine in pytorch onnxruntime tvm; do \
+	    $(bin)/python tests/fuzz/campaign.py --engine $$engine $(FUZZ) || exit 1; \
+	    $(bin)/python tests/fuzz/kills.py --engine $$engine $(KILLS) || exit 1; \
 	done
 
 $(installed): Makefile setup.cfg pyproject.toml

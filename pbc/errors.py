@@ -12,9 +12,17 @@ _LONGEST_REASON = 240
 
 
 class PbcError(Exception):
-    """What the user can fix: one line, exit code 1."""
+    """What the user can fix: one line, exit code 1; several where several things are wrong."""
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.lines = lines
+
+    def __str__(self) -> str:
+        """Return the lines as a text."""
+        return "\n".join(self.lines)
 
 
 class UsageError(PbcError):

@@ -63,8 +63,11 @@ class Bundle:
     is_signed: bool = False
 
     @classmethod
-    def open(cls, path: Path | str) -> Bundle:
-        """Read and verify the manifest; check that the entries are exactly those it names."""
+    def open(cls, path: Path | str, *, complete: bool = True) -> Bundle:
+        """Read and verify the manifest; check that the entries are exactly those it names.
+
+        complete: whether all entries must be there; without, only who signed it may be asked.
+        """
         path = Path(path)
         if not path.exists():
             raise PbcError(f"no bundle at {path}; `pbc compile … -o {path}` makes one")
@@ -75,7 +78,7 @@ class Bundle:
             data = _read_entry(path, MANIFEST, None, archive)
         manifest = _parse_manifest(path, data)
         named = set(manifest["files"])
-        for name in sorted(named - names):
+        for name in sorted(named - names) if complete else ():
             raise PbcError(f"{path} is incomplete: {name} is missing; copy or compile it again")
         for name in sorted(names - named - {MANIFEST, signature.ENTRY}):
             raise PbcError(f"{path} holds {name}, which its manifest does not name; remove it")

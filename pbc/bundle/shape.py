@@ -232,6 +232,8 @@ def _check_sizes(manifest: Mapping[str, Any]) -> None:
         raise ShapeError(f"head names {unknown[0][:60]!r}, which is none of its parameters")
     classes = manifest.get("class_count") or len(manifest.get("classes") or ()) or 2
     for name in manifest["head"]:
+        if not manifest["parameters"][name]:
+            raise ShapeError(f"parameters.{name[:60]} is a number; a head begins with its classes")
         sizes = [classes if size is None else size for size in manifest["parameters"][name]]
         if math.prod(sizes) > _MOST_HEAD_VALUES:
             raise ShapeError(

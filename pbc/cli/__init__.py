@@ -20,9 +20,9 @@ from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.util.source import summary
-from pbc.util.terminal import escaped
+from pbc.util.terminal import LONGEST_LINE, line
 
-_LONGEST_MESSAGE = 2000
+_HEAD = "error:"
 
 
 @dataclass(frozen=True)
@@ -116,30 +116,29 @@ class Main(click.Group):
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except PbcError as error:
-            _fail(str(error), error.exit_code)
+            _fail(error.lines, error.exit_code)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
         except click.ClickException as error:
-            _fail(error.format_message(), error.exit_code)
+            _fail([error.format_message()], error.exit_code)
         except click.Abort:
-            _fail("interrupted", 130)
+            _fail(["interrupted"], 130)
         except MemoryError:
-            _fail("not enough memory", 1)
+            _fail(["not enough memory"], 1)
         except OSError as error:  # of a disk or a terminal, wherever it was met
             where = f"{error.filename}: " if error.filename else ""
-            _fail(f"{where}{error.strerror or error}", 1)
+            _fail([f"{where}{error.strerror or error}"], 1)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    plain = "NO_COLOR" in os.environ
-    head = click.style("error:", fg="red", bold=True)
-    text = escaped(message)
-    if len(text) > _LONGEST_MESSAGE:
-        text = f"{text[: _LONGEST_MESSAGE - 1]}…"
+def _fail(messages: Sequence[str], exit_code: int) -> NoReturn:
+    """End with a line for each message."""
+    head = click.style(_HEAD, fg="red", bold=True)
+    rest = len(_HEAD) + 1
+    text = "\n".join(line(message, LONGEST_LINE - rest) for message in messages)
     with suppress(OSError):
-        click.echo(f"{head} {text}", err=True, color=False if plain else None)
+        click.echo(f"{head} {text}", err=True, color=False if "NO_COLOR" in os.environ else None)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # what could not be written is not tried again at the end

@@ -346,29 +346,34 @@ class DeploymentRoot:
         files = [*plan["slot"], *plan["wheels"]]
         packages = self.packages / _name([plan["wheels"], sys.executable, sys.version])
         slot = self.slots / _name([plan["slot"], plan["variables"], packages.name])
+        first = [*plan["wheels"], *filter(_vouches, plan["slot"])]
         with self.locked():
             source.step("compare")
-            missing = self.store.missing(files)
-            self._refuse_small_disk(plan, missing, packages)
-            source.fetch(self.store, missing)
+            self._refuse_small_disk(plan, self.store.missing(files), packages)
+            source.fetch(self.store, self.store.missing(first))
             if not _is_complete(packages):
                 source.step("packages")
                 self._install(packages, plan)
+            active = self.current()
             if not _is_complete(slot):
                 source.step("slot")
-                self._make_slot(slot, packages, plan)
-            source.step("self-test")
-            active = self.current()
+                self._make_slot(slot, packages, plan, first)
             try:
+                # Nothing else of a bundle comes here before somebody vouches for it.
+                source.step("signature")
+                signed = self._run_in(slot, "the signature", ["--signature"])
+                # Verified on the board where it has keys, else as whoever deployed read it.
+                serial = signed.get("serial", plan["about"].get("serial"))
+                if not plan.get("allow_older"):
+                    _refuse_older(serial, active)
+                source.fetch(self.store, self.store.missing(files))
+                self._place(slot, plan["slot"])
+                source.step("self-test")
                 outcome = self._self_test(slot)
             except Refused:
                 if slot != active:
                     _remove(slot)  # the next deploy makes it anew
                 raise
-            # Verified on the board where it has keys, else as whoever deployed read it.
-            serial = outcome.get("serial", plan["about"].get("serial"))
-            if not plan.get("allow_older"):
-                _refuse_older(serial, active)
             if not _is_complete(slot):
                 source.step("mark complete")
                 stored = [file["sha256"] for file in files]
@@ -477,10 +482,16 @@ class DeploymentRoot:
         _remove(unpacking)
         _mark_complete(folder, {})
 
-    def _make_slot(self, slot: Path, packages: Path, plan: Mapping[str, Any]) -> None:
+    def _make_slot(
+        self,
+        slot: Path,
+        packages: Path,
+        plan: Mapping[str, Any],
+        files: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Make all of a slot but what belongs to its bundle and vouches for nothing."""
         _remove(slot)
-        for file in plan["slot"]:
-            self.store.place(file, slot / file["path"])
+        self._place(slot, [file for file in plan["slot"] if file in files])
         # Debian keeps what venv needs to install a pip in a package of its own.
         own = slot / "python"
         self._call("venv", [sys.executable, "-I", "-m", "venv", "--without-pip", str(own)])
@@ -494,15 +505,24 @@ class DeploymentRoot:
         (slot / "variables.json").write_text(json.dumps(plan["variables"]))
         (slot / "settings.json").write_text(json.dumps(plan.get("settings", {})))
 
+    def _place(self, slot: Path, files: Sequence[Mapping[str, Any]]) -> None:
+        for file in files:
+            if not (slot / file["path"]).exists():
+                self.store.place(file, slot / file["path"])
+
     def _self_test(self, slot: Path) -> dict[str, Any]:
+        return self._run_in(slot, "the self-test", [])
+
+    def _run_in(self, slot: Path, what: str, words: Sequence[str]) -> dict[str, Any]:
+        """Let the pbc of a slot look at its bundle; return what it prints."""
         variables = json.loads((slot / "variables.json").read_text())
         settings = slot / "settings.json"  # a slot of an older pbc has none
         own = json.loads(settings.read_text()) if settings.exists() else {}
         printed = self._call(
-            "the self-test",
+            what,
             [
                 str(slot / "python" / "bin" / "python"), "-I", "-m",
-                "pbc.runtime.self_test", str(slot / "bundle.pbc"),
+                "pbc.runtime.self_test", *words, str(slot / "bundle.pbc"),
             ],
             {
                 # Keys that the board has of its own are not replaced by those that come along.
@@ -571,6 +591,12 @@ class DeploymentRoot:
         for file in _entries(self.store.root):
             if file.name not in files:
                 file.unlink()
+
+
+def _vouches(file: Mapping[str, Any]) -> bool:
+    """Return whether a file of a slot is needed to tell who signed the bundle."""
+    folder, _, name = file["path"].partition("/")
+    return folder != "bundle.pbc" or name in ("manifest.json", "signature.json")
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -146,7 +146,7 @@ def refuse(
     found = board.refusals(facts, needed)
     lines = [line for name, line in found.items() if name not in ignore]
     if lines:
-        raise PbcError("\n".join(f"{destination.host}: {line}" for line in lines))
+        raise PbcError(*(f"{destination.host}: {line}" for line in lines))
 
 
 def _connection(destination: str, options: DeployOptions) -> Connection:

@@ -46,6 +46,12 @@ def with_head(
     return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
 
 
+def theta_size(bundle: Bundle, classes: int) -> int:
+    """Return how many values the trainable parameters have, with a head of `classes`."""
+    shapes = bundle.manifest["parameters"].values()
+    return sum(math.prod(classes if size is None else size for size in sizes) for sizes in shapes)
+
+
 def checked_theta(
     bundle: Bundle, theta: Mapping[str, np.ndarray], classes: int
 ) -> dict[str, np.ndarray]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pbc.runtime.loop import Totals
-from pbc.util.shapes import ShapeError, check, dict_of, integer, list_of, number, record
+from pbc.runtime.meter import STAGES
+from pbc.util.shapes import ShapeError, check, integer, list_of, number, record
 
 _TOTALS = record(
     {
@@ -16,7 +17,7 @@ _TOTALS = record(
         "samples": integer(),
         "loss": number(),
         "skipped_updates": integer(),
-        "seconds": dict_of(number()),
+        "seconds": record(dict.fromkeys(STAGES, number())),
         "iterating_seconds": number(),
     }
 )

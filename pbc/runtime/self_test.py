@@ -29,6 +29,7 @@ from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.objective import Objective
 from pbc.runtime.parameters import initial_parameters
+from pbc.util.terminal import line
 
 IMAGES = 4
 OPEN_CLASSES = 5
@@ -126,20 +127,24 @@ def run(bundle: Bundle, engine: Engine | None = None) -> SelfTest:
     return SelfTest(errors, tolerances, time.perf_counter() - start)
 
 
-def main(path: str) -> int:
-    """Print the outcome of a bundle as JSON, a failure also in words; return the exit status."""
+def main(path: str, *, signature_alone: bool = False) -> int:
+    """Print the outcome of a bundle as JSON, a failure also in words; return the exit status.
+
+    signature_alone: only say who signed it, for which its other files need not be there.
+    """
     try:
-        bundle = Bundle.open(Path(path))
+        bundle = Bundle.open(Path(path), complete=not signature_alone)
         signer = trust.require(bundle)
-        outcome = run(bundle)
+        outcome = None if signature_alone else run(bundle)
     except PbcError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
         return _refuse(f"{error.name} is not installed")
     signed = {} if signer is None else {"serial": signer.serial, "signer": signer.key.name}
-    sys.stdout.write(json.dumps({**outcome.to_json(), **signed}) + "\n")
-    failed = outcome.failed
-    if failed:
+    found = {} if outcome is None else outcome.to_json()
+    sys.stdout.write(json.dumps({**found, **signed}) + "\n")
+    failed = [] if outcome is None else outcome.failed
+    if outcome is not None and failed:
         worst = ", ".join(
             f"{name} by {outcome.errors[name]:.2g} (at most {outcome.tolerances[name]:g})"
             for name in failed
@@ -148,12 +153,12 @@ def main(path: str) -> int:
     return 0
 
 
-def _refuse(line: str) -> int:
-    sys.stderr.write(f"error: {line}\n")
+def _refuse(reason: str) -> int:
+    sys.stderr.write(line(f"error: {reason}") + "\n")
     return 1
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m pbc.runtime.self_test BUNDLE")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) not in (2, 3) or (len(sys.argv) == 3 and sys.argv[1] != "--signature"):
+        sys.exit("usage: python -m pbc.runtime.self_test [--signature] BUNDLE")
+    sys.exit(main(sys.argv[-1], signature_alone=len(sys.argv) == 3))

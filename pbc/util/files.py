@@ -32,9 +32,6 @@ def read_bytes(path: Path, most_bytes: int, *, follow: bool = True) -> bytes:
     """Return what a regular file holds; raises OSError, also where that is more than the bound."""
     with opened(path, follow=follow) as file:
         size_bytes = os.fstat(file.fileno()).st_size
-        if size_bytes <= most_bytes:
-            data = file.read(most_bytes + 1)
-            size_bytes = len(data)
         if size_bytes > most_bytes:
             raise OSError(errno.EFBIG, f"it has more than {most_bytes} bytes", str(path))
-        return data
+        return file.read(size_bytes)  # room is made for all that is asked for

@@ -163,17 +163,18 @@ def test_a_key_that_cannot_be_read_refuses_too(
     assert said in str(found.value)
 
 
+def coded(path: Path, library: bytes) -> Path:
+    """Write a bundle whose graphs are in a library."""
+    manifest, files = tiny_onnx.contents()
+    manifest |= {"engine": "tvm", "calls": "calls.json", "weights": {}}
+    manifest["graphs"] = dict.fromkeys(manifest["graphs"], "tvm/lib.so")
+    return bundle.write(path, manifest, {**files, "calls.json": b"{}", "tvm/lib.so": library}).path
+
+
 def test_code_runs_signed_or_when_asked_for(
     tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest, files = tiny_onnx.contents()
-    coded = {
-        **manifest, "engine": "tvm", "calls": "calls.json",
-        "graphs": dict.fromkeys(manifest["graphs"], "tvm/lib.so"), "weights": {},
-    }  # fmt: skip
-    path = bundle.write(
-        tmp_path / "b.pbc", coded, {**files, "calls.json": b"{}", "tvm/lib.so": b"\x7fELF"}
-    ).path
+    path = coded(tmp_path / "b.pbc", b"\x7fELF")
     monkeypatch.delenv("PBC_UNSIGNED")
     with pytest.raises(PbcError, match="holds code for this machine, which nobody vouches for"):
         Runtime.open(path)
@@ -184,6 +185,30 @@ def test_code_runs_signed_or_when_asked_for(
         Runtime.open(path)
     signed(path, keys / "mine" / "mine.key")
     Runtime.open(path)
+
+
+def test_an_exchanged_library_is_not_even_unpacked(
+    tmp_path: Path, keys: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PBC_CACHE", str(tmp_path / "cache"))
+    photos = tiny.photos(tmp_path / "photos", 2)
+    path = coded(tmp_path / "b.pbc", b"\x7fELF, the owner's")
+    signed(path, keys / "mine" / "mine.key")
+    (made,) = trust.signatures_of(Bundle.open(path))
+    exchanged = coded(tmp_path / "exchanged.pbc", b"\x7fELF, an attacker's")
+    words = ("train", exchanged, photos, "-o", tmp_path / "out")
+    assert "holds code for this machine" in cli(*words).output
+    monkeypatch.setenv("PBC_KEYS", str(keys / "mine"))
+    for more in ((), ("--unsigned",)):
+        assert "is not signed" in cli(*words, *more).output
+    add_signature(Bundle.open(exchanged), made)
+    for more in ((), ("--unsigned",)):
+        assert "is wrongly signed" in cli(*words, *more).output
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.delenv("PBC_KEYS")
+    # Asked for, it gets as far as the calls, which are none.
+    assert "calls its graphs by format None" in cli(*words, "--unsigned").output
 
 
 def test_a_key_is_the_owners_alone_and_never_overwritten(keys: Path) -> None:

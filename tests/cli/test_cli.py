@@ -45,6 +45,9 @@ def raises(error: BaseException) -> Callable[[], None]:
         (UsageError("no such target"), 2, "error: no such target"),
         (click.ClickException("from click"), 1, "error: from click"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (PbcError("two\nlines\x1b[2J"), 1, "error: two lines\\x1b[2J"),
+        (PbcError("two", "reasons"), 1, "error: two\nreasons"),
+        (PbcError("x" * 1000), 1, "error: " + "x" * 492 + "…"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(

@@ -38,7 +38,7 @@ from pbc.util.sizes import size_text
 
 pytestmark = pytest.mark.skipif(None in (sshd.SSHD, sshd.SSH), reason=sshd.MISSING)
 
-STEPS = ("compare", "slot", "self-test", "mark complete", "switch", "prune")
+STEPS = ("compare", "slot", "signature", "self-test", "mark complete", "switch", "prune")
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,9 @@ def test_activation_does_what_a_deploy_does(archive: Path, tmp_path: Path) -> No
     result = activate(folder, root)
     assert result.returncode == 0, result.stderr
     steps = [line.removesuffix(" …") for line in result.stdout.splitlines()[:-1]]
-    assert steps == ["compare", "packages", "slot", "self-test", "mark complete", "switch", "prune"]
+    assert steps == [
+        "compare", "packages", "slot", "signature", "self-test", "mark complete", "switch", "prune",
+    ]  # fmt: skip
     told = subprocess.run(
         [root / "bin" / "pbc", "inspect", root / "bundle.pbc", "--json"],
         capture_output=True,

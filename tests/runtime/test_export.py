@@ -223,7 +223,7 @@ def test_exporting_needs_no_engine(assets: Path, tmp_path: Path) -> None:
 # ---- the format ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", sorted(onnx_wire._DATA_TYPES))
+@pytest.mark.parametrize("dtype", sorted(onnx_wire.DATA_TYPES))
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 300), (1, 2, 3, 4)])
 def test_initializers_are_those_of_onnx(dtype: str, shape: tuple[int, ...]) -> None:
     value = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)

@@ -7,6 +7,7 @@ bits alone is met by the digests. Everything follows from one seed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
 import zipfile
@@ -14,15 +15,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_mutations
+from PIL import Image
+
 from pbc.bundle import manifest_digest
 
 Json = Any
 Place = tuple[Any, ...]
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
+FORMATS = ("png", "jpeg", "gif", "webp", "tiff", "bmp")
 VALUES: tuple[Json, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 10**400, 0.5, -1.5, 1e300, float("nan"),
-    float("inf"), "", "x", "../x", "/etc/passwd", ESCAPE, "\ud800", "\u202e", "a" * 100_000, [], {},
-    [None], [[]], {"": None}, {"ref": "x"}, [10**6, 10**6],
+    None, True, False, 0, 1, -1, 2**24, 2**26, 2**30, 2**31, 2**63, 10**30, 10**400, 0.5, -1.5,
+    1e300, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", ESCAPE, "\ud800", "\u202e",
+    "\u200f", "e\u0301" * 200, "\x00", "\ufeff", "\n\nerror: two", "%s%n{0}", "[red]x[/red]",
+    "a" * 100_000, [], {}, [None], [[]], {"": None}, {"ref": "x"}, [10**6, 10**6],
 )  # fmt: skip
 
 
@@ -113,7 +119,20 @@ def file(name: str, data: bytes, chance: random.Random) -> bytes:
         return b"\n".join([*lines[:-1], text(mutated(json.loads(lines[-1]), chance))])
     if name.endswith(".safetensors"):
         return safetensors(data, chance)
+    if name.endswith(".onnx"):
+        return onnx_mutations.mutated(data, chance)
     return flipped(data, chance)
+
+
+def photo(format_: str, chance: random.Random) -> bytes:
+    """Return a picture of a format with a few bytes changed, most of them in its header."""
+    picture = Image.new(chance.choice(("RGB", "L")), (24, 20), 100)
+    whole = io.BytesIO()
+    picture.save(whole, format_)
+    data = bytearray(whole.getvalue())
+    for _ in range(chance.randrange(1, 5)):
+        data[chance.randrange(min(len(data), 96))] = chance.choice((0, 1, 127, 255))
+    return flipped(bytes(data), chance) if chance.random() < 0.3 else bytes(data)
 
 
 def write_bundle(
@@ -125,7 +144,8 @@ def write_bundle(
     if kind < 0.45:
         manifest = mutated(manifest, chance)
     elif kind < 0.9:
-        name = chance.choice(sorted(files))
+        # Libraries are code: who runs them trusts them.
+        name = chance.choice(sorted(name for name in files if not name.endswith(".so")))
         files[name] = file(name, files[name], chance)
     data = _sealed(manifest, files)
     with zipfile.ZipFile(path, "w") as archive:

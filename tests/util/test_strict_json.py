@@ -26,6 +26,8 @@ from pbc.util import strict_json
         (b'["\\u001b[2J"]', r"control character U\+001B"),
         (b'["\\u009b2J"]', r"control character U\+009B"),
         (b'["\\u202e"]', r"control character U\+202E"),
+        (b'["\\u200f"]', r"control character U\+200F"),
+        ('"\ufeff"'.encode(), r"control character U\+FEFF"),
         (b"[" * 65 + b"]" * 65, "nested deeper than 64"),
         (b"[" * 100_000, "nested deeper than 64|more than"),
         (b"[" + b"0," * 2_000_001 + b"0]", "more than 2000000 values"),
@@ -41,7 +43,10 @@ def test_a_refusal_for_each_way_to_be_wrong(data: bytes, reason: str) -> None:
 
 
 def test_what_python_writes_is_read() -> None:
-    value = {"é": ["\U0001f600", "a\tb\nc", 1.5, -3, None, True, 2**128, {}], "": []}
+    value = {
+        "é": ["\u0645\u200c\u06cc", "\U0001f600", "a\tb\nc", 1.5, -3, None, True, 2**128, {}],
+        "": [],
+    }
     assert strict_json.loads(json.dumps(value)) == value
     assert strict_json.loads(json.dumps(value, ensure_ascii=False).encode()) == value
     deep = json.loads("[" * 64 + "]" * 64)

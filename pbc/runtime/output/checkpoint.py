@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.files import opened
 from pbc.util.shapes import anything, dict_of, flag, integer, number, record, text
 
 FORMAT = 2
@@ -61,6 +62,7 @@ class Checkpoint:
     def load(cls, path: Path) -> Checkpoint:
         """Read what `save` wrote; raises PbcError if it is damaged."""
         try:
+            opened(path).close()  # a pipe would be waited for
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -22,13 +22,14 @@ from pbc.runtime.engines import Executable, guarded
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
 from pbc.runtime.output.folder import Output
-from pbc.runtime.parameters import checked_theta, labelled_as
+from pbc.runtime.parameters import checked_theta, labelled_as, theta_size
 from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
 from pbc.util.files import read_bytes
 from pbc.util.shapes import anything, check, dict_of, integer, list_of, maybe, number, record, text
 
-_MOST_THETA_BYTES = 1 << 34
+_VALUE_BYTES = 8
+_HEADER_BYTES = 16 << 20
 _MODEL = record(
     {
         "bundle": text(),
@@ -114,16 +115,18 @@ def stored(
     try:
         model = strict_json.load(output.model)
         check(model, _MODEL, "model.json")
-        parameters = safetensors.numpy.load(read_bytes(output.trainable, _MOST_THETA_BYTES))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
     bundle = open_trusted(output.bundle) if used else Bundle.open(output.bundle)
     if bundle.digest != model["bundle"]:
         raise PbcError(f"{output.bundle} is not the bundle that {root} was trained on")
+    classes = len(model["classes"])
+    most_bytes = _HEADER_BYTES + _VALUE_BYTES * theta_size(bundle, classes)
     try:
         bundle.ladder.require(deployed_level(model))
-        return bundle, model, checked_theta(bundle, parameters, len(model["classes"]))
-    except PbcError as error:
+        parameters = safetensors.numpy.load(read_bytes(output.trainable, most_bytes))
+        return bundle, model, checked_theta(bundle, parameters, classes)
+    except (PbcError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PbcError(f"the personal model in {root} is damaged: {error}") from error
 
 

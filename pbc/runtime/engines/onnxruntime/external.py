@@ -6,7 +6,9 @@ manifest gives the graph, by their plain names, and only as initializers of a gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+
+from pbc.runtime.engines.onnxruntime.wire import parts
 
 # The field numbers of onnx.proto, by message: where messages with tensors are inside.
 _MODEL, _GRAPH, _NODE, _ATTRIBUTE, _TENSOR = "model", "graph", "node", "attribute", "tensor"
@@ -24,7 +26,6 @@ _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _KEYS = {"location", "offset", "length", "checksum"}
 _MOST_DEPTH = 32
-_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 
 def check_external(model: bytes, sizes: Mapping[str, int]) -> None:
@@ -41,7 +42,7 @@ def _check(message: memoryview, kind: str, sizes: Mapping[str, int], depth: int)
     if kind in (_TENSOR, _FOREIGN):
         _check_tensor(message, kind, sizes)
         return
-    for number, value in _fields(message):
+    for number, value in parts(message):
         if kind == _MODEL and number == _MODEL_TRAINING:
             raise ValueError("it holds training information, which nothing here reads")
         inner = _INSIDE[kind].get(number)
@@ -52,11 +53,11 @@ def _check(message: memoryview, kind: str, sizes: Mapping[str, int], depth: int)
 def _check_tensor(message: memoryview, kind: str, sizes: Mapping[str, int]) -> None:
     entries: dict[str, str] = {}
     elsewhere = False
-    for number, value in _fields(message):
+    for number, value in parts(message):
         if number == _TENSOR_LOCATION:
             elsewhere = elsewhere or value != 0
         elif number == _TENSOR_EXTERNAL and isinstance(value, memoryview):
-            entry = {field: bytes(text).decode() for field, text in _fields(value)
+            entry = {field: bytes(text).decode() for field, text in parts(value)
                      if isinstance(text, memoryview)}  # fmt: skip
             key = entry.get(_ENTRY_KEY, "")
             if key in entries or key not in _KEYS:
@@ -80,35 +81,3 @@ def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise ValueError(f"a tensor lies at {text[:40]!r}; expected a number of bytes")
     return int(text)
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Read the fields of a message; raises ValueError where it is cut short."""
-    at, size = 0, len(message)
-    while at < size:
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == _VARINT:
-            value, at = _varint(message, at)
-            yield tag >> 3, value
-            continue
-        length = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}.get(kind)
-        if kind == _BYTES:
-            length, at = _varint(message, at)
-        if length is None or at + length > size:
-            raise ValueError("it is no ONNX model, or cut short")
-        yield tag >> 3, message[at : at + length]
-        at += length
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(message):
-            raise ValueError("it is no ONNX model, or cut short")
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("it is no ONNX model: a number is too long")

@@ -19,6 +19,7 @@ from pbc.bundle.graph_name import GraphName
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines.alignment import ALIGNMENT
 from pbc.runtime.engines.onnxruntime import weights as onnx_weights
+from pbc.runtime.engines.onnxruntime.bounds import Bounds
 from pbc.runtime.engines.onnxruntime.external import check_external
 from pbc.runtime.engines.onnxruntime.session import (
     CPU,
@@ -83,7 +84,9 @@ class GraphLoader:
             key = self._key(name)
             if key not in self._contents:
                 title = f"graph {name} of {self._bundle.path}"
-                self._contents[key] = SessionGraph(self._session(name, key), title)
+                model = self._bundle.read(self._bundle.graph_file(name))
+                bounds = Bounds(model, title)
+                self._contents[key] = SessionGraph(self._session(name, key), title, bounds)
             graph = self._graphs[name] = self._contents[key]
         return graph
 

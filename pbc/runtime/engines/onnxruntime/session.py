@@ -14,6 +14,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.engines.alignment import aligned
+from pbc.runtime.engines.onnxruntime.bounds import Bounds
+from pbc.runtime.engines.onnxruntime.declared import Shape
 from pbc.util.processor import cores
 
 CPU = "CPUExecutionProvider"
@@ -33,11 +35,15 @@ ERRORS = (
 
 
 class SessionGraph:
-    """A session, called by names; `title` names its graph in what a user reads."""
+    """A session, called by names; `title` names its graph in what a user reads.
 
-    def __init__(self, session: Any, title: str) -> None:
+    bounds: of its graph, checked once, with the shapes that it is first given.
+    """
+
+    def __init__(self, session: Any, title: str, bounds: Bounds) -> None:
         self._session = session
         self._title = title
+        self._bounds: Bounds | None = bounds
         self._inputs = [entry.name for entry in session.get_inputs()]
         self._outputs = [entry.name for entry in session.get_outputs()]
 
@@ -46,6 +52,10 @@ class SessionGraph:
 
         The binding is a new one each time: a used one would write into the outputs that it gave.
         """
+        if self._bounds is not None:
+            given = {name: values[name] for name in self._inputs if name in values}
+            self._bounds.check({name: _shape(value) for name, value in given.items()})
+            self._bounds = None
         binding = self._session.io_binding()
         held = []  # a bound array is read where it is
         for name in self._inputs:
@@ -75,10 +85,14 @@ class SessionGraph:
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
+def _shape(value: Any) -> Shape:
+    return tuple(value.shape if isinstance(value, np.ndarray) else value.shape())
+
+
 def session_options(threads: int | None) -> Any:
     """Return the options of every session, which runs on N threads, or one for each core."""
     options = SessionOptions()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 4  # errors are raised; it would say them a second time
     options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     # In the order of the graph, in which a gradient is used up before the next one is made.

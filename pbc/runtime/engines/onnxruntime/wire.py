@@ -22,9 +22,11 @@ _TENSOR_DATA_TYPE = 2
 _TENSOR_NAME = 8
 _TENSOR_RAW_DATA = 9
 _KIND_NUMBER = 0
+_KIND_EIGHT = 1
 _KIND_BYTES = 2
+_KIND_FOUR = 5
 
-_DATA_TYPES: Mapping[str, int] = {
+DATA_TYPES: Mapping[str, int] = {
     "float32": 1,
     "uint8": 2,
     "int8": 3,
@@ -43,7 +45,7 @@ def initializer(name: str, value: np.ndarray) -> bytes:
     """Return what, appended to a model, gives its graph this tensor."""
     stored = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
     head = b"".join(_number(_TENSOR_DIMS, size) for size in value.shape)
-    head += _number(_TENSOR_DATA_TYPE, _DATA_TYPES[value.dtype.name])
+    head += _number(_TENSOR_DATA_TYPE, DATA_TYPES[value.dtype.name])
     head += _bytes(_TENSOR_NAME, name.encode())
     tensor = head + _bytes(_TENSOR_RAW_DATA, stored.tobytes())
     return _bytes(_MODEL_GRAPH, _bytes(_GRAPH_INITIALIZER, tensor))
@@ -77,12 +79,31 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield tag >> 3, value
 
 
+def parts(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Read the fields of a message of any kind; raises ValueError where it is cut short."""
+    at, size = 0, len(message)
+    while at < size:
+        tag, at = _checked_varint(message, at)
+        kind = tag & 7
+        if kind == _KIND_NUMBER:
+            value, at = _checked_varint(message, at)
+            yield tag >> 3, value
+            continue
+        length = {_KIND_EIGHT: 8, _KIND_FOUR: 4}.get(kind)
+        if kind == _KIND_BYTES:
+            length, at = _checked_varint(message, at)
+        if length is None or at + length > size:
+            raise ValueError("it is no ONNX model, or cut short")
+        yield tag >> 3, message[at : at + length]
+        at += length
+
+
 def element_type_and_shape(tensor: bytes) -> tuple[str, tuple[int, ...]]:
     """Return what the message of a tensor holds, the type by numpy's name."""
     dtype, shape = "", []
     for number, value in fields(tensor):
         if number == _TENSOR_DATA_TYPE:
-            dtype = next((name for name, code in _DATA_TYPES.items() if code == value), "")
+            dtype = next((name for name, code in DATA_TYPES.items() if code == value), "")
         elif number == _TENSOR_DIMS and isinstance(value, int):
             shape.append(value)
         elif number == _TENSOR_DIMS and isinstance(value, bytes):  # packed
@@ -114,6 +135,19 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
         shift += 7
         at += 1
     return value | message[at] << shift, at + 1
+
+
+def _checked_varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            raise ValueError("it is no ONNX model, or cut short")
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("it is no ONNX model: a number is too long")
 
 
 def _varint(value: int) -> bytes:

@@ -1,8 +1,7 @@
-"""A bound on what a graph takes: its calls run once on tensors without memory, before any real run.
+"""What a graph would take: its calls run once on tensors without memory, before any real run.
 
-A graph of a few bytes can ask for terabytes, or for a year. On torch's meta device each call gives
-the shape of its result and nothing else, so that sizes, work, and calls that do not fit together
-are known before memory is taken.
+On torch's meta device each call gives the shape of its result and nothing else, so that sizes,
+work, and calls that do not fit together are known before memory is taken.
 """
 
 from __future__ import annotations
@@ -16,22 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pbc.errors import PbcError
+from pbc.runtime.engines.bounds import SAMPLES, TOUCH, check_bytes, check_work
 
-SAMPLES = 2
-"""Photos that the bounds are for: one would be a size that may stand for a broadcast."""
-
-MOST_BYTES = 512 << 20
-"""What the values of a graph that are alive at once may take, frozen tensors aside.
-
-The attention of ViT-L at 384² takes 170 MB, the maps of VGG-16 at 224² 26 MB.
-"""
-
-MOST_WORK = 1 << 41
-"""Multiply-accumulates; ViT-H at 518² needs half. A value that is touched counts as some."""
-
-# Reading and writing a value costs about as much as so many multiply-accumulates of a product.
-_TOUCH = 16
 _POOLS = ("aten::avg_pool", "aten::max_pool")
 _DISTANCES = ("aten::_cdist_forward", "aten::_pdist_forward")
 _META = torch.device("meta")
@@ -54,15 +39,6 @@ def live_bytes(values: Iterable[Any]) -> int:
         storage = tensor.untyped_storage()
         storages[storage._cdata] = storage.nbytes()
     return sum(storages.values())
-
-
-def check_bytes(size_bytes: int, where: str) -> None:
-    """Raise PbcError for more than MOST_BYTES."""
-    if size_bytes > MOST_BYTES:
-        raise PbcError(
-            f"{where} would take {size_bytes / 2**20:.0f} MiB for {SAMPLES} photos; "
-            f"at most {MOST_BYTES >> 20} MiB are granted"
-        )
 
 
 class Bounded(TorchDispatchMode):
@@ -105,7 +81,7 @@ class Bounded(TorchDispatchMode):
         name = packet._qualified_op_name
         made = sum(tensor.numel() for tensor in _tensors([result]))
         read = sum(tensor.numel() for tensor in _tensors(args))
-        self._work += _TOUCH * (made + read)
+        self._work += TOUCH * (made + read)
         if packet in flop_registry:
             self._work += flop_registry[packet](*args, **keywords, out_val=result) // 2
         elif name.startswith(_POOLS):
@@ -113,11 +89,7 @@ class Bounded(TorchDispatchMode):
             self._work += made * (math.prod(kernel) if len(kernel) > 1 else kernel[0] ** axes)
         elif name in _DISTANCES:
             self._work += made * args[0].shape[-1]
-        if self._work > MOST_WORK:
-            raise PbcError(
-                f"{self._graph} needs {self._work / 1e9:.0f} billion operations for {SAMPLES} "
-                f"photos; at most {MOST_WORK / 1e9:.0f} are granted"
-            )
+        check_work(self._work, self._graph)
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:

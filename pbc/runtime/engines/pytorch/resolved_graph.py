@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pbc.errors import PbcError, reason_of
+from pbc.runtime.engines.bounds import check_bytes
 from pbc.runtime.engines.pytorch import arithmetic, bounds
 from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
 
@@ -123,7 +124,7 @@ class ResolvedGraph:
                 for at, (function, fill, kwargs, output, dead) in enumerate(self._calls):
                     bounded.where = f"{self._where}: {self._titles[at]}"
                     values[output] = function(*fill(values), **kwargs)
-                    bounds.check_bytes(bounds.live_bytes(values) - frozen_bytes, bounded.where)
+                    check_bytes(bounds.live_bytes(values) - frozen_bytes, bounded.where)
                     for index in dead:
                         values[index] = None
         except _MISFITS as error:

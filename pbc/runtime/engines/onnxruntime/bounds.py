@@ -1,0 +1,107 @@
+"""What an ONNX graph would take, foreseen from the shapes of its inputs before it runs.
+
+Constants alone are looked at before the graph is loaded: onnxruntime computes then what depends on
+nothing else.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from math import prod
+
+import numpy as np
+
+from pbc.errors import PbcError, reason_of
+from pbc.runtime.engines.bounds import SAMPLES, TOUCH, check_bytes, check_work
+from pbc.runtime.engines.onnxruntime.declared import MOST_KNOWN, Node, Shape, parse
+from pbc.runtime.engines.onnxruntime.sizes import RULES, Call, Unknown
+from pbc.runtime.engines.onnxruntime.small_values import constant, value
+
+_VALUE_BYTES = 4
+_MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error)
+
+
+class Bounds:
+    """Sizes of a model's values; title: names the graph in what a user reads."""
+
+    def __init__(self, model: bytes, title: str) -> None:
+        self._title = title
+        try:
+            self._graph = parse(model)
+        except _MALFORMED as error:
+            raise PbcError(f"{title} cannot be loaded: {reason_of(error)}") from error
+        unknown = sorted({n.op for n in self._graph.nodes} - RULES.keys() - {"Constant"})
+        if unknown:
+            raise PbcError(
+                f"{title} uses the operator {unknown[0][:40]!r}, of which pbc does not know how "
+                "much it takes"
+            )
+        last: dict[str, int] = {}
+        for number, node in enumerate(self._graph.nodes):
+            last.update(dict.fromkeys((*node.inputs, *node.outputs), number))
+        kept = {*self._graph.outputs, *self._graph.inputs, *self._graph.shapes, ""}
+        self._dead: list[list[str]] = [[] for _ in self._graph.nodes]
+        for name, number in last.items():
+            if name not in kept:
+                self._dead[number].append(name)
+        self._check({}, SAMPLES)
+
+    def check(self, shapes: Mapping[str, Shape]) -> None:
+        """Refuse inputs of these shapes, for which the graph would take too much.
+
+        Raises PbcError.
+        """
+        given = {name: shapes[name] for name in self._graph.inputs if name in shapes}
+        open_ = (shape[0] for name, shape in given.items()
+                 if shape and self._graph.inputs[name][:1] == (None,))  # fmt: skip
+        self._check(given, max([SAMPLES, *open_]), complete=True)
+
+    def _check(self, given: Mapping[str, Shape], samples: int, *, complete: bool = False) -> None:
+        shapes: dict[str, Shape] = {**self._graph.shapes, **given}
+        values: dict[str, np.ndarray] = dict(self._graph.values)
+        held: dict[str, int] = {}
+        live = work = 0
+        for node, dead in zip(self._graph.nodes, self._dead, strict=True):
+            where = f"{self._title}: {(node.outputs or ('',))[0][:80]!r}"
+            try:
+                made, products = _results(node, shapes, values)
+            except Unknown:
+                if complete:
+                    raise PbcError(f"{where} has a size that depends on values") from None
+                continue
+            except _MALFORMED as error:
+                raise PbcError(f"{where} cannot be: {node.op}: {reason_of(error)}") from error
+            for name, shape in zip(node.outputs, made, strict=False):
+                shapes[name] = shape
+                held[name] = _VALUE_BYTES * prod(shape)
+                live += held[name]
+            check_bytes(live, where, samples)
+            read = sum(prod(shapes[name]) for name in node.inputs if name in shapes)
+            work += products + TOUCH * (read + sum(map(prod, made)))
+            check_work(work, self._title, samples)
+            live -= sum(held.pop(name, 0) for name in dead)
+
+
+def _results(
+    node: Node, shapes: Mapping[str, Shape], values: dict[str, np.ndarray]
+) -> tuple[list[Shape], int]:
+    """Return the shapes of what an operator makes; what it makes of small values joins them."""
+    if node.op == "Constant":
+        found = constant(node.attributes)
+        if found.size <= MOST_KNOWN:
+            values[node.outputs[0]] = found
+        return [found.shape], 0
+    call = Call(
+        node.attributes,
+        [shapes.get(name) for name in node.inputs],
+        [values.get(name) for name in node.inputs],
+        len(node.outputs),
+    )
+    made, products = RULES[node.op](call)
+    if any(size < 0 for shape in made for size in shape):
+        raise ValueError(f"a size of {min(size for shape in made for size in shape)}")
+    small = value(node.op, call, made[0]) if made else None
+    if small is not None and small.size <= MOST_KNOWN:
+        values[node.outputs[0]] = small
+    return made, products
