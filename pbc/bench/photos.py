@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pbc.data import ImageFolder, InputSpec, Samples
+from pbc.data.archive import is_zip
 from pbc.data.held_out import hold_out
 from pbc.errors import PbcError
 
@@ -85,7 +86,7 @@ def _folders_of_folders(data: Path) -> set[str]:
     """
     if data.is_dir():
         return {path.parent.name for path in data.glob("*/[!.]*") if path.is_dir()}
-    if not zipfile.is_zipfile(data):
+    if not is_zip(data):
         return set()
     with zipfile.ZipFile(data) as archive:
         return {name.partition("/")[0] for name in archive.namelist() if name.count("/") > 1}

@@ -20,7 +20,7 @@ from pbc import __version__
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
 from pbc.util.source import summary
-from pbc.util.terminal import LONGEST_LINE, line
+from pbc.util.terminal import LONGEST_LINE, one_line
 
 _HEAD = "error:"
 
@@ -136,7 +136,7 @@ def _fail(messages: Sequence[str], exit_code: int) -> NoReturn:
     """End with a line for each message."""
     head = click.style(_HEAD, fg="red", bold=True)
     rest = len(_HEAD) + 1
-    text = "\n".join(line(message, LONGEST_LINE - rest) for message in messages)
+    text = "\n".join(one_line(message, LONGEST_LINE - rest) for message in messages)
     with suppress(OSError):
         click.echo(f"{head} {text}", err=True, color=False if "NO_COLOR" in os.environ else None)
     try:

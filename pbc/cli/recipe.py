@@ -20,6 +20,7 @@ from click.core import ParameterSource
 
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.util.atomic import replace_bytes
+from pbc.util.files import read_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,7 @@ else:
 
 _PATH = click.Path(path_type=Path)
 # What a recipe is not about: where it comes from and goes to, and what is printed.
+_MOST_BYTES = 1 << 20
 _APART = ("recipe", "save_recipe", "dry_run", "as_json")
 
 
@@ -68,7 +70,7 @@ def _read(context: click.Context, parameter: click.Parameter, path: Path | None)
     if path is None:
         return
     try:
-        found = tomllib.loads(path.read_text())
+        found = tomllib.loads(read_bytes(path, _MOST_BYTES).decode())
     except OSError as error:
         raise PbcError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -7,7 +7,6 @@ import functools
 import glob
 import json
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,15 @@ from pbc.cli.unsigned import unsigned
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
 from pbc.data import ImageFolder, Samples, read_image
 from pbc.data import images as photos_below
+from pbc.data.archive import is_zip
 from pbc.data.held_out import default_validation, train_and_validation
-from pbc.data.inventory import printable
 from pbc.errors import PbcError
 from pbc.runtime.options import AUTO, TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
 from pbc.util.interrupt import interrupted_by_sigterm
+from pbc.util.terminal import one_line
 
 _PATH = click.Path(path_type=Path)
 _NONE = "none"
@@ -298,7 +298,7 @@ def predict(
 def _photos(given: Iterable[Path], personal: Personal) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yield the name of every photo, and uint8[H, W, 3]; None for one that cannot be read."""
     for path in given:
-        if path.is_dir() or zipfile.is_zipfile(path):
+        if path.is_dir() or is_zip(path):
             samples = photos_below(path, personal.spec)
             _tell(samples, functools.partial(click.echo, err=True))
             yield from ((samples.path(at), samples.decode(at)) for at in range(len(samples)))
@@ -317,7 +317,7 @@ def _read_or_tell(path: Path, personal: Personal) -> np.ndarray | None:
     try:
         return read_image(path, personal.spec)
     except PbcError as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
+        click.echo(one_line(f"error: {error}"), err=True)
         return None
 
 

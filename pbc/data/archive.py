@@ -9,12 +9,22 @@ from pathlib import Path
 from pbc.data.decoding import BrokenImageError
 from pbc.data.listing import Listing, normal
 from pbc.errors import PbcError
+from pbc.util.files import opened
 
 Parts = tuple[str, ...]
 
 _UTF_8_FLAG = 0x800
 # The other decoders of zipfile inflate what they are given whole, whatever they are asked for.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a path is a zip file; a pipe or a device is none, and is not waited for."""
+    try:
+        with opened(path) as file:
+            return zipfile.is_zipfile(file)
+    except OSError:
+        return False
 
 
 def list_zip(path: Path) -> Listing[zipfile.ZipInfo]:

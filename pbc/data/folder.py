@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pbc.data import formats
 from pbc.data.listing import Listing, normal
+from pbc.util.files import opened
 
 _AGAIN = "a link to what is read elsewhere"
 _NO_FILE = "no regular file"
@@ -89,5 +90,6 @@ def _identity(path: Path, status: os.stat_result) -> object:
 
 
 def _read(path: Path, most_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(most_bytes)
+    with opened(path) as file:
+        # Room is made for all that is asked for.
+        return file.read(min(most_bytes, os.fstat(file.fileno()).st_size))

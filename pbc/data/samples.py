@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,9 +18,10 @@ import numpy as np
 from pbc.data import layout
 from pbc.data.decoding import BrokenImageError, Photo, UnsupportedImageError
 from pbc.data.inventory import Inventory, printable
-from pbc.data.listing import FILES, Listing, too_large
+from pbc.data.listing import FILES, Listing
 from pbc.data.spec import InputSpec
 from pbc.errors import PbcError
+from pbc.util.files import read_bytes
 
 UNLABELLED = -1
 
@@ -189,14 +189,10 @@ def images(
 def read_image(path: Path | str, spec: InputSpec) -> np.ndarray:
     """uint8[H, W, channels] of one image file; raises PbcError for one that cannot be read."""
     try:
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
-            raise PbcError(f"cannot read {path}: it is not a file")
-        if status.st_size > FILES.most_bytes:
-            raise PbcError(f"cannot read {path}: {too_large(status.st_size)}")
-        return spec.photo(Path(path).read_bytes(), str(path)).pixels
+        data = read_bytes(Path(path), FILES.most_bytes)
+        return spec.photo(data, str(path)).pixels
     except OSError as error:
-        raise PbcError(f"cannot read {path}: {error.strerror}") from error
+        raise PbcError(f"cannot read {path}: {error.strerror or error}") from error
     except UnsupportedImageError as error:
         raise PbcError(f"cannot read {path}: {error}") from error
     except BrokenImageError as error:

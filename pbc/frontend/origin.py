@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
 
 SEARCH_PATH = "PBC_WEIGHTS"
@@ -55,7 +56,7 @@ class Origin:
     def load(cls, bundle: Path, digest: str) -> Origin:
         """Read what was saved beside a bundle; empty where there is none, or of another bundle."""
         try:
-            found = cls(**json.loads(_place(bundle).read_bytes()))
+            found = cls(**strict_json.load(_place(bundle)))
         except (OSError, ValueError, TypeError):
             return cls(digest)
         return found if found.digest == digest else cls(digest)

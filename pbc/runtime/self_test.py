@@ -29,7 +29,7 @@ from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.objective import Objective
 from pbc.runtime.parameters import initial_parameters
-from pbc.util.terminal import line
+from pbc.util.terminal import one_line
 
 IMAGES = 4
 OPEN_CLASSES = 5
@@ -154,7 +154,7 @@ def main(path: str, *, signature_alone: bool = False) -> int:
 
 
 def _refuse(reason: str) -> int:
-    sys.stderr.write(line(f"error: {reason}") + "\n")
+    sys.stderr.write(one_line(f"error: {reason}") + "\n")
     return 1
 
 

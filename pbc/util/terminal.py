@@ -22,7 +22,7 @@ def escaped(text: str) -> str:
     return shown.encode("utf-8", "backslashreplace").decode()
 
 
-def line(text: str, longest: int = LONGEST_LINE) -> str:
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
     """Return a text as one line that may be shown: escaped, without its line ends, and cut."""
     shown = re.sub(r"\s*[\n\t]\s*", " ", escaped(text).strip())
     return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"

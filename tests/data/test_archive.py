@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import resource
 import zipfile
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pbc.data import ImageFolder, class_names, images
-from pbc.data.archive import list_zip
+from pbc.data import ImageFolder, InputSpec, class_names, images, read_image
+from pbc.data.archive import is_zip, list_zip
 from pbc.errors import PbcError
 
 Rename = Callable[[str], str]
@@ -189,3 +190,12 @@ def test_a_zip_without_photos(tmp_path: Path) -> None:
         class_names(path)
     with pytest.raises(PbcError, match="has no images"):
         images(path, tiny.SPEC)
+
+
+def test_a_pipe_or_a_device_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        assert not is_zip(tmp_path / name)
+        with pytest.raises(PbcError, match="it is no regular file"):
+            read_image(tmp_path / name, InputSpec((3, 8, 8), (0.5,) * 3, (0.5,) * 3))

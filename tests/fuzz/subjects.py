@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy is loaded: a fork would lose its threads
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import tiny
@@ -42,8 +43,8 @@ def factory():
 
 
 def environment(folder: Path) -> None:
-    """Keep what engines derive in a folder, run code that nobody signed, and start no threads."""
-    os.environ.update(PBC_CACHE=str(folder / "cache"), PBC_UNSIGNED="1", OMP_NUM_THREADS="1")
+    """Keep what engines derive in a folder, and run code that nobody signed."""
+    os.environ.update(PBC_CACHE=str(folder / "cache"), PBC_UNSIGNED="1")
 
 
 def bundles(engine: str, folder: Path) -> list[Contents]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pbc.util.terminal import escaped, line
+from pbc.util.terminal import escaped, one_line
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,6 @@ def test_characters_that_act_or_hide_are_spelled_out(text: str, shown: str) -> N
 
 
 def test_a_line_is_one_line() -> None:
-    assert line(" a\n\nerror: b\tc\r\n") == "a error: b c\\r"
-    assert line("x" * 500) == "x" * 500
-    assert line("x" * 501) == "x" * 499 + "\u2026"
+    assert one_line(" a\n\nerror: b\tc\r\n") == "a error: b c\\r"
+    assert one_line("x" * 500) == "x" * 500
+    assert one_line("x" * 501) == "x" * 499 + "\u2026"
