@@ -13,12 +13,20 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from pbc.bundle.graph_name import BODY, PREFIX, GraphName
-from pbc.ir.graph import get_tensor, graph_inputs, graph_outputs, tensor_names
+from pbc.ir.graph import (
+    get_tensor,
+    graph_inputs,
+    graph_outputs,
+    placeholders,
+    shape_of,
+    tensor_names,
+)
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering
 from pbc.lower.weights import Stored, TensorStore, byte_ranges, unused, weight_file
+from pbc.runtime.engines.onnxruntime.bounds import Bounds
 from pbc.runtime.engines.onnxruntime.session import session_options
 from pbc.targets.onnxruntime.convert import (
     REFUSALS,
@@ -130,7 +138,13 @@ class OnnxRuntimeLowering(Lowering):
     ) -> ModelProto:
         head = program.network.head.parameters
         open_head = program.network.head.fixed is None
-        return _convert(name.kind, graph, tensors, head, open_head=open_head)
+        model = _convert(name.kind, graph, tensors, head, open_head=open_head)
+        inputs = dict(zip(graph_inputs(graph), map(shape_of, placeholders(graph)), strict=True))
+        frozen = zip(tensors, tensor_names(graph), strict=True)
+        inputs |= {new: tuple(get_tensor(graph, old).shape) for new, old in frozen}
+        # A device refuses what it cannot foresee, or what would take too much there.
+        Bounds(model.SerializeToString(), f"graph {name}").check(inputs)
+        return model
 
 
 class _Sessions:
