@@ -37,6 +37,8 @@ CASES: list[tuple[str, Sequence[np.ndarray | None], dict[str, Any], int]] = [
     ("ConvTranspose", [X, W[:6]], {"strides": [2, 3], "output_padding": [1, 0],
                                    "pads": [1, 0, 1, 1]}, 1),
     ("MaxPool", [X], {"kernel_shape": [3, 2], "strides": [2, 2], "ceil_mode": 1}, 1),
+    ("MaxPool", [X], {"kernel_shape": [1, 2], "strides": [3, 3], "ceil_mode": 1,
+                      "pads": [0, 0, 2, 2]}, 1),
     ("AveragePool", [X], {"kernel_shape": [2, 2], "pads": [1, 1, 0, 0]}, 1),
     ("GlobalAveragePool", [X], {}, 1),
     ("MatMul", [X, X.transpose(0, 1, 3, 2)[:1]], {}, 1),

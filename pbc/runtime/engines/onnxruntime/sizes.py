@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,9 @@ class Call:
         return list(value)
 
 
+_NEGATIVE = -(2**31)
+
+
 class Unknown(Exception):
     """A shape depends on what is not known yet."""
 
@@ -90,19 +93,23 @@ def _windows(call: Call, kernel: Sequence[int], sizes: Shape) -> list[int]:
     if len(sizes) != rank:
         raise ValueError(f"a kernel of {rank} axes over {len(sizes)}")
     strides, dilations = call.list("strides", ones, 1), call.list("dilations", ones, 1)
-    pads = call.list("pads", [0] * 2 * rank)
-    rounded = ceil if call.number("ceil_mode", 0) else floor
+    pads = call.list("pads", [0] * 2 * rank, _NEGATIVE)
     how = call.attributes.get("auto_pad", "NOTSET")
     found = []
     for axis, size in enumerate(sizes):
+        stride = strides[axis]
         if how in ("SAME_UPPER", "SAME_LOWER"):
-            found.append(-(-size // strides[axis]))
+            found.append(-(-size // stride))
             continue
-        padded = size + (pads[axis] + pads[axis + rank] if how == "NOTSET" else 0)
-        room = padded - dilations[axis] * (kernel[axis] - 1) - 1
+        before, after = (pads[axis], pads[axis + rank]) if how == "NOTSET" else (0, 0)
+        room = before + size + after - dilations[axis] * (kernel[axis] - 1) - 1
         if room < 0:
             raise ValueError("a kernel is larger than what it moves over")
-        found.append(rounded(room / strides[axis]) + 1)
+        count = room // stride + 1
+        if call.number("ceil_mode", 0):
+            count = -(-room // stride) + 1
+            count -= (count - 1) * stride >= before + size  # it would begin behind the end
+        found.append(count)
     return found
 
 
@@ -121,7 +128,7 @@ def _conv_transpose(call: Call) -> Sized:
         raise ValueError("no convolution")
     ones, zeros = [1] * len(kernel), [0] * len(kernel)
     strides, dilations = call.list("strides", ones, 1), call.list("dilations", ones, 1)
-    pads, more = call.list("pads", zeros * 2), call.list("output_padding", zeros)
+    pads, more = call.list("pads", zeros * 2, _NEGATIVE), call.list("output_padding", zeros)
     if "output_shape" in call.attributes:
         sizes = call.list("output_shape", ones, 1)
     else:
@@ -325,7 +332,8 @@ def _resize(call: Call) -> Sized:
         scales = call.values[2] if len(call.values) > 2 else None
         if scales is None:
             raise Unknown
-        wanted = [floor(data[a] * float(s)) for a, s in zip(axes, scales.ravel(), strict=True)]
+        scaled = zip(axes, scales.astype(np.float32).ravel(), strict=True)
+        wanted = [float(np.float32(data[axis]) * scale) for axis, scale in scaled]
     for axis, size in zip(axes, wanted, strict=True):
         made[_axis(axis, len(data))] = int(size)
     # Cubic interpolation reads four values along each axis.
