@@ -370,7 +370,7 @@ class DeploymentRoot:
                 self._place(slot, plan["slot"])
                 source.step("self-test")
                 outcome = self._self_test(slot)
-            except Refused:
+            except (Refused, OSError, subprocess.TimeoutExpired):
                 if slot != active:
                     _remove(slot)  # the next deploy makes it anew
                 raise
