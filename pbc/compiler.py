@@ -105,7 +105,10 @@ class CompileOptions:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A compilation that was not run: its passes, levels with expected costs, and file sizes."""
+    """A compilation that was not run: its passes, levels with expected costs, and file sizes.
+
+    memory: what training holds, as in the manifest; None for an engine that derives no step.
+    """
 
     passes: tuple[str, ...]
     ladder: Ladder
@@ -114,6 +117,7 @@ class Forecast:
     engine: str
     requires: Mapping[str, str]
     blocks: tuple[Block, ...]
+    memory: Mapping[str, Mapping[str, int]] | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -124,6 +128,7 @@ class Forecast:
             "levels": self.ladder.to_json(),
             "file_bytes": dict(self.file_bytes),
             "blocks": [vars(block) for block in self.blocks],
+            "memory": self.memory,
             "notes": list(self.notes),
         }
 
@@ -173,6 +178,7 @@ def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast
         engine=program.request.engine,
         requires=_requires(program),
         blocks=program.network.blocks,
+        memory=_memory(program, passes),
     )
 
 
@@ -261,6 +267,14 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def _passes(options: CompileOptions, *, trials: bool = True) -> pipeline.PassPipeline:
     return pipeline.build({**vars(options), "trials": trials}, options.passes, options.without)
+
+
+def _memory(program: Program, passes: pipeline.PassPipeline) -> dict[str, dict[str, int]] | None:
+    """Expected memory of training: only a step that was derived of the original knows it."""
+    if not backend(program.request.engine).derives_steps:
+        return None
+    derive = tuple(p for p in passes.passes if p[1].stage in ("fold", "derive"))
+    return manifest.training_memory(pipeline.PassPipeline(derive).run(program))
 
 
 def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | None]:

@@ -131,6 +131,8 @@ _SELF_TEST_LEVEL = record(
     more=True,
 )
 _EXPORT = record({"file": _NAME, "tensors": dict_of(text(2048))})
+_HELD = ("parameters", "features", "saved", "gradients", "state", "workspace", "peak")
+_MEMORY = record({f"{name}_bytes": integer() for name in _HELD}, more=True)
 
 MANIFEST: Shape = record(
     {
@@ -165,6 +167,7 @@ MANIFEST: Shape = record(
         "policy": maybe(_POLICY),
         "accuracy_map": maybe(list_of(list_of(number(), 2, 2), 1, 2**16)),
         "mixes": dict_of(list_of(list_of(number(0, 2**10), 3, 3), most=2**12), most=8),
+        "memory": maybe(dict_of(_MEMORY, most=64)),
         "weights": dict_of(list_of(_NAME, most=MOST_FILES), most=MOST_FILES),
         "calls": _NAME,
         "export": dict_of(_EXPORT, most=_MOST_LEVELS, key=_LEVEL_NAME),

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pbc import compiler
 from pbc.bundle import Bundle
 from pbc.cli import completion
-from pbc.cli.inspect import show_blocks, show_levels
+from pbc.cli.inspect import memory_words, show_blocks, show_levels
 from pbc.cli.recipe import recipe_options
 from pbc.cli.recipe import save_recipe as write_recipe
 from pbc.cli.stages import StageLines
@@ -203,6 +203,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
         click.echo(f"{name}: {size_text(size)} expected")
+    click.echo(f"training takes: {memory_words(plan.memory)}")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was tried or written")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import stored
 from pbc.runtime.routing.fidelity_floor import floor_for
-from pbc.util.sizes import size_text
+from pbc.util.sizes import memory_text, size_text
 
 DIMS = "dims.json"
 SHOWN_LOSSES = (0.5, 1.0, 2.0, 5.0)
@@ -98,6 +99,7 @@ def _show_manifest(manifest: dict[str, Any], signed_by: str) -> None:
         "classes": _classes(names, count),
         "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
         "requires": requirements(manifest),
+        "memory": memory_words(manifest.get("memory")),
         "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
         "digest": manifest["digest"],
         "signed by": signed_by,
@@ -186,6 +188,21 @@ def requirements(manifest: dict[str, Any]) -> str:
     """Return what a device must have, in one line: versions, then what no wheel brings."""
     wanted = {**manifest["requires"], **manifest.get("by_hand", {})}
     return "; ".join(f"{name} {text}" for name, text in wanted.items())
+
+
+def memory_words(memory: Mapping[str, Mapping[str, int]] | None) -> str:
+    """Say in a line what training holds beside the loaded network, with each optimizer."""
+    if memory is None:
+        return "not known: the engine differentiates by itself"
+    alike: dict[str, list[str]] = {}
+    for optimizer, sizes in memory.items():
+        parts = [
+            f"{word} {memory_text(sizes[f'{word}_bytes'])}"
+            for word in ("parameters", "features", "saved", "gradients", "state", "workspace")
+        ]
+        told = f"{memory_text(sizes['peak_bytes'])} at the peak ({', '.join(parts)})"
+        alike.setdefault(told, []).append(optimizer)
+    return "; ".join(f"{' and '.join(names)} {told}" for told, names in alike.items())
 
 
 def _elements(shape: list[int | None], classes: int | None) -> int:

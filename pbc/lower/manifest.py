@@ -11,11 +11,13 @@ import torch
 
 import pbc
 from pbc.bundle.requires import told_apart
+from pbc.frontend.head import OPEN_CLASSES
 from pbc.frontend.origin import without_folder
 from pbc.ir.dims import Dims
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import ladder
 from pbc.ir.program import Policy, Program
+from pbc.training_graph.memory import step_memory
 from pbc.util.processor import machine
 
 TRAINABLE = "trainable.safetensors"
@@ -27,6 +29,19 @@ def measured_costs(program: Program) -> dict[str, Any] | None:
     if not program.costs:
         return None
     return {"machine": machine(), "levels": [asdict(cost) for cost in program.costs]}
+
+
+def training_memory(program: Program) -> dict[str, dict[str, int]] | None:
+    """Return what training holds at level 0, by optimizer; None where no step is derived.
+
+    For the batch and the classes that are expected: as many as an added head has, if none are.
+    """
+    level, request = program.levels[0], program.request
+    if level.forward is None:
+        return None
+    classes = program.network.head.fixed or request.class_count or OPEN_CLASSES
+    found = step_memory(level, request.batch, classes)
+    return {optimizer: memory.to_json() for optimizer, memory in found.items()}
 
 
 def manifest(
@@ -71,6 +86,7 @@ def manifest(
         "cost_model": levels.cost_model,
         "levels": levels.to_json(),
         "costs": measured_costs(program),
+        "memory": training_memory(program),
         "policy": None if program.policy is None else policy(program.policy),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "mixes": {kind: [list(mix) for mix in found] for kind, found in program.mixes.items()},

@@ -37,6 +37,7 @@ from pbc.runtime.objective import Objective
 from pbc.target import load_target
 from pbc.testing import graph_of, rungs
 from pbc.util.progress import reporting_to
+from pbc.util.sizes import memory_text
 
 MODEL = "mobilenet_v3_large"
 
@@ -254,6 +255,16 @@ def test_the_plan_is_what_is_built(here: Path, custom: list[str | Path]) -> None
         ".factory.pbc.origin.json",
         "factory.pbc",
     ]
+
+
+def test_a_dry_run_foretells_the_memory_of_training(here: Path, custom: list[str | Path]) -> None:
+    chosen = [*custom[:-1], "onnxruntime", "--levels", "0", "--strategy", "last-k:1"]
+    foretold = json_of(pbc(*chosen, "--dry-run", "--json"))["memory"]
+    assert sorted(foretold) == ["adam", "adamw", "sgd"]
+    assert json_of(pbc(*chosen, "--json"))["memory"] == foretold
+    words = " ".join(pbc("inspect", "factory.pbc").stdout.split())
+    assert f"sgd {memory_text(foretold['sgd']['peak_bytes'])} at the peak (parameters" in words
+    assert json_of(pbc(*custom, "--levels", "0", "--dry-run", "--json"))["memory"] is None
 
 
 def test_without_calibration_levels_are_unaligned_and_it_says_so(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime import GraphOptimizationLevel, OrtValue
+from onnxruntime import OrtValue
 
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import GraphName
@@ -144,7 +144,7 @@ class GraphLoader:
             self._open(model, self._saving(name, folder, prepacked=False))
 
     def _saving(self, name: str, folder: Path, prepacked: bool) -> Any:
-        options = self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL)
+        options = self._options(name)
         options.optimized_model_filepath = str(folder / _GRAPH_FILE)
         for entry, value in {
             "optimized_model_external_initializers_file_name": _WEIGHTS_FILE,
@@ -155,7 +155,7 @@ class GraphLoader:
         return options
 
     def _optimised(self, name: str, folder: Path) -> Any:
-        options = self._options(name, GraphOptimizationLevel.ORT_DISABLE_ALL)
+        options = self._options(name, optimised=True)
         shared = {file.name for file in folder.iterdir() if file.suffix == _SHARED_SUFFIX}
         if shared:
             weights = onnx_weights.outside((folder / _GRAPH_FILE).read_bytes())
@@ -197,7 +197,7 @@ class GraphLoader:
         else:
             model = self._unpack(name, folder)
         try:
-            return self._open(model, self._options(name, GraphOptimizationLevel.ORT_ENABLE_ALL))
+            return self._open(model, self._options(name))
         except ERRORS as error:
             raise PbcError(
                 f"{self._bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file}: "
@@ -229,9 +229,8 @@ class GraphLoader:
         except ValueError as error:
             raise PbcError(f"{self._bundle.path}: cannot load {graph}: {error}") from error
 
-    def _options(self, name: str, level: Any) -> Any:
-        options = session_options(self._threads)
-        options.graph_optimization_level = level
+    def _options(self, name: str, optimised: bool = False) -> Any:
+        options = session_options(self._threads, optimised)
         if GraphName.parse(name).trains:
             # A layout of its own would be a copy for each graph. A step multiplies by a weight for
             # many rows at once, and laying it out each time is little beside that.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime import ExecutionOrder, SessionOptions
+from onnxruntime import ExecutionOrder, GraphOptimizationLevel, SessionOptions
 from onnxruntime.capi import onnxruntime_pybind11_state as failures
 
 from pbc.bundle import Bundle
@@ -89,14 +89,21 @@ def _shape(value: Any) -> Shape:
     return tuple(value.shape if isinstance(value, np.ndarray) else value.shape())
 
 
-def session_options(threads: int | None) -> Any:
-    """Return the options of every session, which runs on N threads, or one for each core."""
+def session_options(threads: int | None, optimised: bool = False) -> Any:
+    """Return the options of every session, which runs on N threads, or one for each core.
+
+    optimised: the graph was saved by a session that had optimised it.
+    """
     options = SessionOptions()
     options.log_severity_level = 4  # errors are raised; it would say them a second time
     options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
-    # In the order of the graph, in which a gradient is used up before the next one is made.
-    options.execution_order = ExecutionOrder.PRIORITY_BASED
+    # In an order in which a gradient is used up before the next one is made, as graphs are saved.
+    # One that is optimised here has its fused operators at the end, so that in its own order all
+    # that they read is made first: a step of convolutions took twice as much memory.
+    if optimised:
+        options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.execution_order = ExecutionOrder.PRIORITY_BASED
     # A plan takes one block per graph and size of batch, which serves nothing else.
     options.enable_mem_pattern = False
     # A session that waits would keep its cores busy, and slow whatever runs beside it.
