@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,12 @@ from pbc.frontend.traced_network import TracedNetwork
 class Strategy(Protocol):
     """A parameter-efficient training method; entry point group `pbc.strategies`."""
 
-    argument: ClassVar[str | None]
-    """What follows the colon in the strategy's text (`K` in last-k:K), None if nothing does."""
+    @classmethod
+    def parse(cls, text: str) -> Strategy:
+        """Build it of its text, such as `last-k:3`; raises UsageError saying what would be right.
+
+        What is before the colon is a name that the class is installed under.
+        """
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         """Add to the eager module, in place, what this strategy trains besides its own weights.
@@ -34,27 +38,36 @@ class Strategy(Protocol):
 
 def parse(text: str) -> Strategy:
     """Build the strategy that `last-k:3` names; raises UsageError saying what would be right."""
-    name, colon, argument = text.partition(":")
-    kind = plugins.load("pbc.strategies", name)
-    if kind.argument is None:
-        if colon:
-            raise UsageError(f"strategy {name!r} takes no argument, got {text!r}")
-        strategy: Strategy = kind()
-        return strategy
+    kind: type[Strategy] = plugins.load("pbc.strategies", text.partition(":")[0])
+    return kind.parse(text)
+
+
+def without_argument(text: str) -> None:
+    """Refuse a strategy's text that goes on behind its name."""
+    name, colon, _ = text.partition(":")
+    if colon:
+        raise UsageError(f"strategy {name!r} takes no argument, got {text!r}")
+
+
+def whole_number(text: str, symbol: str) -> int:
+    """Return the positive whole number behind the colon; symbol: its letter in documents."""
+    name, _, argument = text.partition(":")
     if not argument.isdigit() or int(argument) < 1:
         raise UsageError(
-            f"strategy {text!r} needs a positive whole number: {name}:{kind.argument}, "
+            f"strategy {text!r} needs a positive whole number: {name}:{symbol}, "
             f"for example {name}:3"
         )
-    strategy = kind(int(argument))
-    return strategy
+    return int(argument)
 
 
 @dataclass(frozen=True)
 class LinearProbe:
     """Train the classifier alone."""
 
-    argument: ClassVar[str | None] = None
+    @classmethod
+    def parse(cls, text: str) -> LinearProbe:
+        without_argument(text)
+        return cls()
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
@@ -68,7 +81,10 @@ class LastK:
     """Train the last K blocks, in the order of execution, and what runs after their start."""
 
     count: int
-    argument: ClassVar[str | None] = "K"
+
+    @classmethod
+    def parse(cls, text: str) -> LastK:
+        return cls(whole_number(text, "K"))
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
@@ -80,12 +96,15 @@ class LastK:
 
 @dataclass(frozen=True)
 class Norm:
-    """Train the scale and shift of every normalisation layer, and the classifier.
+    """Train the scale and shift of every normalisation layer, and the classifier: «BN + last».
 
-    Running statistics stay frozen.
+    Running statistics stay frozen (Cai et al., TinyTL, NeurIPS 2020, section 4, compares it so).
     """
 
-    argument: ClassVar[str | None] = None
+    @classmethod
+    def parse(cls, text: str) -> Norm:
+        without_argument(text)
+        return cls()
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
@@ -108,7 +127,10 @@ class Norm:
 class Bias:
     """Train every bias, and the classifier (Zaken et al., BitFit, ACL 2022)."""
 
-    argument: ClassVar[str | None] = None
+    @classmethod
+    def parse(cls, text: str) -> Bias:
+        without_argument(text)
+        return cls()
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass
@@ -128,7 +150,10 @@ class Adapters:
     """
 
     count: int
-    argument: ClassVar[str | None] = "N"
+
+    @classmethod
+    def parse(cls, text: str) -> Adapters:
+        return cls(whole_number(text, "N"))
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         module, names = network.module, network.last_blocks(self.count)
@@ -150,7 +175,10 @@ class Adapters:
 class Full:
     """Train everything (running statistics stay frozen): the baseline, with nothing to prune."""
 
-    argument: ClassVar[str | None] = None
+    @classmethod
+    def parse(cls, text: str) -> Full:
+        without_argument(text)
+        return cls()
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
         pass

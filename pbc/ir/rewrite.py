@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 from pbc.ir.graph import (
     PARAMETER,
     get_tensor,
+    graph_outputs,
     name_outputs,
     op_name,
     output_node,
+    output_nodes,
     placeholders,
     put_tensor,
     tensor_names,
@@ -48,6 +50,46 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
+
+
+def with_tensor_names(graph: GraphModule, names: Mapping[str, str]) -> GraphModule:
+    """Return a copy whose tensors go by other names, which are given by their own."""
+    renamed, root = copy.deepcopy(graph.graph), nn.Module()
+    for node in renamed.nodes:
+        if node.op == "get_attr":
+            own, node.target = str(node.target), names[str(node.target)]
+            put_tensor(root, node.target, get_tensor(graph, own))
+    return GraphModule(root, renamed)
+
+
+def in_sequence(first: GraphModule, second: GraphModule) -> GraphModule:
+    """Return two graphs as one: what the first returns, the second takes by the same names.
+
+    A tensor of a name that both have is one tensor.
+    """
+    graph, root = Graph(), nn.Module()
+    values: dict[Node, Node] = {}
+    made: dict[str, Node] = {}
+    for part in (first, second):
+        for node in part.graph.nodes:
+            if node.op == "placeholder" and node.name in made:
+                values[node] = made[node.name]
+            elif node.op != "output":
+                values[node] = graph.node_copy(node, lambda old: values[old])
+                values[node].meta = dict(node.meta)
+            if node.op == "get_attr":
+                put_tensor(root, str(node.target), get_tensor(part, str(node.target)))
+        results = [values[node] for node in output_nodes(part)]
+        made = dict(zip(graph_outputs(part), results, strict=True))
+    # Placeholders come first, as in any graph.
+    front = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            front.prepend(node)
+    graph.output(tuple(results))
+    whole = GraphModule(root, graph)
+    name_outputs(whole, graph_outputs(second))
+    return whole
 
 
 def replace_tensor(graph: GraphModule, name: str, tensor: Tensor) -> None:

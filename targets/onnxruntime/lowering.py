@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import onnx
@@ -23,8 +23,10 @@ from pbc.ir.graph import (
 )
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
+from pbc.ir.rewrite import in_sequence, with_tensor_names
 from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering
+from pbc.lower.merge_low_rank import merge_low_rank
 from pbc.lower.weights import Stored, TensorStore, byte_ranges, unused, weight_file
 from pbc.runtime.engines.onnxruntime.bounds import Bounds
 from pbc.runtime.engines.onnxruntime.session import session_options
@@ -76,9 +78,29 @@ class OnnxRuntimeLowering(Lowering):
         for level in range(len(program.levels)):
             names = [name for name in (PREFIX.at(level), BODY.at(level)) if name in parts]
             small = {proto.name: proto for name in names for proto in parts[name].small()}
-            model = joined(models.get(PREFIX.at(level)), models[BODY.at(level)], small.values())
+            model = self._exported(program, level, models, parts, small.values())
             files[_export_file(level)] = model.SerializeToString(deterministic=True)
         return files
+
+    def _exported(
+        self,
+        program: Program,
+        level: int,
+        models: Mapping[GraphName, ModelProto],
+        parts: Mapping[GraphName, _Part],
+        small: Iterable[TensorProto],
+    ) -> ModelProto:
+        """Return a level's prefix and body as one model, with what was trained apart merged."""
+        prefix, body = PREFIX.at(level), BODY.at(level)
+        if prefix in parts:
+            whole = in_sequence(parts[prefix].renamed(), parts[body].renamed())
+        else:
+            whole = parts[body].renamed()
+        merged = merge_low_rank(whole)
+        if merged is whole:
+            return joined(models.get(prefix), models[body], small)
+        model = self._model(program, body, merged, tensor_names(merged))
+        return joined(None, model, small)
 
     def contents(self, program: Program) -> dict[str, Any]:
         artifacts = program.artifacts
@@ -184,6 +206,11 @@ class _Part:
     def tensors(self) -> list[str]:
         """The model's names of the tensors, in the order of `tensor_names`."""
         return list(self._values)
+
+    def renamed(self) -> GraphModule:
+        """Return the graph with its tensors called as in the model."""
+        names = dict(zip(tensor_names(self.graph), self.tensors, strict=True))
+        return with_tensor_names(self.graph, names)
 
     def store(self, store: TensorStore) -> None:
         for name, tensor in self._values.items():

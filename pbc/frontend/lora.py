@@ -1,0 +1,126 @@
+"""Low-rank adaptation: what a layer makes of its input is corrected by two thin matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from pbc.errors import PbcError
+from pbc.frontend.strategy import whole_number
+from pbc.frontend.trace import LAYOUT, PRODUCTS, Operator, Trace, Value
+from pbc.frontend.traced_network import TracedNetwork
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Train a correction of rank R beside attention projections and 1x1 convolutions, and the head.
+
+    y + up(down(x)), with `up` at zero, so that the model starts unchanged (Hu et al., LoRA,
+    ICLR 2022, section 4.1, equation 3). An ONNX file that is exported has no such branch: its
+    weight is W + up·down. Deviations: the paper scales the branch by a constant, which the learning
+    rate does as well; it adapts query and value alone, and no convolutions.
+    """
+
+    rank: int
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        return cls(whole_number(text, "R"))
+
+    def insert(self, network: TracedNetwork, example: Tensor) -> None:
+        layers = list(_adapted(network))
+        if not layers:
+            raise PbcError(
+                f"{type(network.module).__name__} has no attention projection and no 1x1 "
+                "convolution that runs as a module of its own: lora has nothing to correct"
+            )
+        for layer in layers:
+            layer.add_module("lora", LowRank(layer, self.rank))
+            layer.register_forward_hook(lambda owner, inputs, y: y + owner.lora(inputs[0]))
+
+    def trainable(self, network: TracedNetwork) -> frozenset[str]:
+        return frozenset(
+            f"{name}.{parameter}"
+            for name, layer in network.module.named_modules()
+            if isinstance(layer, LowRank)
+            for parameter, _ in layer.named_parameters()
+        )
+
+
+class LowRank(nn.Module):
+    """A linear layer or a 1x1 convolution like another one, of a lower rank, zero at the start."""
+
+    def __init__(self, like: nn.Linear | nn.Conv2d, rank: int) -> None:
+        super().__init__()
+        out, width = like.weight.shape[:2]
+        rank = min(rank, out, width)
+        if isinstance(like, nn.Linear):
+            self.down: nn.Module = nn.Linear(width, rank, bias=False)
+            self.up: nn.Module = nn.Linear(rank, out, bias=False)
+        else:
+            places: dict[str, Any] = {"stride": like.stride, "padding": like.padding}
+            self.down = nn.Conv2d(width, rank, 1, bias=False, **places)
+            self.up = nn.Conv2d(rank, out, 1, bias=False)
+        for weight in self.up.parameters():
+            nn.init.zeros_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up: Tensor = self.up(self.down(x))
+        return up
+
+
+def _adapted(network: TracedNetwork) -> Iterator[nn.Linear | nn.Conv2d]:
+    """The layers that are corrected, in the order in which they run first."""
+    projections = _projections(network.trace)
+    for name in dict.fromkeys(call.name for call in network.trace.calls()):
+        layer = network.module.get_submodule(name)
+        if f"{name}.weight" in network.head.parameters:
+            continue
+        if type(layer) is nn.Linear and name in projections:
+            yield layer
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
+            yield layer
+
+
+def _projections(trace: Trace) -> set[str]:
+    """Names of the modules whose layers an attention reads, or whose layer reads an attention."""
+    readers: dict[Value, list[Operator]] = {}
+    for operator in trace.operators:
+        for value in operator.inputs:
+            readers.setdefault(value, []).append(operator)
+    attentions = [operator for operator in trace.operators if _is_attention(operator)]
+
+    def makers(operator: Operator) -> list[Operator]:
+        made = [value.made_by for value in operator.inputs if not value.constant]
+        return [maker for maker in made if maker is not None]
+
+    def takers(operator: Operator) -> list[Operator]:
+        if operator.word not in LAYOUT and not _is_attention(operator):
+            return []
+        return [reader for value in operator.results for reader in readers.get(value, ())]
+
+    return _first_layers(attentions, makers) | _first_layers(attentions, takers)
+
+
+def _first_layers(
+    start: list[Operator], following: Callable[[Operator], list[Operator]]
+) -> set[str]:
+    """The modules of the layers that are met first on every way."""
+    waiting, seen, found = list(start), set(start), set()
+    while waiting:
+        for other in following(waiting.pop()):
+            if other.is_layer:
+                found.add(other.module)
+            elif other not in seen:
+                seen.add(other)
+                waiting.append(other)
+    return found
+
+
+def _is_attention(operator: Operator) -> bool:
+    """Whether it multiplies data by data."""
+    known = operator.word in PRODUCTS or "scaled_dot_product" in operator.word
+    return known and not any(value.constant for value in operator.inputs)

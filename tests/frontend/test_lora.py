@@ -1,0 +1,113 @@
+"""LoRA: what it corrects, how it starts, and that an exported model has no branches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, settled, split
+from torch import Tensor
+
+from pbc import bundle, compiler
+from pbc.errors import PbcError
+from pbc.ir.graph import op_name, parameter_names
+from pbc.ir.program import Program
+from pbc.ir.rewrite import in_sequence
+from pbc.lower.merge_low_rank import merge_low_rank
+from pbc.passes.fold_batch_norm import FoldBatchNorm
+from pbc.passes.lower import Lower
+from pbc.runtime.output.export import _write_onnx
+from pbc.testing import (
+    assert_gradients,
+    eager_gradients,
+    gradients,
+    make_program,
+    run_passes,
+    with_request,
+)
+
+CORRECTED: dict[Kind, set[str]] = {
+    # Its 3x3 convolutions are not.
+    ResidualNet: {f"blocks.{number}.down" for number in range(3)},
+    # Not its patches, its MLP and its head.
+    AttentionNet: {"qkv", "proj"},
+}
+
+
+def moved(program: Program) -> dict[str, Tensor]:
+    """θ with branches that do something."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: value + 0.2 * torch.randn(value.shape, generator=generator)
+        for name, value in program.parameters.items()
+    }
+
+
+def products(graph: torch.fx.GraphModule) -> int:
+    names = [op_name(node) for node in graph.graph.nodes if node.op == "call_function"]
+    return sum(name in ("aten.conv2d.default", "aten.linear.default") for name in names)
+
+
+@pytest.mark.parametrize("kind", CORRECTED)
+def test_it_corrects_projections_and_pointwise_convolutions(kind: Kind) -> None:
+    module, program = captured(kind, "lora:4")
+    layers = {name.partition(".lora.")[0] for name in program.trainable if ".lora." in name}
+    assert layers == CORRECTED[kind]
+    head = {name for name in program.trainable if ".lora." not in name}
+    assert head == set(program.network.head.parameters)
+    untouched = settled(kind())
+    with torch.no_grad():
+        assert torch.equal(module(program.network.example), untouched(program.network.example))
+    program = split(kind, "lora:4")
+    assert_gradients(gradients(program), eager_gradients(module, program), tolerance=2e-3)
+
+
+@pytest.mark.parametrize("kind", CORRECTED)
+def test_branches_are_merged_into_their_layers(kind: Kind) -> None:
+    program = split(kind, "lora:4")
+    level = program.levels[0]
+    assert level.prefix is not None  # the first layer is of it, its branch is of the body
+    whole = in_sequence(level.prefix, level.body)
+    merged = merge_low_rank(whole)
+    assert products(merged) == products(whole) - 2 * len(CORRECTED[kind])
+    theta = moved(program)
+    (got,) = merged(program.network.example, *[theta[name] for name in parameter_names(merged)])
+    expected = level.logits(program.network.example, theta)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_branch_is_left_as_it_is() -> None:
+    body = split(ConvNet, "full").levels[0].body
+    assert merge_low_rank(body) is body
+
+
+def test_an_exported_model_has_no_branches(tmp_path: Path) -> None:
+    program = with_request(split(ResidualNet, "lora:4"), engine="onnxruntime")
+    program = run_passes(program, FoldBatchNorm(), Lower())
+    made = bundle.write(tmp_path / "lora.pbc", *compiler.package(program))
+    theta = moved(program)
+    arrays = {name: value.detach().numpy() for name, value in theta.items()}
+    classes = [str(number) for number in range(len(theta["fc.bias"]))]
+    _write_onnx(tmp_path / "mine.onnx", made, {"classes": classes}, arrays, 0)
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "mine.onnx")).graph.node]
+    assert kinds.count("Conv") == 1 + 3 * 2
+    session = onnxruntime.InferenceSession(str(tmp_path / "mine.onnx"))
+    (logits,) = session.run(["logits"], {"x": program.network.example.numpy()})
+    level = program.levels[0]
+    np.testing.assert_allclose(
+        logits, level.logits(program.network.example, theta).detach(), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_rank_is_no_larger_than_a_layer() -> None:
+    shape = captured(ResidualNet, "lora:64").program.model.get_parameter  # type: ignore[union-attr]
+    assert shape("blocks.0.down.lora.up.weight").shape == (32, 16, 1, 1)
+
+
+def test_a_network_with_nothing_to_correct() -> None:
+    with pytest.raises(PbcError, match="ConvNet has no attention projection and no 1x1 conv"):
+        make_program(ConvNet(), "lora:4")
