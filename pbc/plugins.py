@@ -65,6 +65,12 @@ GROUPS = {
             "a class that forms the mini-batches of a run and routes them to levels",
         ),
         Group(
+            "pbc.selectors",
+            "selector",
+            "pbc.runtime.selectors.Selector",
+            "a class that chooses which tensors train, by importance and time",
+        ),
+        Group(
             "pbc.callbacks",
             "callback",
             "pbc.callbacks.CallbackPlugin",

@@ -49,6 +49,9 @@ BODY = GraphName("body")
 FORWARD = GraphName("forward")
 """The derived step's first half: losses, and what the second half needs."""
 
+SAVED = "saved/"
+"""In front of a tensor's name that the first half keeps for the second."""
+
 
 def update(optimizer: str) -> GraphName:
     """Return the name of the derived step's second half: backward and the optimizer's update."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pbc.callbacks import together
+from pbc.cli.completion import plugins_of
 from pbc.cli.display import TrainDisplay
 from pbc.cli.objective import objective_options
 from pbc.cli.options import batch, learning_rate, threads
@@ -127,6 +128,25 @@ class _DeployLevel(click.ParamType[Any]):
     default=_DEFAULTS.alpha,
     show_default=True,
     help="piebridge: skip the backward where the loss is below alpha times its running mean.",
+)
+@click.option(
+    "--selector",
+    help="Choose which tensors train, such as `elastic`.  [default: all of them, always]",
+    shell_complete=plugins_of("pbc.selectors"),
+)
+@click.option(
+    "--rho",
+    type=float,
+    default=_DEFAULTS.rho,
+    show_default=True,
+    help="What share of a full training iteration's time a selection may take.",
+)
+@click.option(
+    "--select-every",
+    type=int,
+    default=_DEFAULTS.select_every,
+    show_default=True,
+    help="Epochs between selections.",
 )
 @click.option("--no-routing", is_flag=True, help="Run every sample at level 0.")
 @click.option("--no-skip", is_flag=True, help="Learn from every sample in every epoch.")

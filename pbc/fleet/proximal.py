@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from pbc.runtime.engines import Executable
+from pbc.runtime.engines import Executable, NodeTimes
 from pbc.runtime.objective import Objective
 
 Arrays = Mapping[str, np.ndarray]
@@ -24,6 +24,7 @@ class Proximal:
         self._objective = Objective()
         self._centre: Arrays = {}
         self._mu = 0.0
+        self._selected: Collection[str] | None = None
 
     def pull(self, centre: Arrays, mu: float) -> None:
         """Pull towards a centre from now on; 0 pulls no more."""
@@ -52,12 +53,21 @@ class Proximal:
         if self._mu:
             share = self._objective.learning_rate * self._mu
             state = self._executable.optimizer_state()
-            near = towards(self._executable.parameters(), self._centre, share)
+            theta = self._executable.parameters()
+            moved = theta if self._selected is None else {n: theta[n] for n in self._selected}
+            near = {**theta, **towards(moved, self._centre, share)}
             self._executable.start(near, self._objective)
             self._executable.load_optimizer_state(state)
 
     def gradients(self) -> dict[str, np.ndarray]:
         return self._executable.gradients()
+
+    def select(self, names: Collection[str] | None) -> None:
+        self._selected = names
+        self._executable.select(names)
+
+    def node_times(self) -> NodeTimes:
+        return self._executable.node_times()
 
     def parameters(self) -> dict[str, np.ndarray]:
         return self._executable.parameters()

@@ -84,6 +84,7 @@ class Report:
                 section("Accuracy against inference time", self._by_level()),
                 section("Loss per epoch", self._losses()),
                 section("Routing: photos per level and epoch", self._routing()),
+                section("Which tensors trained, by epoch", self._selected()),
                 section("Where the time went", self._stages()),
                 section("Model, size and options", self._facts(), folded=True),
             ],
@@ -224,6 +225,25 @@ class Report:
         ]
         stacks = [epoch["levels"] for epoch in self.epochs]
         return charts.legend(parts) + charts.columns(stacks, parts, "photos")
+
+    def _selected(self) -> str:
+        """A row for each tensor that ever trained alone, as in ElasticTrainer's figure 21."""
+        chosen = [frozenset(epoch.get("selected", ())) for epoch in self.epochs]
+        names = [
+            name for name in self.bundle.manifest["parameters"] if any(name in c for c in chosen)
+        ]
+        if not names:
+            return ""
+        head = "".join(f"<th>{epoch['epoch']}</th>" for epoch in self.epochs)
+        rows = []
+        for name in names:
+            cells = (f'<td class="hit" style="--share:{100 * (name in c)}%"></td>' for c in chosen)
+            rows.append(f'<tr><th class="name">{escape(printable(name))}</th>{"".join(cells)}</tr>')
+        return (
+            f"<p>{len(self.bundle.manifest['parameters'])} tensors could train.</p>"
+            f'<div class="wide"><table class="matrix"><tr><th></th>{head}</tr>'
+            f"{''.join(rows)}</table></div>"
+        )
 
     def _stages(self) -> str:
         total: dict[str, float] = {}

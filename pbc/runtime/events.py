@@ -56,7 +56,7 @@ class EpochReport:
 
     loss: mean over the samples visited, before each one's update. levels: visits per level.
     steps: training iterations. skipped_updates: those without a backward. skipped_samples: those
-    that the epoch did not visit.
+    that the epoch did not visit. selected: the tensors that trained, None for all.
     seconds: all that training needed, by stage in `stage_seconds`; the first epoch's include
     measuring, routing and the filling of the cache.
     """
@@ -71,6 +71,7 @@ class EpochReport:
     stage_seconds: dict[str, float]
     peak_memory_bytes: int
     skipped_samples: int = 0
+    selected: tuple[str, ...] | None = None
 
     def longer_by(self, stage_seconds: Mapping[str, float]) -> EpochReport:
         """Return the same epoch with more seconds, by stage."""
@@ -86,7 +87,10 @@ class EpochReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = asdict(self)
+        if self.selected is None:
+            del facts["selected"]
+        return facts
 
 
 @dataclass(frozen=True)

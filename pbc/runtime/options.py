@@ -40,6 +40,8 @@ class TrainOptions:
     deploy_level: the level that the personal model is to run at; at another than 0 every sample is
         learnt from there too. `auto`: level 0 until the run ends, then the cheapest level that
         loses at most max_accuracy_loss on the held-out samples (pbc.runtime.level_trial).
+    selector: chooses which tensors train, every so many epochs, such that a training iteration
+        takes `rho` of the time of a full one; None: all of them, always.
     routing, skip: False sends every sample to level 0; visits every sample in every epoch, and
         learns from it.
     time_budget: seconds that the whole run may take; None: as long as it needs.
@@ -64,6 +66,9 @@ class TrainOptions:
     max_level: int | None = None
     deploy_level: int | str = 0
     scheduler: str = "cost-model"
+    selector: str | None = None
+    rho: float = 0.5
+    select_every: int = 4
     routing: bool = True
     skip: bool = True
     time_budget: float | None = None
@@ -86,7 +91,7 @@ class TrainOptions:
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))
-        for name in ("epochs", "batch", "cache_mb", "threads", "prefix_batch"):
+        for name in ("epochs", "batch", "cache_mb", "threads", "prefix_batch", "select_every"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise UsageError(f"{name} is {number}; it must be at least 1")
@@ -105,6 +110,8 @@ class TrainOptions:
                 f"the most accuracy to lose is {self.max_accuracy_loss} points; "
                 "it must be at least 0"
             )
+        if not 0 < self.rho <= 1:
+            raise UsageError(f"rho is {self.rho}; it must be in 0…1, and above 0")
         if self.time_budget is not None and not self.time_budget > 0:
             raise UsageError(f"the time budget is {self.time_budget} s; it must be above 0")
         if self.max_level is not None and self.max_level < 0:

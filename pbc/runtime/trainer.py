@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 import numpy as np
 
+from pbc import plugins
 from pbc.bundle import Bundle
 from pbc.bundle.ladder import CLOSED, SGD
 from pbc.data import Samples
@@ -41,6 +43,8 @@ from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.preparation import Preparation
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.run_state import RunState
+from pbc.runtime.schedulers import Batch
+from pbc.runtime.selection import PROBES, Probe, Selection
 from pbc.util.interrupt import Interrupt
 
 # An fsync on an SD card takes as long as an epoch on cached features: epochs that are over sooner
@@ -88,6 +92,7 @@ class Trainer:
         self._closed: ClosedHead | None = None
         self._growing = GrowingModel(self._val, options.fixed_level or 0)
         self._tried: tuple[Tried, ...] = ()
+        self._selection: Selection | None = None
         self._metrics: Metrics
         self._run: Prepared
         self._learner: Learner
@@ -206,6 +211,8 @@ class Trainer:
         self._learner = Steps(self._executable, self._run.scheduler)
         if self._closed is not None:
             self._begin_closed(self._closed, checkpoint)
+        if options.selector is not None:
+            self._selection = self._selecting(options.selector, checkpoint)
         if checkpoint is not None:
             with self._resumption.reading():
                 self._run.scheduler.load_state(checkpoint.part("scheduler"))
@@ -302,7 +309,12 @@ class Trainer:
             "closed": self._sums(),
         }
         self._state.totals.seconds = dict(self._meter.seconds)
-        self._resumption.save({**self._run.decisions.facts(), **self._state.facts()}, parts)
+        facts = {
+            **self._run.decisions.facts(),
+            **self._state.facts(),
+            "selection": None if self._selection is None else self._selection.state(),
+        }
+        self._resumption.save(facts, parts)
         self._saved_at = monotonic()
         self._meter.lap("bookkeeping")
 
@@ -317,6 +329,8 @@ class Trainer:
         if self._closed is not None and self._closed.complete:
             batches = stratified(batches, self._samples.labels)
         planned = sum(len(batch.samples) for batch in batches)
+        if self._selection is not None and state.step == 0:
+            self._select(self._selection, batches)
         losses = train(
             self._learner,
             self._run,
@@ -340,10 +354,47 @@ class Trainer:
         report = totals.report(
             self.epoch + 1, meter.seconds, skipped_samples=len(self._samples) - totals.samples
         )
+        if self._selection is not None:
+            report = replace(report, selected=self._selection.names)
         state.end_epoch(report.seconds)
         iterating_seconds = meter.total_seconds() - begun_seconds
         meter.reset()
         return report, iterating_seconds
+
+    def _selecting(self, name: str, checkpoint: Checkpoint | None) -> Selection:
+        """Return what selects tensors in this run, at the checkpoint's choice."""
+        if self._closed is not None and self._closed.complete:
+            raise UsageError("a head in closed form has no steps to select for: give --head sgd")
+        selector = plugins.load("pbc.selectors", name)()
+        head = list(self._bundle.manifest["head"])
+        found = Selection(self._executable, selector, self.objective, head, self.options.rho)
+        if checkpoint is not None:
+            with self._resumption.reading():
+                found.load_state(checkpoint.facts["selection"])
+        return found
+
+    def _select(self, selection: Selection, batches: Sequence[Batch]) -> None:
+        """Choose what trains from this epoch on, if it is time, and keep the choice."""
+        if self.epoch % self.options.select_every or selection.epoch == self.epoch:
+            return
+        probed = batches[:PROBES]
+        with self._meter.only("measure"):
+            features = self._run.fetch(probed, 0, self.epoch)
+            selection.choose(
+                self.epoch,
+                [
+                    Probe(batch.level, values, self._samples.labels[batch.samples])
+                    for batch, values in zip(probed, features, strict=True)
+                ],
+            )
+        self.save_checkpoint()
+        names, share = selection.names or (), selection.share or 1.0
+        self._report(
+            Note(
+                f"from epoch {self.epoch + 1} on, {len(names)} of {len(self.parameters())} tensors "
+                f"train: a training iteration takes {share:.0%} of a full one's time"
+            )
+        )
 
     def _leave(self, closed: ClosedHead) -> None:
         """Leave the model that there is so far, if its head is new and the best on held-out photos.

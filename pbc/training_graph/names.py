@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pbc.bundle.graph_name import SAVED as SAVED
+
 LABELS = "labels"
 SMOOTHING = "label_smoothing"
 LOSS, LOSSES, LOGITS = "loss", "losses", "logits"
-SAVED = "saved/"
-"""The prefix of a tensor's name that the forward keeps for the update."""

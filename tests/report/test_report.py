@@ -76,6 +76,19 @@ def test_the_page_shows_accuracy_against_time_for_every_level(run: Run) -> None:
     assert [level["level"] for level in levels] == [0, 1, 2]
 
 
+def test_the_page_shows_which_tensors_trained(run: Run) -> None:
+    metrics = Path("mine/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[0]["selected"], lines[1]["selected"] = ["head.bias"], ["head.bias"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("report", "mine")
+    page = Path("mine.html").read_text()
+    row = page.partition("Which tensors trained, by epoch")[2].partition("</table>")[0]
+    assert row.count("--share:100%") == 2
+    assert "head.bias" in row
+    assert "head.weight" not in row
+
+
 def test_the_page_of_what_was_held_out(run: Run) -> None:
     validation: dict[str, Any] = json.loads(Path("mine/validation.json").read_text())
     assert validation["wrong"]

@@ -6,7 +6,8 @@ Images and 4-D features are [B, C, H, W]; an engine may return, and accepts, vie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,22 @@ from pbc.bundle import Bundle
 from pbc.runtime.objective import Objective
 
 Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class NodeTimes:
+    """What the operators of an update take.
+
+    node_ms: milliseconds by node. needed: the nodes that a parameter's new values need, by
+    parameter, in the order in which they are made.
+    """
+
+    node_ms: Mapping[str, float]
+    needed: Mapping[str, frozenset[str]]
+
+    def ms(self, nodes: Iterable[str]) -> float:
+        """Return what these nodes take together."""
+        return sum(self.node_ms.get(node, 0.0) for node in nodes)
 
 
 class Executable(Protocol):
@@ -47,6 +64,19 @@ class Executable(Protocol):
         """Return the gradients of the last forward's mean loss, f32, by parameter; change nothing.
 
         A parameter that the loss does not depend on is missing. `update` may follow.
+        """
+
+    def select(self, names: Collection[str] | None) -> None:
+        """Train these parameters alone from the next forward on; None: all of them.
+
+        The others, and their state, stay as they are. What only they need is neither computed nor
+        kept. Raises PbcError where the engine cannot.
+        """
+
+    def node_times(self) -> NodeTimes:
+        """Measure the operators of the update after the last forward; change nothing.
+
+        Raises PbcError where the engine cannot.
         """
 
     def parameters(self) -> dict[str, np.ndarray]:

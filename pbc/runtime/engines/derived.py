@@ -7,7 +7,7 @@ A step is two graphs: `forward/k` returns the losses and what its backward needs
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from pbc.bundle import Bundle
 from pbc.bundle.graph_name import BODY, FORWARD, POLICY, PREFIX, update
 from pbc.bundle.optimizers import EPSILON, NEW, OPTIMIZERS, bias_corrections, state_names
 from pbc.errors import PbcError
-from pbc.runtime.engines import Arrays
+from pbc.runtime.engines import Arrays, NodeTimes
 from pbc.runtime.objective import Objective
 
 
@@ -118,6 +118,18 @@ class DerivedExecutable(ABC):
             for state, parameter in names
             if NEW + state in outputs
         }
+
+    def select(self, names: Collection[str] | None) -> None:
+        raise PbcError(self._all_or_none())
+
+    def node_times(self) -> NodeTimes:
+        raise PbcError(self._all_or_none())
+
+    def _all_or_none(self) -> str:
+        return (
+            f"the {self._bundle.manifest['engine']} engine trains all parameters or none; "
+            "compile the model with --engine onnxruntime to train some of them"
+        )
 
     def _update_name(self, level: int) -> str:
         return str(update(self._objective.optimizer).at(level))

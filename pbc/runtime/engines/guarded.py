@@ -7,7 +7,7 @@ before anything else reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from pbc.bundle import Bundle, trust
 from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError, reason_of
-from pbc.runtime.engines import Arrays, Engine, Executable
+from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes
 from pbc.runtime.objective import Objective
 
 _LONGEST = 200
@@ -89,6 +89,19 @@ class GuardedExecutable:
     def gradients(self) -> dict[str, np.ndarray]:
         with _saying(self._bundle, "it cannot be trained"):
             return self._executable.gradients()
+
+    def select(self, names: Collection[str] | None) -> None:
+        if names is not None:
+            unknown = sorted(set(names) - self._bundle.manifest["parameters"].keys())
+            if unknown or not names:
+                wrong = f"no {unknown[0]!r}" if unknown else "nothing"
+                raise PbcError(f"{self._bundle.path} has {wrong} to train among what was selected")
+        with _saying(self._bundle, "it cannot be trained"):
+            self._executable.select(names)
+
+    def node_times(self) -> NodeTimes:
+        with _saying(self._bundle, "its operators cannot be timed"):
+            return self._executable.node_times()
 
     def parameters(self) -> dict[str, np.ndarray]:
         return self._executable.parameters()

@@ -6,11 +6,12 @@ its loading time. Who trains changes seldom, between rounds; then θ and state a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from pbc.runtime.engines import Arrays, Executable
+from pbc.runtime.engines import Arrays, Executable, NodeTimes
 from pbc.runtime.objective import Objective
 
 
@@ -55,6 +56,7 @@ class TrainerExecutable:
     def __init__(self, shared: SharedExecutable) -> None:
         self._shared = shared
         self._objective = Objective()
+        self._selected: Collection[str] | None = None
         self._aside = _SetAside(self._objective, {}, {})
 
     def set_aside(self, executable: Executable) -> None:
@@ -65,6 +67,7 @@ class TrainerExecutable:
 
     def put_back(self, executable: Executable) -> None:
         """Copy the state in; before the first `start` there are no parameters."""
+        executable.select(self._selected)
         executable.start(self._aside.parameters, self._aside.objective)
         executable.load_optimizer_state(self._aside.optimizer)
 
@@ -91,6 +94,13 @@ class TrainerExecutable:
 
     def gradients(self) -> dict[str, np.ndarray]:
         return self._shared.held_by(self).gradients()
+
+    def select(self, names: Collection[str] | None) -> None:
+        self._shared.held_by(self).select(names)
+        self._selected = names
+
+    def node_times(self) -> NodeTimes:
+        return self._shared.held_by(self).node_times()
 
     def parameters(self) -> dict[str, np.ndarray]:
         return self._shared.held_by(self).parameters()

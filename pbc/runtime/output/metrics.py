@@ -11,7 +11,7 @@ from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import cannot_write, replace_bytes
 from pbc.util.files import read_bytes
-from pbc.util.shapes import check, dict_of, integer, list_of, number, record
+from pbc.util.shapes import check, dict_of, integer, list_of, number, record, text
 
 _MOST_BYTES = 256 << 20
 _EPOCH_LINE = record({"epoch": integer()}, more=True)
@@ -24,6 +24,7 @@ _REPORT_LINE = record(
         "stage_seconds": dict_of(number(0)),
         "peak_memory_bytes": integer(),
     },
+    {"selected": list_of(text(), most=2**16)},
     more=True,
 )
 

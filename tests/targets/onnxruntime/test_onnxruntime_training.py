@@ -19,9 +19,11 @@ from networks import ConvNet, Kind
 from tiny_onnx import resident_bytes
 
 from pbc.bundle import Bundle
+from pbc.bundle.graph_name import SAVED
 from pbc.data import ImageFolder, InputSpec, read_image
-from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
+from pbc.errors import PbcError
+from pbc.runtime.engines import Engine, Executable, guarded
+from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine, OnnxRuntimeExecutable
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.events import Report
 from pbc.runtime.objective import Objective
@@ -122,6 +124,64 @@ def same_gradients(ours: Executable, twin: Executable) -> None:
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-3)
     for kept, now in zip(before, (ours.parameters(), ours.optimizer_state()), strict=True):
         assert all(np.array_equal(kept[name], now[name]) for name in kept)
+
+
+@case
+def test_what_is_selected_moves_as_it_would_and_nothing_else_does(
+    compiled: Compile, kind: Kind, strategy: str
+) -> None:
+    source, executables = loaded(compiled, kind, strategy)
+    initial, labels = initial_parameters(source, 4, 0), np.arange(6) % 4
+    chosen = list(initial)[::2]
+    for name, executable in executables.items():
+        features = executable.prefix(0, images(source, 6))
+
+        def moved(
+            executable: Executable = executable, features: Any = features
+        ) -> dict[str, np.ndarray]:
+            executable.start(initial, Objective("adam", 0.01))
+            executable.forward(0, features, labels)
+            executable.update()
+            return {**executable.parameters(), **executable.optimizer_state()}
+
+        whole = moved()
+        executable.select(chosen)
+        some = moved()
+        executable.forward(0, features, labels)
+        assert list(executable.gradients()) == chosen, name
+        executable.select(None)
+        again = moved()
+        for key, value in some.items():
+            parameter = key.partition("/")[2] or key
+            if parameter in chosen or key == "step":
+                assert np.array_equal(value, whole[key]), (name, key)
+            else:
+                assert np.array_equal(value, initial[key] if key in initial else 0 * value)
+        assert all(np.array_equal(value, whole[key]) for key, value in again.items())
+
+
+def test_what_is_not_selected_costs_nothing(compiled: Compile) -> None:
+    source, executables = loaded(compiled, ConvNet, "norm")
+    executable = executables["onnxruntime"]
+    assert isinstance(executable, OnnxRuntimeExecutable)
+
+    def size() -> tuple[int, int]:
+        executable.start(initial_parameters(source, 4, 0), Objective("sgd", 0.01))
+        executable.forward(0, executable.prefix(0, images(source, 6)), np.zeros(6, np.int64))
+        assert executable._pending is not None
+        saved = (v for name, v in executable._pending[1].items() if name.startswith(SAVED))
+        kept = sum(value.numpy().nbytes for value in saved)
+        nodes = onnx.load_from_string(executable._loader._model("update/0/sgd")).graph.node
+        return kept, len(nodes)
+
+    kept, nodes = size()
+    executable.select(list(source.manifest["head"]))
+    of_head = size()
+    # Scores, their labels, and what the head reads.
+    assert of_head[0] < kept / 4
+    assert of_head[1] < nodes / 2
+    with pytest.raises(PbcError, match="has no 'head' to train among what was selected"):
+        guarded.load(ENGINES["pytorch"](), source).select(["head"])
 
 
 def fit(source: Bundle, photos: Path, out: Path, **settings: Any) -> list[dict[str, Any]]:

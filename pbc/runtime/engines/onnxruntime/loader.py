@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +21,9 @@ from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines.alignment import ALIGNMENT
 from pbc.runtime.engines.onnxruntime import weights as onnx_weights
 from pbc.runtime.engines.onnxruntime.bounds import Bounds
+from pbc.runtime.engines.onnxruntime.cut import Operator, cut, operators, output_names
 from pbc.runtime.engines.onnxruntime.external import check_external
+from pbc.runtime.engines.onnxruntime.node_times import node_ms
 from pbc.runtime.engines.onnxruntime.session import (
     CPU,
     ERRORS,
@@ -65,6 +68,7 @@ class GraphLoader:
         self._providers = providers(bundle)
         self._graphs: dict[str, SessionGraph] = {}
         self._contents: dict[str, SessionGraph] = {}
+        self._outputs: dict[str, tuple[str, ...]] = {}
         self._files: dict[tuple[int, int], np.ndarray] = {}
         self._shared: list[OrtValue] = []  # sessions read them, and do not hold on to them
 
@@ -84,11 +88,50 @@ class GraphLoader:
             key = self._key(name)
             if key not in self._contents:
                 title = f"graph {name} of {self._bundle.path}"
-                model = self._bundle.read(self._bundle.graph_file(name))
-                bounds = Bounds(model, title)
+                bounds = Bounds(self._model(name), title)
                 self._contents[key] = SessionGraph(self._session(name, key), title, bounds)
             graph = self._graphs[name] = self._contents[key]
         return graph
+
+    def outputs(self, name: str) -> list[str]:
+        """Return the names of all that a graph of the bundle returns."""
+        return output_names(self._bundle.read(self._bundle.graph_file(name)))
+
+    def select(self, name: str, outputs: Sequence[str] | None) -> list[str]:
+        """Have a graph compute some of its outputs alone, or all again; return what it reads."""
+        if outputs is None:
+            self._outputs.pop(name, None)
+        else:
+            self._outputs[name] = tuple(outputs)
+        # What it was is let go of, as is whoever shares it: it is kept, and soon loaded again.
+        if name in self._graphs:
+            old = self._graphs[name]
+            self._graphs = {n: graph for n, graph in self._graphs.items() if graph is not old}
+            self._contents = {key: g for key, g in self._contents.items() if g is not old}
+        model = self._bundle.read(self._bundle.graph_file(name))
+        return cut(model, output_names(model) if outputs is None else outputs)[1]
+
+    def profiled(
+        self, name: str, values: Mapping[str, Any], runs: int
+    ) -> tuple[dict[str, float], list[Operator]]:
+        """Run a graph so often; return the least milliseconds of its nodes, and these, in order."""
+        with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
+            options = self._options(name)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            optimised = Path(folder) / "optimised.onnx"
+            options.optimized_model_filepath = str(optimised)
+            session = self._open(self._unpack(name, Path(folder)), options)
+            graph = SessionGraph(session, name, Bounds(self._model(name), name))
+            for _ in range(runs):
+                graph.run(values)
+            profile = Path(session.end_profiling())
+            return node_ms(profile), operators(optimised.read_bytes())
+
+    def _model(self, name: str) -> bytes:
+        """Return the graph, cut to what was selected of it."""
+        model = self._bundle.read(self._bundle.graph_file(name))
+        return cut(model, self._outputs[name])[0] if name in self._outputs else model
 
     def _weights(self, name: str) -> list[str]:
         return self._bundle.weight_files(name) or []
@@ -100,6 +143,7 @@ class GraphLoader:
         # The graph says by what names it reads its weights.
         parts += [f"{PurePosixPath(file).name} {sha256(file)}" for file in self._weights(name)]
         parts += [f"format {_ENTRY_FORMAT}", version(), *self._providers]
+        parts += [f"returns {output}" for output in self._outputs.get(name, ())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _session(self, name: str, key: str) -> Any:
@@ -192,7 +236,7 @@ class GraphLoader:
         file = self._bundle.graph_file(name)
         model: Path | bytes
         if folder is None:
-            model = self._bundle.read(file)
+            model = self._model(name)
             self._check(name, model)  # what is loaded from bytes has no files beside it
         else:
             model = self._unpack(name, folder)
@@ -207,7 +251,7 @@ class GraphLoader:
     def _unpack(self, name: str, folder: Path) -> Path:
         """Put a graph and its weights side by side; return the graph."""
         graph = self._bundle.graph_file(name)
-        model = self._bundle.read(graph)
+        model = self._model(name)
         self._check(name, model)
         (folder / PurePosixPath(graph).name).write_bytes(model)
         for file in self._weights(name):

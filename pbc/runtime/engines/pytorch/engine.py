@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import BODY, POLICY, PREFIX, GraphName
 from pbc.errors import PbcError
-from pbc.runtime.engines import Arrays
+from pbc.runtime.engines import Arrays, NodeTimes
 from pbc.runtime.engines.pytorch.graph import parse
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.runtime.engines.pytorch.optimizers import OPTIMIZERS, Optimizer, Sgd
@@ -45,6 +47,7 @@ class PyTorchExecutable:
         self._objective = Objective()
         self._optimizer: Optimizer = Sgd({}, self._objective)
         self._loss: Tensor | None = None
+        self._selected: Collection[str] | None = None
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -66,11 +69,10 @@ class PyTorchExecutable:
     def start(self, parameters: Arrays, objective: Objective) -> None:
         self._objective = objective
         self._theta = {
-            name: torch.tensor(value, dtype=torch.float32).requires_grad_()
-            for name, value in parameters.items()
+            name: torch.tensor(value, dtype=torch.float32) for name, value in parameters.items()
         }
         self._optimizer = OPTIMIZERS[objective.optimizer](self._theta, objective)
-        self._loss = None
+        self.select(self._selected)
 
     def forward(
         self, level: int, features: Arrays, labels: np.ndarray
@@ -88,20 +90,34 @@ class PyTorchExecutable:
     def update(self) -> None:
         assert self._loss is not None, "update() follows forward()"
         loss, self._loss = self._loss, None
-        gradients = torch.autograd.grad(loss, list(self._theta.values()), allow_unused=True)
+        gradients = self._gradients(loss, keep=False)
         with torch.no_grad():
-            self._optimizer.step(gradients)
+            self._optimizer.step(tuple(gradients.get(name) for name in self._theta))
 
     def gradients(self) -> dict[str, np.ndarray]:
         assert self._loss is not None, "gradients() follows forward()"
-        gradients = torch.autograd.grad(
-            self._loss, list(self._theta.values()), allow_unused=True, retain_graph=True
+        gradients = self._gradients(self._loss, keep=True)
+        return {name: _to_numpy(gradient).copy() for name, gradient in gradients.items()}
+
+    def select(self, names: Collection[str] | None) -> None:
+        self._selected = names
+        self._loss = None
+        for name, value in self._theta.items():
+            value.requires_grad_(names is None or name in names)
+
+    def node_times(self) -> NodeTimes:
+        raise PbcError(
+            "the pytorch engine cannot time the operators of its backward; compile the model with "
+            "--engine onnxruntime to select tensors by their time"
         )
-        return {
-            name: _to_numpy(gradient).copy()
-            for name, gradient in zip(self._theta, gradients, strict=True)
-            if gradient is not None
-        }
+
+    def _gradients(self, loss: Tensor, *, keep: bool) -> dict[str, Tensor]:
+        """Differentiate by what is selected, and what the loss depends on."""
+        theta = {name: value for name, value in self._theta.items() if value.requires_grad}
+        found = torch.autograd.grad(
+            loss, list(theta.values()), allow_unused=True, retain_graph=keep
+        )
+        return {name: g for name, g in zip(theta, found, strict=True) if g is not None}
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: value.detach().numpy().copy() for name, value in self._theta.items()}
