@@ -3,6 +3,7 @@
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
 # make fuzz   mutated bundles, personal models and photos, and kills: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
+# make docs   the documentation as a site, build/site/index.html
 # make clean  remove what they made
 # All install what they need into .venv, again only when setup.cfg, pyproject.toml or this file changed.
 
@@ -13,7 +14,7 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 
-.PHONY: demo test check lint types tests test-device fuzz clean
+.PHONY: demo test check lint types tests test-device docs fuzz clean
 
 demo: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
@@ -37,6 +38,9 @@ test-device: $(installed)
 	$(bin)/python tests/emulated/arm64.py
 	$(bin)/pytest -n $(JOBS) --dist loadgroup -m emulated tests/emulated
 
+docs: $(installed)
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build
+
 zoo: $(installed)
 	OMP_NUM_THREADS=1 $(bin)/python tests/zoo $(ZOO)
 
@@ -51,7 +55,7 @@ $(installed): Makefile setup.cfg pyproject.toml
 	    echo "error: pbc needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
 	         "Name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,cuda,models,fleet,dev]'
+	$(bin)/python -m pip install --disable-pip-version-check -e '.[compile,onnx,tvm,cuda,models,fleet,docs,dev]'
 	touch $@
 
 clean:
