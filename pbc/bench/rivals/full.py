@@ -65,7 +65,7 @@ class Full:
                 meter.lap("decode")
                 logits: Tensor = self._module(images)
                 labels = setting.samples.labels[indices]
-                loss = network.loss(setting.objective, logits, labels)
+                loss = self._objective(logits, labels)
                 total += float(loss.detach()) * len(indices)
                 count += len(indices)
                 meter.lap("forward")
@@ -82,6 +82,10 @@ class Full:
         self._epoch += 1
         spent = {stage: seconds - before[stage] for stage, seconds in meter.seconds.items()}
         return EpochTimes(sum(spent.values()), spent, (count,), total / max(count, 1))
+
+    def _objective(self, logits: Tensor, labels: np.ndarray) -> Tensor:
+        """Return the loss of a mini-batch."""
+        return network.loss(self._setting.objective, logits, labels)
 
     def parameters(self) -> None:
         return None
