@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule
 
-from pbc.bundle.ladder import ALIGNED, INT8
+from pbc.bundle.ladder import INT8
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import Dims
@@ -22,9 +21,17 @@ from pbc.ir.program import Program
 from pbc.ir.rewrite import replace_tensor
 from pbc.ir.work import work_file
 from pbc.proxies import parallel
+from pbc.proxies.align_losses import (
+    FEATURES,
+    LOGITS,
+    NST,
+    AlignmentLoss,
+    FeatureMap,
+    terms_of,
+)
 from pbc.proxies.distillation import Distillation, adopt, unaugmented
 from pbc.proxies.fidelity import UpToInterface, standards
-from pbc.proxies.sample_fidelity import sample_fidelity
+from pbc.proxies.sample_fidelity import measured
 
 STATISTICS_BATCHES = 16
 LEARNING_RATE = 5e-4
@@ -52,6 +59,9 @@ class Align:
     A level that differs from the original in precision alone keeps the original's weights, and is
     only measured. Does nothing without calibration data: levels stay unaligned and unrouted.
 
+    align_loss: other terms of the loss, or more (pbc.proxies.align_losses): `logits` distils the
+        scores of the classifier that came with the weights, `nst` the pattern of the last feature
+        map; `features+nst` is a sum.
     align_steps: steps per level; None lets `align_time` decide alone.
     align_time: minutes for the whole ladder, of which the first level that is trained gets half;
         None lets `align_steps` decide alone. With neither, ten minutes.
@@ -59,7 +69,12 @@ class Align:
 
     align_steps: int | None = None
     align_time: float | None = None
+    align_loss: str = FEATURES
     stage: ClassVar[str] = "align"
+
+    def __post_init__(self) -> None:
+        """Refuse a term that there is not."""
+        terms_of(self.align_loss)
 
     def __call__(self, program: Program) -> Program:
         calibration = program.calibration
@@ -79,6 +94,16 @@ class Align:
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
         batches = unaugmented(calibration, STATISTICS_BATCHES)
         standard = standards(program, (original(batch.to(device)) for batch in batches))
+        terms = terms_of(self.align_loss)
+        loss = AlignmentLoss(
+            standard,
+            features=FEATURES in terms,
+            feature_map=FeatureMap.of(program) if NST in terms else None,
+            logits=LOGITS in terms,
+        )
+        inside = None if loss.feature_map is None else loss.feature_map.node
+        looked_at = partial(UpToInterface, program, inside=inside, logits=loss.logits)
+        original = copy.deepcopy(looked_at(program.levels[0])).to(device).eval()
         numbers = [
             number
             for number, level in enumerate(program.levels)
@@ -89,12 +114,12 @@ class Align:
             if number > 1:
                 start_from_above(level, above, dims)
             # A copy of its own: tensors that no plan shrank are level 0's too.
-            proxy = copy.deepcopy(UpToInterface(program, level))
+            proxy = copy.deepcopy(looked_at(level))
             recalibrates = bool(level.keep) and bool(_batch_norms(proxy))
             Distillation(
                 original,
                 proxy.to(device),
-                standard,
+                loss,
                 calibration,
                 program.request.seed * 1000 + number,
                 steps=self.align_steps,
@@ -131,19 +156,6 @@ class Align:
         ]
         name = f"align-{number}"
         return work_file(program, name, decided_by, program.levels[0].frozen, ".safetensors")
-
-
-def measured(program: Program, proxies: Sequence[LevelGraphs], data: Calibration) -> Program:
-    """Return the program with these levels aligned, as far as held-out images say."""
-    if not proxies:
-        return program
-    values = sample_fidelity(program, proxies, data, data.held_out).mean(0)
-    found = {id(proxy): float(value) for proxy, value in zip(proxies, values, strict=True)}
-    levels = tuple(
-        replace(level, fidelity=found[id(level)], status=ALIGNED) if id(level) in found else level
-        for level in program.levels
-    )
-    return replace(program, levels=levels)
 
 
 def start_from_above(level: LevelGraphs, above: LevelGraphs, dims: Dims) -> None:

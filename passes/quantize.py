@@ -18,10 +18,11 @@ from pbc.ir.calibration import Calibration
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.work import work_file
-from pbc.passes.align import MINUTES, STATISTICS_BATCHES, measured
+from pbc.passes.align import MINUTES, STATISTICS_BATCHES
 from pbc.proxies import parallel
+from pbc.proxies.align_losses import AlignmentLoss, feature_loss
 from pbc.proxies.as_run import up_to_interface
-from pbc.proxies.distillation import Distillation, adopt, alignment_loss, spread, unaugmented
+from pbc.proxies.distillation import Distillation, adopt, spread, unaugmented
 from pbc.proxies.fidelity import Standard, UpToInterface, standards
 from pbc.proxies.quantization import (
     calibrated,
@@ -32,6 +33,7 @@ from pbc.proxies.quantization import (
     scheme,
     simulated,
 )
+from pbc.proxies.sample_fidelity import measured
 
 # Of what alignment takes, as much again is added for the int8 levels together.
 SHARE = 0.25
@@ -185,7 +187,7 @@ class _Quantization:
         Distillation(
             self._original,
             trained,
-            self._standard,
+            AlignmentLoss(self._standard),
             self._calibration,
             self._program.request.seed * 1000 + self._number,
             steps=steps,
@@ -225,5 +227,5 @@ class _Quantization:
         with torch.no_grad():
             for indices in spread(data, JUDGED_BATCHES):
                 sent, target = ([t.to(self._device) for t in run(indices)] for run in runs)
-                total += float(alignment_loss(sent, target, self._standard))
+                total += float(feature_loss(sent, target, self._standard))
         return total

@@ -53,8 +53,9 @@ class CompileOptions:
     "crop" or "squash"; None is the way of the zoo that the model is from. levels counts proxies.
     axes: what a level may give up; see pbc.passes.plan_levels. importance: the criterion that says
     which channels of it stay; see pbc.proxies.importance. cost: a profile of the device, to plan
-    even steps by. tune: minutes to search faster code for, where the engine's lowering can; 0 takes
-    what earlier calls for this output found.
+    even steps by. align_loss: what proxies are distilled by; see pbc.proxies.align_losses.
+    tune: minutes to search faster code for, where the engine's lowering can; 0 takes what earlier
+    calls for this output found.
     passes, without: names of passes to add and to leave out. folder: write the bundle as a folder.
     command: for the provenance.
     """
@@ -78,6 +79,7 @@ class CompileOptions:
     seed: int = 0
     align_steps: int | None = None
     align_time: float | None = None
+    align_loss: str = "features"
     tune: float | None = None
     passes: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
@@ -217,6 +219,7 @@ def start(model: str | models.Source, options: CompileOptions, work: Path | None
 
 def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
     """Return what the options ask for, and notes; whatever cannot be is refused here."""
+    _passes(options)
     if options.cost is not None:
         CostProfile.open(options.cost)  # what cannot be read is refused before anything takes long
     target = load_target(options.target)

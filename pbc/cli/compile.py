@@ -121,6 +121,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     help="Minutes of alignment for all levels together.  [default: 10]",
 )
 @click.option(
+    "--align-loss",
+    default="features",
+    show_default=True,
+    metavar="TERMS",
+    help="What proxies are distilled by: features, logits, nst, or a sum such as features+nst.",
+)
+@click.option(
     "--tune",
     type=click.FloatRange(min=0),
     metavar="MINUTES",
@@ -136,7 +143,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 )
 @click.option("--batch", default=8, show_default=True, help="Samples per mini-batch on the device.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--with", "passes", multiple=True, metavar="PASS", help="Add a pass; repeatable.")
+@click.option(
+    "--with",
+    "passes",
+    multiple=True,
+    metavar="PASS",
+    help="Add a pass; repeatable.",
+)
 @click.option("--without", multiple=True, metavar="PASS", help="Leave a pass out; repeatable.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle.  [default: MODEL.pbc]"

@@ -100,6 +100,13 @@ def replace_tensor(graph: GraphModule, name: str, tensor: Tensor) -> None:
     put_tensor(graph, name, tensor)
 
 
+def to_buffer(graph: GraphModule, name: str) -> None:
+    """Make a parameter of a graph a buffer, which nobody trains."""
+    tensor = get_tensor(graph, name).detach()
+    _delete_tensor(graph, name)
+    put_tensor(graph, name, tensor)
+
+
 def drop_unused(graph: GraphModule) -> None:
     """Drop nodes and tensors that nothing reads, in place."""
     graph.graph.eliminate_dead_code()

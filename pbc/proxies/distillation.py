@@ -23,7 +23,8 @@ from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.rewrite import replace_tensor
 from pbc.proxies import parallel
-from pbc.proxies.fidelity import Standard, UpToInterface
+from pbc.proxies.align_losses import AlignmentLoss
+from pbc.proxies.fidelity import UpToInterface
 from pbc.util.atomic import replacing
 from pbc.util.interrupt import Interrupt, deferred_interrupt
 from pbc.util.progress import report
@@ -35,7 +36,7 @@ SAVE_SECONDS = 60.0
 class Distillation:
     """One level learns to send what level 0 sends; it can be saved at any step and continued.
 
-    The loss is that of `alignment_loss`; AdamW with cosine decay from `rate`.
+    loss: of what both make of the same images. AdamW with cosine decay from `rate`.
 
     steps, seconds: the budget, whichever ends first; None leaves it to the other.
     saved: where the state is kept between interruptions; None where it is not.
@@ -46,7 +47,7 @@ class Distillation:
 
     original: UpToInterface
     proxy: UpToInterface
-    standard: list[Standard]
+    loss: AlignmentLoss
     calibration: Calibration
     seed: int
     steps: int | None
@@ -114,7 +115,7 @@ class Distillation:
         return warm_up * 0.5 * (1 + math.cos(math.pi * min(self.fraction(), 1.0)))
 
     def _step(self, optimizer: torch.optim.Optimizer) -> float:
-        device = self.standard[0].mean.device
+        device = self.loss.standard[0].mean.device
         seed = (self.seed * 1_000_003 + self.step) * parallel.size() + parallel.rank()
         generator = torch.Generator().manual_seed(seed)
         count = max(2, BATCH // parallel.size())
@@ -126,7 +127,7 @@ class Distillation:
             with torch.no_grad():
                 targets = self.original(images)
             outputs = self._forward(images)
-        loss = alignment_loss(outputs, targets, self.standard)
+        loss = self.loss(outputs, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.proxy.parameters(), 5.0)
@@ -176,17 +177,6 @@ class Distillation:
         except (SafetensorError, OSError, ValueError):
             self.saved.unlink()  # what it held is computed again
             return {}, {}
-
-
-def alignment_loss(
-    outputs: list[Tensor], targets: list[Tensor], standard: list[Standard]
-) -> Tensor:
-    """Mean over interface tensors of squared error plus one minus cosine, both standardised."""
-    total = torch.zeros((), device=outputs[0].device)
-    for output, target, normal in zip(outputs, targets, standard, strict=True):
-        z, goal = normal(output.float()).flatten(1), normal(target.float()).flatten(1)
-        total = total + functional.mse_loss(z, goal) + 1 - torch.cosine_similarity(z, goal).mean()
-    return total / len(outputs)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

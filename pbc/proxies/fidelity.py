@@ -22,26 +22,44 @@ from pbc.bundle.graph_name import PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import channel_axes
-from pbc.ir.graph import PARAMETER, output_nodes, parameter_names
+from pbc.ir.graph import PARAMETER, output_names, output_nodes, parameter_names, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.ir.rewrite import copy_graph, cut_at
+from pbc.ir.rewrite import copy_graph, cut_at, to_buffer
 
 
 class UpToInterface(nn.Module):
     """One level cut off at the interface: images in, the interface's tensors out, in float32.
 
     Its graph modules are copies that share their tensors with the level until they are trained.
+
+    inside: a node of the prefix whose value follows the interface's tensors. logits: whether the
+    scores at the initial trainable parameters come last.
     """
 
-    def __init__(self, program: Program, level: LevelGraphs) -> None:
+    def __init__(
+        self,
+        program: Program,
+        level: LevelGraphs,
+        inside: str | None = None,
+        logits: bool = False,
+    ) -> None:
         super().__init__()
         self.prefix = None if level.prefix is None else copy_graph(level.prefix)
+        self._sent = len(level.sent)
+        if level.prefix is not None and inside is not None:
+            self.prefix = cut_at(level.prefix, [*output_names(level.prefix), inside])
         self.body: GraphModule | None = None
         self.theta: list[Tensor] = []
         boundary = boundary_nodes(program.levels[0].body)
-        if boundary:
-            self.body = cut_at(level.body, boundary)
+        self._read = len(boundary)
+        if boundary or logits:
+            scores = output_names(level.body) if logits else []
+            self.body = cut_at(level.body, [*boundary, *scores])
+            # What lies behind the interface is every level's alike.
+            before = tensor_names(cut_at(level.body, boundary)) if boundary else []
+            for name in set(tensor_names(self.body)) - set(before):
+                to_buffer(self.body, name)
             names = parameter_names(self.body)
             self.theta = [program.parameters[name].detach() for name in names]
 
@@ -51,12 +69,14 @@ class UpToInterface(nn.Module):
         return [graph for graph in (self.prefix, self.body) if graph is not None]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        features = [images] if self.prefix is None else list(self.prefix(images))
-        tensors = [] if self.prefix is None else features
+        values = [images] if self.prefix is None else list(self.prefix(images))
+        sent, inside = values[: self._sent], values[self._sent :]
+        tensors = [] if self.prefix is None else sent
+        read: list[Tensor] = []
         if self.body is not None:
             theta = [value.to(images.device) for value in self.theta]
-            tensors = [*tensors, *self.body(*features, *theta)]
-        return tensors
+            read = list(self.body(*sent, *theta))
+        return [*tensors, *read[: self._read], *inside, *read[self._read :]]
 
 
 def precision_of(original: LevelGraphs, role: GraphName, precision: str) -> str:

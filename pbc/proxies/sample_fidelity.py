@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from pbc.bundle.ladder import ALIGNED
 from pbc.ir.calibration import Calibration, batches
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
@@ -40,3 +42,16 @@ def sample_fidelity(
     values = torch.cat(rows)
     weakest = values.mean(0).argmin(-1)
     return values[:, torch.arange(len(levels)), weakest].numpy()
+
+
+def measured(program: Program, proxies: Sequence[LevelGraphs], data: Calibration) -> Program:
+    """Return the program with these levels aligned, as far as held-out images say."""
+    if not proxies:
+        return program
+    values = sample_fidelity(program, proxies, data, data.held_out).mean(0)
+    found = {id(proxy): float(value) for proxy, value in zip(proxies, values, strict=True)}
+    levels = tuple(
+        replace(level, fidelity=found[id(level)], status=ALIGNED) if id(level) in found else level
+        for level in program.levels
+    )
+    return replace(program, levels=levels)

@@ -18,7 +18,8 @@ from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies import distillation
-from pbc.proxies.distillation import alignment_loss, augment
+from pbc.proxies.align_losses import feature_loss
+from pbc.proxies.distillation import augment
 from pbc.proxies.fidelity import Standard
 from pbc.proxies.sample_fidelity import sample_fidelity
 from pbc.testing import (
@@ -201,8 +202,8 @@ def test_progress_reaches_the_end_of_every_level(photos: Path) -> None:
 def test_the_loss_is_zero_where_nothing_differs() -> None:
     standard = Standard(torch.zeros(1, 4), torch.ones(1, 4))
     tensor = torch.randn(6, 4)
-    assert float(alignment_loss([tensor], [tensor], [standard])) == pytest.approx(0, abs=1e-6)
-    assert float(alignment_loss([-tensor], [tensor], [standard])) > 2
+    assert float(feature_loss([tensor], [tensor], [standard])) == pytest.approx(0, abs=1e-6)
+    assert float(feature_loss([-tensor], [tensor], [standard])) > 2
 
 
 def test_augmented_images_keep_their_shape_and_are_repeatable() -> None:
