@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from pbc.bundle import signature
+from pbc.bundle import packing, signature
 from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import MACS, Ladder
 from pbc.bundle.requires import checked
@@ -35,7 +35,9 @@ from pbc.util.files import opened
 from pbc.util.shapes import ShapeError
 from pbc.util.terminal import CONTROL
 
-SCHEMA = 2
+SCHEMA = 3
+OLDEST_SCHEMA = 2
+"""Of bundles without packed files: whoever reads no newer schema still reads those."""
 MANIFEST = "manifest.json"
 _DATA_SUFFIXES = (".json", ".onnx")
 # The directory of a zip has 46 bytes and a name for each entry.
@@ -146,19 +148,40 @@ class Bundle:
         return None if files is None else list(files)
 
     def read(self, name: str) -> bytes:
-        """Return the verified bytes of one file."""
+        """Return the verified bytes of one file, unpacked where the bundle has it packed."""
         with _archive(self.path) as archive:
             return self._read(name, archive)
 
+    def read_entry(self, name: str) -> bytes:
+        """Return the verified bytes of one file as the bundle has it, packed or not."""
+        with _archive(self.path) as archive:
+            return self._entry(name, archive)
+
     def _read(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
+        data = self._entry(name, archive)
+        facts = self._packed.get(name)
+        if facts is not None:
+            try:
+                data = packing.unpacked(data, facts["size_bytes"])
+            except ValueError as error:
+                raise PbcError(
+                    f"{self.path} is damaged: cannot unpack {name} ({error}); compile it again"
+                ) from error
+            self._verify(name, data, facts)
+        return data
+
+    def _entry(self, name: str, archive: zipfile.ZipFile | None) -> bytes:
         facts = self._facts(name)
         data = _read_entry(self.path, name, facts["size_bytes"], archive)
+        self._verify(name, data, facts)
+        return data
+
+    def _verify(self, name: str, data: bytes, facts: Mapping[str, Any]) -> None:
         if hashlib.sha256(data).hexdigest() != facts["sha256"]:
             raise PbcError(
                 f"{self.path} is damaged: the sha256 of {name} is not "
                 f"{facts['sha256'][:12]}…; copy or compile it again"
             )
-        return data
 
     def json(self, name: str) -> Any:
         """Return the verified content of one JSON file."""
@@ -175,14 +198,23 @@ class Bundle:
             raise PbcError(f"{self.path}: {name} is not a safetensors file: {error}") from error
 
     def sha256(self, name: str) -> str:
-        """Return the manifest's sha256 (hex) of one file."""
-        return str(self._facts(name)["sha256"])
+        """Return the manifest's sha256 (hex) of what `read` returns for one file."""
+        return str(self._packed.get(name, self._facts(name))["sha256"])
+
+    def size_bytes(self, name: str) -> int:
+        """Return the length of what `read` returns for one file."""
+        return int(self._packed.get(name, self._facts(name))["size_bytes"])
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest."""
         with _archive(self.path) as archive:
             for name in self.manifest["files"]:
                 self._read(name, archive)
+
+    @property
+    def _packed(self) -> dict[str, Any]:
+        """Return what the packed files are once they are unpacked, by name."""
+        return dict(self.manifest.get("packed", {}))
 
     def _facts(self, name: str) -> dict[str, Any]:
         facts: dict[str, Any] | None = self.manifest["files"].get(name)
@@ -213,10 +245,10 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
             f"{path} was written by a newer pbc (schema {manifest['schema']}; "
             f"this one reads {SCHEMA}): upgrade pbc"
         )
-    if manifest["schema"] < SCHEMA:
+    if manifest["schema"] < OLDEST_SCHEMA:
         raise PbcError(
             f"{path} was written by an older pbc (schema {manifest['schema']}; "
-            f"this one reads {SCHEMA}): compile it again"
+            f"this one reads {OLDEST_SCHEMA} to {SCHEMA}): compile it again"
         )
     if manifest.get("digest") != manifest_digest(manifest):
         raise PbcError(

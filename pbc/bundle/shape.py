@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pbc.bundle.ladder import BFLOAT16, FLOAT32, INT8, LATENCY, MACS, PROFILE
+from pbc.bundle.packing import MOST_RATIO
 from pbc.util.shapes import (
     Shape,
     ShapeError,
@@ -50,6 +51,10 @@ _SIZES = list_of(_SIZE, most=8)
 _NAME = text(1024)
 _GRAPH_NAME = _matching(_GRAPH, "a graph's name, like body/0")
 _LEVEL_NAME = _matching(re.compile(r"\d{1,3}"), "the number of a level")
+
+_FILES = dict_of(
+    record({"sha256": _matching(_SHA256, "a sha256"), "size_bytes": integer()}), most=MOST_FILES
+)
 
 _INPUT = record(
     {
@@ -138,10 +143,7 @@ MANIFEST: Shape = record(
     {
         "schema": integer(),
         "digest": _matching(_SHA256, "a sha256"),
-        "files": dict_of(
-            record({"sha256": _matching(_SHA256, "a sha256"), "size_bytes": integer()}),
-            most=MOST_FILES,
-        ),
+        "files": _FILES,
         "model": text(),
         "strategy": text(),
         "engine": _NAME,
@@ -157,6 +159,7 @@ MANIFEST: Shape = record(
         "trainable": _NAME,
     },
     {
+        "packed": _FILES,
         "by_hand": dict_of(text(), most=256),
         "serial": integer(),
         "classes": maybe(list_of(text(1024), 1, _MOST_CLASSES)),
@@ -216,6 +219,14 @@ def _check_files(manifest: Mapping[str, Any]) -> None:
         for name in names:
             if name not in files:
                 raise ShapeError(f"{key} names {name[:60]!r}, which is none of its files")
+    for name, facts in manifest.get("packed", {}).items():
+        if name not in files:
+            raise ShapeError(f"packed names {name[:60]!r}, which is none of its files")
+        if facts["size_bytes"] > MOST_RATIO * files[name]["size_bytes"]:
+            raise ShapeError(
+                f"packed.{name[:60]} claims {facts['size_bytes']} bytes of "
+                f"{files[name]['size_bytes']}; at most {MOST_RATIO} times as many are unpacked"
+            )
     if "body/0" not in manifest["graphs"]:
         raise ShapeError("graphs has no 'body/0'")
 

@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pbc.bundle.reader import MANIFEST, SCHEMA, Bundle, check_name, manifest_digest
+from pbc.bundle.packing import packed
+from pbc.bundle.reader import (
+    MANIFEST,
+    OLDEST_SCHEMA,
+    SCHEMA,
+    Bundle,
+    check_name,
+    manifest_digest,
+)
 from pbc.errors import PbcError
 from pbc.util.atomic import cannot_write, replacing, sync_folder
 
@@ -28,7 +36,8 @@ def write(
 ) -> Bundle:
     """Write a bundle at `path` in one step and return it opened.
 
-    `files`, `schema` and `digest` of the manifest are filled in here. The bytes of the result
+    `files`, `packed`, `schema` and `digest` of the manifest are filled in here. Tensors of few
+    values are packed, where that halves their file (pbc.bundle.packing). The bytes of the result
     depend on the arguments alone (entries are sorted, timestamps fixed). If anything fails, what
     was at `path` stays.
     """
@@ -36,7 +45,10 @@ def write(
     for name in files:
         check_name(path, name)
     full = dict(manifest)
-    full["schema"] = SCHEMA
+    files, full["packed"] = _packed(files)
+    if not full["packed"]:
+        del full["packed"]
+    full["schema"] = SCHEMA if "packed" in full else OLDEST_SCHEMA
     full["files"] = {name: _measure(source) for name, source in sorted(files.items())}
     full["digest"] = manifest_digest(full)
     text = (json.dumps(full, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -46,6 +58,26 @@ def write(
     else:
         _write_zip(path, entries)
     return Bundle.open(path)
+
+
+def _packed(
+    files: Mapping[str, bytes | Path],
+) -> tuple[dict[str, bytes | Path], dict[str, dict[str, Any]]]:
+    """Return the files as they are stored, and the facts of those that were packed for that."""
+    stored, facts = dict(files), {}
+    for name, source in files.items():
+        if isinstance(source, bytes) and name.endswith(".safetensors"):
+            small = _packed_tensors(source)
+            if small is not None:
+                stored[name], facts[name] = small, _measure(source)
+    return stored, facts
+
+
+def _packed_tensors(file: bytes) -> bytes | None:
+    try:
+        return packed(file)
+    except (ValueError, KeyError):
+        return None  # no file of tensors, whatever its name
 
 
 def _chunks(source: bytes | Path) -> Iterator[bytes]:

@@ -148,7 +148,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     "passes",
     multiple=True,
     metavar="PASS",
-    help="Add a pass; repeatable.",
+    help="Add a pass, such as cluster-weights:4; repeatable.",
 )
 @click.option("--without", multiple=True, metavar="PASS", help="Leave a pass out; repeatable.")
 @click.option(

@@ -87,7 +87,7 @@ def payload(
     name, own = own_wheel()
     slot = [add_bytes(name, own), add_bytes(f"{BUNDLE}/{MANIFEST}", _manifest_bytes(bundle))]
     for entry, facts in bundle.manifest["files"].items():
-        read = partial(bundle.read, entry)
+        read = partial(bundle.read_entry, entry)
         slot.append(add(f"{BUNDLE}/{entry}", read, facts["sha256"], facts["size_bytes"]))
     signatures = bundle.signature_bytes()
     if signatures is not None:

@@ -99,9 +99,9 @@ def prepared(
 
     def read() -> TracedNetwork:
         network = TracedNetwork.of(source.module, source.head, example, blocks)
-        before = len(list(source.module.parameters()))
+        before = dict(source.module.named_parameters()).keys()
         chosen.insert(network, example)
-        inserted = len(list(source.module.parameters())) > before
+        inserted = dict(source.module.named_parameters()).keys() != before
         return network.again(example) if inserted else network
 
     return models.run(read, source.name, source.input.shape)

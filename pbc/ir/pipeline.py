@@ -26,6 +26,8 @@ class Pass(Protocol):
 
     stage: one of STAGES. Within a stage, `after` and `before` name passes (both optional).
     default: False for a pass that runs only when it is asked for by name (optional, True).
+    options: makes fields of what follows a colon in that name, as in `cluster-weights:4`, or raises
+        UsageError (optional: without it nothing may follow).
     """
 
     stage: ClassVar[str]
@@ -98,20 +100,31 @@ def build(
     """The installed passes that run by default, and those asked for, in order.
 
     options: values for the passes' fields, by field name; a pass takes those it declares.
+    extra: names, each with its own options behind a colon, if it takes any.
     """
     available = plugins.entries("pbc.passes")
-    for name in (*extra, *without):
+    arguments = {name: argument for name, _, argument in (text.partition(":") for text in extra)}
+    for name in (*arguments, *without):
         if name not in available:
             raise UsageError(suggest("pass", name, available))
     chosen: dict[str, Callable[..., Pass]] = {}
     for name, entry in available.items():
         kind = entry.load()
-        if name not in without and (getattr(kind, "default", True) or name in extra):
+        if name not in without and (getattr(kind, "default", True) or name in arguments):
             chosen[name] = kind
-    return PassPipeline(tuple((name, _make(chosen[name], options)) for name in order(chosen)))
+    return PassPipeline(
+        tuple(
+            (name, _make(name, chosen[name], options, arguments.get(name, "")))
+            for name in order(chosen)
+        )
+    )
 
 
-def _make(kind: Callable[..., Pass], options: Mapping[str, Any]) -> Pass:
+def _make(name: str, kind: Callable[..., Pass], options: Mapping[str, Any], argument: str) -> Pass:
     declared = [f.name for f in fields(kind)] if hasattr(kind, "__dataclass_fields__") else []  # type: ignore[arg-type]
     given = {n: options[n] for n in declared if options.get(n, MISSING) not in (MISSING, None)}
+    if argument:
+        if not hasattr(kind, "options"):
+            raise UsageError(f"pass {name!r} takes nothing behind a colon, got {argument!r}")
+        given.update(kind.options(argument))
     return kind(**given)

@@ -169,8 +169,8 @@ def test_a_manifest_that_is_no_json(written: Bundle) -> None:
 @pytest.mark.parametrize(
     ("schema", "expected"),
     [
-        (3, r"written by a newer pbc \(schema 3; this one reads 2\): upgrade pbc"),
-        (1, r"written by an older pbc \(schema 1; this one reads 2\): compile it again"),
+        (4, r"written by a newer pbc \(schema 4; this one reads 3\): upgrade pbc"),
+        (1, r"written by an older pbc \(schema 1; this one reads 2 to 3\): compile it again"),
     ],
 )
 def test_another_schema(written: Bundle, schema: int, expected: str) -> None:

@@ -103,10 +103,14 @@ def test_passes_are_listed_as_they_run() -> None:
     own = [row for row in rows if row["group"] == "pbc.passes"]
     assert [row["name"] for row in own] == [
         "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels",
-        "prune-dims", "align", "fold-batch-norm", "quantize", "fit-accuracy-map", "learn-policy",
-        "derive-train-step", "lower",
+        "prune-dims", "align", "fold-batch-norm", "quantize", "prune-weights", "cluster-weights",
+        "fit-accuracy-map", "learn-policy", "derive-train-step", "lower",
     ]  # fmt: skip
-    assert [row["name"] for row in own] == [name for name, _ in pipeline.build({}).passes]
+    asked_for = ["prune-weights", "cluster-weights"]
+    built = pipeline.build({}, asked_for).passes
+    assert [row["name"] for row in own] == [name for name, _ in built]
+    usual = [name for name, _ in pipeline.build({}).passes]
+    assert usual == [name for name, _ in built if name not in asked_for]
     assert own[1]["after"] == ["mark-trainable"]
     assert [row["name"] for row in rows if row["group"] == "pbc.tvm_schedules"] == [
         "schedule-cpu", "schedule-gpu"

@@ -39,6 +39,7 @@ from pbc.training_graph.decompositions.resizing import (
     upsample_nearest2d_backward,
 )
 from pbc.training_graph.decompositions.selections import scatter_src, scatter_value
+from pbc.training_graph.decompositions.sums import index_add
 
 aten = torch.ops.aten
 
@@ -70,6 +71,7 @@ _BACKWARD: dict[Any, Callable[..., Any]] = {
     aten.gelu_backward.default: gelu_backward,
     aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.hardswish_backward.default: hardswish_backward,
+    aten.index_add.default: index_add,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
     aten.scatter.src: scatter_src,
     aten.scatter.value: scatter_value,

@@ -261,9 +261,8 @@ class GraphLoader:
     def _check(self, name: str, model: bytes) -> None:
         """Refuse a graph that reads files which the manifest does not name for it."""
         graph = self._bundle.graph_file(name)
-        facts = self._bundle.manifest["files"]
         sizes = {
-            PurePosixPath(file).name: facts[file]["size_bytes"] for file in self._weights(name)
+            PurePosixPath(file).name: self._bundle.size_bytes(file) for file in self._weights(name)
         }
         names = [*sizes, PurePosixPath(graph).name]
         try:
