@@ -46,11 +46,13 @@ def fleet() -> None:
 @click.option("--epochs", type=int, default=1, show_default=True, help="Of a client a round.")
 @click.option("--alpha", type=float, default=0.3, show_default=True,
               help="Of the Dirichlet distribution of classes; small is uneven.")  # fmt: skip
-@click.option("--strategy", default="fedavg", show_default=True, help="fedavg, fedprox or fedadam.")
+@click.option("--strategy", default="fedavg", show_default=True,
+              help="fedavg, fedavgm, fedprox or fedadam.")  # fmt: skip
 @click.option("--fraction", type=float, default=1.0, show_default=True,
               help="Of the clients that train in a round.")  # fmt: skip
 @click.option("--mu", type=float, default=0.01, show_default=True, help="Of fedprox.")
 @click.option("--eta", type=float, default=0.01, show_default=True, help="Of fedadam.")
+@click.option("--server-momentum", type=float, default=0.5, show_default=True, help="Of fedavgm.")
 @protection_options
 @click.option("--float16", is_flag=True, help="Send θ and updates in half precision.")
 @learning_rate

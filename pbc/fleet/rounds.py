@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError, UsageError, suggest
@@ -25,8 +25,9 @@ from pbc.fleet.vector import flatten, unflatten
 from pbc.fleet.wire import decode
 from pbc.runtime.parameters import checked_theta, initial_parameters
 
-STRATEGIES = ("fedavg", "fedprox", "fedadam")
+STRATEGIES = ("fedavg", "fedavgm", "fedprox", "fedadam")
 _MOMENTS = ("m_t", "v_t")
+_VELOCITY = "momentum_vector"
 # Those may differ when a fleet goes on.
 _FREE = ("rounds", "timeout_seconds")
 
@@ -39,6 +40,7 @@ class FleetOptions:
 
     fraction: of the nodes that train in a round; nodes: the least that must be there.
     mu: weight of fedprox's proximal term. eta: server's learning rate of fedadam.
+    server_momentum: of fedavgm (Hsu et al., 2019), beside the clients' own.
     secure: whether the server reads the sum of updates alone (pbc.fleet.masked).
     timeout_seconds: after which a round goes on without those that did not answer.
     """
@@ -50,6 +52,7 @@ class FleetOptions:
     nodes: int = 1
     mu: float = 0.01
     eta: float = 0.01
+    server_momentum: float = 0.5
     floor: float | None = None
     secure: bool = False
     protection: Protection = field(default_factory=Protection)
@@ -65,6 +68,10 @@ class FleetOptions:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.fraction <= 1:
             raise UsageError(f"the fraction is {self.fraction}; it must be above 0 and at most 1")
+        if not 0 < self.server_momentum < 1:
+            raise UsageError(
+                f"the server's momentum is {self.server_momentum}; it must be above 0 and below 1"
+            )
         if self.secure and self.protection.top_k is not None:
             raise UsageError("in a masked sum every value counts: secure goes without top-k")
         for name in ("mu", "eta", "timeout_seconds"):
@@ -83,6 +90,8 @@ class FleetOptions:
             "min_available_nodes": self.nodes,
             "arrayrecord_key": ARRAYS,
         }
+        if self.strategy == "fedavgm":
+            return FedAvgM(server_momentum=self.server_momentum, **kept)
         if self.strategy == "fedprox":
             return FedProx(proximal_mu=self.mu, **kept)
         if self.strategy == "fedadam":
@@ -118,16 +127,18 @@ def run(
     # Flower samples with Python's global generator.
     random.seed(options.seed + state.round)
     strategy, attendance = options._strategy(), Attendance(grid)
-    for name, value in state.moments.items():
-        setattr(strategy, name, value)
+    _set_moments(strategy, state)
     kind = np.float16 if options.protection.float16 else np.float32
     while state.round < options.rounds:
         begun, begun_cpu = perf_counter(), process_time()
         number = state.round + 1
         given = {name: value.astype(kind) for name, value in state.theta.items()}
         messages = list(strategy.configure_train(number, record(given), config(terms), attendance))
-        if options.strategy == "fedadam":  # which goes on from θ, not from what was sent of it
+        # Those that go on from θ do so from all of it, not from what was sent.
+        if options.strategy == "fedadam":
             strategy.current_arrays = state.theta
+        elif options.strategy == "fedavgm":
+            strategy.current_arrays = record(state.theta)
         down = size_bytes(messages[0].content)
         if options.secure:
             from pbc.fleet import masked  # Flower's older interface takes a while to import
@@ -149,15 +160,11 @@ def run(
             averaged, _ = strategy.aggregate_train(number, replies)
             assert averaged is not None, "somebody answered"
             new = {name: np.asarray(array.numpy()) for name, array in averaged.items()}
+            state.moments = _moments(strategy, list(new))
             state.theta = checked_theta(bundle, new, len(classes))
         else:
             tell(f"round {number}: nobody answered, θ stays")
         state.round = number
-        state.moments = {
-            name: {key: np.asarray(value) for key, value in found.items()}
-            for name in _MOMENTS
-            if (found := getattr(strategy, name, None))
-        }
         line = {
             "round": number,
             "asked": len(messages),
@@ -171,6 +178,24 @@ def run(
         state.save(root)
         tell(round_line(line, options.rounds))
     return state
+
+
+def _moments(strategy: Any, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Return what a strategy keeps between rounds, by the parameters' names."""
+    found = {
+        moment: {name: np.asarray(value) for name, value in kept.items()}
+        for moment in _MOMENTS
+        if (kept := getattr(strategy, moment, None))
+    }
+    if velocity := getattr(strategy, _VELOCITY, None):  # a list, in the parameters' order
+        found[_VELOCITY] = dict(zip(names, velocity, strict=True))
+    return found
+
+
+def _set_moments(strategy: Any, state: FleetState) -> None:
+    for moment, kept in state.moments.items():
+        ordered = [kept[name] for name in state.theta] if moment == _VELOCITY else kept
+        setattr(strategy, moment, ordered)
 
 
 def _taker(theta: Mapping[str, np.ndarray]) -> Callable[[int, Message], Answer]:

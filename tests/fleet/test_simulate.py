@@ -12,7 +12,7 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from flwr.app import Error, Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 from killing import Killed
 
 from pbc.cli import main
@@ -50,7 +50,7 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedadam"])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedprox", "fedadam"])
 def test_a_fleet_learns(fleet: Fleet, strategy: str) -> None:
     simulation = fleet.simulation(strategy=strategy, rounds=12, eta=0.1)
     state = simulation.run(fleet.root / "out")
@@ -77,7 +77,10 @@ def test_one_round_is_the_mean_by_photos(fleet: Fleet) -> None:
         np.testing.assert_allclose(state.theta[name], value, atol=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+KEPT = {"fedavg": set[str](), "fedavgm": {"momentum_vector"}, "fedadam": {"m_t", "v_t"}}
+
+
+@pytest.mark.parametrize("strategy", KEPT)
 def test_a_killed_server_goes_on(fleet: Fleet, strategy: str) -> None:
     """Its clients go with it here, and their momentum, so θ is not that of an unbroken run."""
     whole = fleet.simulation(strategy=strategy)
@@ -95,7 +98,7 @@ def test_a_killed_server_goes_on(fleet: Fleet, strategy: str) -> None:
     state = fleet.simulation(strategy=strategy).run(fleet.root / "killed")
     assert [line["round"] for line in metrics(fleet.root / "killed")] == [1, 2, 3, 4]
     assert state.round == straight.round == 4
-    assert set(state.moments) == ({"m_t", "v_t"} if strategy == "fedadam" else set())
+    assert set(state.moments) == KEPT[strategy]
     # Nothing is left to do.
     assert equal(fleet.simulation(strategy=strategy).run(fleet.root / "killed").theta, state.theta)
 
@@ -195,7 +198,7 @@ def test_a_node_that_refuses_the_terms_is_left_out(
 
 
 def test_strategies_are_flowers() -> None:
-    kinds = {"fedavg": FedAvg, "fedprox": FedProx, "fedadam": FedAdam}
+    kinds = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedprox": FedProx, "fedadam": FedAdam}
     for name, kind in kinds.items():
         assert type(FleetOptions(strategy=name)._strategy()) is kind
     with pytest.raises(
@@ -233,7 +236,14 @@ def test_the_commands(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"rounds": 0}, {"fraction": 0.0}, {"fraction": 1.5}, {"mu": -1.0}, {"timeout_seconds": 0.0}],
+    [
+        {"rounds": 0},
+        {"fraction": 0.0},
+        {"fraction": 1.5},
+        {"mu": -1.0},
+        {"timeout_seconds": 0.0},
+        {"server_momentum": 1.0},
+    ],
 )
 def test_values_that_cannot_be_meant(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
