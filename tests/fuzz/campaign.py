@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -177,6 +178,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="run this bundle alone, and print all of it")
     options = parser.parse_args()
+    # What was found until then is told when a limit of time is reached, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="pbc-fuzz-"))
     count = 0
     try:
@@ -190,6 +193,8 @@ def main() -> int:
             count += 1
             sys.stdout.write(f"{fault.case}: {fault.what}\n")
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.write("ended before all cases were run\n")
     finally:
         shutil.rmtree(folder)
     ends = ", ".join(f"{n} end with {s}" for s, n in sorted(campaign.statuses.items(), key=str))

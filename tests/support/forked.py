@@ -56,6 +56,7 @@ def run(words: Sequence[object], printed: Path) -> Ended:
 
 
 def _be_the_command(words: list[str], printed: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     handle = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
