@@ -74,7 +74,7 @@ def _without_wrapper(module: nn.Module, taken: list[str]) -> nn.Module:
     while True:
         kind = type(module)
         held = getattr(module, _HELD.get(kind.__name__, ""), None)
-        if held is None and kind.forward is nn.Module.forward:
+        if held is None and kind.forward is nn.Module.forward and "forward" not in vars(module):
             weighted = [c for c in module.children() if next(c.parameters(), None) is not None]
             held = weighted[0] if len(weighted) == 1 and not _is_list(module) else None
         if not isinstance(held, nn.Module):

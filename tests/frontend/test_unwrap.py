@@ -96,8 +96,19 @@ def test_what_is_not_wrapped_stays() -> None:
             scores: Tensor = self.model(self.module(x).mean((2, 3)))
             return scores
 
-    net = Pair()
-    assert unwrapped(net, "net") == (net, ())
+    class Chosen(nn.Module):
+        """Its forward is one of several, as that of a partial convolution of FasterNet."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3)
+            self.forward = self.forward_first
+
+        def forward_first(self, x: Tensor) -> Tensor:
+            return torch.cat([self.conv(x[:, :1]), x[:, 1:, 1:-1, 1:-1]], 1)
+
+    for net in (Pair(), Chosen()):
+        assert unwrapped(net, "net") == (net, ())
 
 
 def test_lazy_layers_get_their_sizes() -> None:
