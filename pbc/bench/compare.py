@@ -53,7 +53,8 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
     train = labelled_for(runtime.bundle, train)
     test = labelled_as(train.classes, test)
     options = _quick(options) if options.quick else options
-    batch = options.train.batch or int(runtime.bundle.manifest["batch"])
+    # The rate is that of the mini-batches, tuned where none was given.
+    batch = options.train.for_bundle(runtime.bundle).samples_per_batch
     if options.quick:
         train = _few(train, _QUICK_TRAIN, batch)
         test = _few(test, _QUICK_TEST, 1)

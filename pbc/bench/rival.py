@@ -46,8 +46,7 @@ class RivalSetting:
     @property
     def batch(self) -> int:
         """Samples per mini-batch."""
-        assert self.options.batch is not None
-        return self.options.batch
+        return self.options.samples_per_batch
 
     @property
     def objective(self) -> Objective:

@@ -16,7 +16,7 @@ from pbc.bench.report import html as report
 from pbc.bench.report import tables, verdict
 from pbc.bench.standings import FULL
 from pbc.cli.objective import objective_options
-from pbc.cli.options import PATH, batch, html_report, write, written
+from pbc.cli.options import PATH, batch_or_auto, html_report, write, written
 from pbc.cli.tables import as_json as json_option
 from pbc.cli.tables import console
 from pbc.cli.unsigned import unsigned
@@ -38,7 +38,7 @@ _DEFAULTS = TrainOptions()
 )
 @click.option("--seeds", type=int, default=3, show_default=True)
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
-@batch
+@batch_or_auto
 @click.option("--lr", type=float, help="Learning rate of all rivals.  [default: tuned for PET]")
 @objective_options
 @click.option("--head", default="auto", show_default=True,

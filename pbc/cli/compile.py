@@ -24,6 +24,7 @@ from pbc.cli.stages import StageLines
 from pbc.data import InputSpec
 from pbc.errors import UsageError
 from pbc.frontend.origin import nameless
+from pbc.runtime.routing.outlook import outlooks
 from pbc.util.interrupt import interrupted_by_sigterm
 from pbc.util.progress import reporting_to, telling
 from pbc.util.sizes import size_text
@@ -85,7 +86,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 )
 @click.option(
     "--axes",
-    default="precision,resolution,width",
+    default=",".join(compiler.CompileOptions().axes),
     show_default=True,
     metavar="LIST",
     help="What a cheaper level may give up.",
@@ -227,6 +228,9 @@ def _show_result(bundle: Bundle) -> None:
     click.echo(f"photos: {InputSpec.from_json(manifest['input']).words()}")
     _show_requires({**manifest["requires"], **manifest["by_hand"]})
     _show_notes(manifest["notes"])
+    if len(bundle.ladder) > 1:
+        for outlook in outlooks(manifest, bundle.ladder):
+            click.echo(outlook.told())
     size = sum(facts["size_bytes"] for facts in manifest["files"].values())
     click.echo(
         f"wrote {bundle.path} ({size_text(size)}); next: pbc train {bundle.path} PHOTOS -o OUT"

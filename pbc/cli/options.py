@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pbc.cli.number_or_auto import NumberOrAuto
 from pbc.errors import UsageError
 from pbc.util.atomic import replace_bytes
 
@@ -43,6 +44,12 @@ def write_private(path: Path, text: str, *, quiet: bool) -> None:
 
 html_report = written("--html", "html_out", help="Write a report to open in a browser.")
 batch = click.option("--batch", type=int, help="Samples per mini-batch.  [default: the bundle's]")
+batch_or_auto = click.option(
+    "--batch",
+    type=NumberOrAuto("samples"),
+    help="Samples per mini-batch; auto: 64 at a higher rate where features are kept.  "
+    "[default: the bundle's]",
+)
 threads = click.option(
     "--threads", type=int, help="Threads of the engine.  [default: the engine's choice]"
 )

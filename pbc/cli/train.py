@@ -19,8 +19,9 @@ from rich.text import Text
 from pbc.callbacks import together
 from pbc.cli.completion import plugins_of
 from pbc.cli.display import TrainDisplay
+from pbc.cli.number_or_auto import NumberOrAuto
 from pbc.cli.objective import objective_options
-from pbc.cli.options import batch, learning_rate, threads
+from pbc.cli.options import batch_or_auto, learning_rate, threads
 from pbc.cli.tables import console
 from pbc.cli.unsigned import unsigned
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
@@ -29,7 +30,7 @@ from pbc.data import images as photos_below
 from pbc.data.archive import is_zip
 from pbc.data.held_out import default_validation, train_and_validation
 from pbc.errors import PbcError
-from pbc.runtime.options import AUTO, TrainOptions
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
@@ -61,19 +62,6 @@ class _Val(click.ParamType[Any]):
         return share
 
 
-class _DeployLevel(click.ParamType[Any]):
-    """A level by its number, or `auto`."""
-
-    name = "LEVEL|auto"
-
-    def convert(self, value: Any, param: Any, context: Any) -> int | str:
-        if value == AUTO:
-            return AUTO
-        if not str(value).isdecimal():
-            self.fail(f"{value!r} is no level: expected a number from 0 on, or {AUTO}")
-        return int(value)
-
-
 @click.command()
 @click.argument("bundle", type=_PATH)
 @click.argument("data", type=_PATH)
@@ -87,7 +75,7 @@ class _DeployLevel(click.ParamType[Any]):
 )
 @click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
 @learning_rate
-@batch
+@batch_or_auto
 @objective_options
 @click.option(
     "--head",
@@ -107,6 +95,17 @@ class _DeployLevel(click.ParamType[Any]):
     "--time-budget", type=float, help="Seconds that the run may take.  [default: no limit]"
 )
 @click.option(
+    "--stop",
+    metavar="auto|TIME|ACCURACY",
+    help="End early: auto, when what is left would bring less than --max-accuracy-loss; a time "
+    "(90s, 5m); an accuracy on the held-out photos (95%).  [default: all epochs]",
+)
+@click.option(
+    "--patience",
+    type=int,
+    help="End when so many epochs brought nothing better on the held-out photos; keep the best.",
+)
+@click.option(
     "--fidelity-floor",
     type=float,
     help="Never route a sample to a level that is less faithful.  "
@@ -115,7 +114,7 @@ class _DeployLevel(click.ParamType[Any]):
 @click.option("--max-level", type=int, help="Route to no cheaper level.  [default: any]")
 @click.option(
     "--deploy-level",
-    type=_DeployLevel(),
+    type=NumberOrAuto("level"),
     default=_DEFAULTS.deploy_level,
     show_default=True,
     help="The level that the personal model runs at: one at which all photos are learnt from too, "
@@ -239,6 +238,8 @@ def train(
             )
     except KeyboardInterrupt:
         click.echo("interrupted: the same command with --resume goes on from here", err=True)
+        if Output(out).model.exists():
+            click.echo(f"what was learnt so far is a model that works: {out}", err=True)
         sys.exit(130)
     if result is not None:
         click.echo("\n".join(verdict(result, Output(out))))

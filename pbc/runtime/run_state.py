@@ -8,7 +8,7 @@ from typing import Any
 
 from pbc.runtime.loop import Totals
 from pbc.runtime.meter import STAGES
-from pbc.util.shapes import ShapeError, check, integer, list_of, number, record
+from pbc.util.shapes import ShapeError, check, flag, integer, list_of, number, record
 
 _TOTALS = record(
     {
@@ -29,7 +29,7 @@ class RunState:
 
     epoch, step: what is done, whole epochs and iterations of the epoch under way. rounds: begun.
     totals: of the epoch under way. spent_seconds: of the epochs that are done. late: whether the
-    time budget ended the run.
+    time budget ended the run; stopped: whether it had learnt enough.
     """
 
     totals: Totals
@@ -38,6 +38,7 @@ class RunState:
     rounds: int = 0
     spent_seconds: float = 0.0
     late: bool = False
+    stopped: bool = False
 
     @classmethod
     def at_start(cls, levels: int) -> RunState:
@@ -65,4 +66,7 @@ class RunState:
         if len(facts["totals"]["visits"]) != levels:
             raise ShapeError(f"totals are of {len(facts['totals']['visits'])} levels")
         names = ("epoch", "step", "rounds", "spent_seconds", "late")
-        return cls(Totals(**facts["totals"]), **{name: facts[name] for name in names})
+        stopped = facts.get("stopped", False)
+        check(stopped, flag, "stopped")
+        known = {name: facts[name] for name in names}
+        return cls(Totals(**facts["totals"]), **known, stopped=stopped)

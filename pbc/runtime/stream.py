@@ -53,7 +53,8 @@ class StreamTraining:
         interrupt: Interrupt,
     ) -> None:
         # What a second visit would need is off.
-        self._options = replace(options, epochs=1, cache="off", augment=0, time_budget=None)
+        options = replace(options, epochs=1, cache="off", augment=0, time_budget=None)
+        self._options = options.for_bundle(bundle)
         self._bundle = bundle
         bundle.ladder.require(self._options.fixed_level or 0)
         self._engine = engine
@@ -61,7 +62,7 @@ class StreamTraining:
         self._output = output
         self._report = report
         self._interrupt = interrupt
-        self._batch: int = options.batch or bundle.manifest["batch"]
+        self._batch = self._options.samples_per_batch
         keep_freed_memory()
         self._executable: Executable = guarded.load(engine, bundle, threads=options.threads)
         self._meter = Meter()

@@ -18,17 +18,15 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, start_epochs, stratified, told
 from pbc.runtime.engines import Engine, Executable, guarded
-from pbc.runtime.evaluation import Evaluation, evaluate
+from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
 from pbc.runtime.growing_model import GrowingModel
-from pbc.runtime.level_trial import LevelTrial, Tried
 from pbc.runtime.loop import DivergedError, Learner, Steps, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
-from pbc.runtime.options import AUTO, TrainOptions
+from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
-from pbc.runtime.output.personal import write_model
 from pbc.runtime.output.validation import Validation
 from pbc.runtime.parameters import (
     checked_theta,
@@ -37,6 +35,7 @@ from pbc.runtime.parameters import (
     labelled_for,
     other_classes,
 )
+from pbc.runtime.results import Results
 from pbc.runtime.resumption import Resumption, finite
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.decisions import Decisions
@@ -72,8 +71,8 @@ class Trainer:
         executable: Executable | None = None,
     ) -> None:
         """Take a run's parts; see `Runtime.trainer` for the optional ones."""
-        self.options = options
-        self.batch: int = options.batch or bundle.manifest["batch"]
+        self.options = options = options.for_bundle(bundle)
+        self.batch = options.samples_per_batch
         self.objective = options.objective
         self._bundle = bundle
         self._engine = engine
@@ -90,16 +89,14 @@ class Trainer:
         self._epochs = options.epochs
         # Set by prepare(); None where SGD alone makes the head.
         self._closed: ClosedHead | None = None
-        self._growing = GrowingModel(self._val, options.fixed_level or 0)
-        self._tried: tuple[Tried, ...] = ()
+        self._growing = GrowingModel.of(self._val, options, len(self._samples))
         self._selection: Selection | None = None
         self._metrics: Metrics
         self._run: Prepared
         self._learner: Learner
         self._resumption: Resumption
-        # 0 until `finish` decides, where that is left to it.
-        self._level = options.fixed_level or 0
-        bundle.ladder.require(self._level)
+        self._results: Results
+        bundle.ladder.require(options.fixed_level or 0)
 
     @property
     def epoch(self) -> int:
@@ -118,8 +115,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Return whether all epochs are done, or the time budget is."""
-        return self._state.late or self.epoch >= self._epochs
+        """Return whether all epochs are done, or the time budget is, or enough was learnt."""
+        return self._state.late or self._state.stopped or self.epoch >= self._epochs
 
     @property
     def cache_bytes(self) -> int:
@@ -184,17 +181,26 @@ class Trainer:
         self._closed = ClosedHead.find(
             self._bundle, self._executable, parameters, options, len(self._samples)
         )
+        self._require_held_out()
         if checkpoint is not None:
             with self._resumption.reading():
                 theta = checkpoint.part("theta")
                 parameters = checked_theta(self._bundle, theta, len(self._samples.classes))
         self._executable.start(parameters, self.objective)
         preparation = Preparation(self._context())
+        context = replace(self._context(), options=options)
+        self._results = Results(context, self._val, options.fixed_level or 0)
         known = None
         if checkpoint is not None:
             with self._resumption.reading():
                 known = Decisions.load(checkpoint, len(self._bundle.ladder), len(self._samples))
                 self._state = RunState.from_facts(checkpoint.facts, len(self._bundle.ladder))
+                if known.costs is None and preparation.context.scheduler_class.cost_aware:
+                    raise ValueError("it has no costs")
+                best = checkpoint.part("best")
+                if best:
+                    best = checked_theta(self._bundle, best, len(self._samples.classes))
+                self._growing.load(checkpoint.facts, best)
         self._run = preparation(known)
         # Measuring trained on the first samples: begin again.
         self._executable.start(parameters, self.objective)
@@ -224,6 +230,7 @@ class Trainer:
     def run_epoch(self) -> EpochReport:
         """Run to the end of the epoch under way, from its beginning or where it was left."""
         report, iterating_seconds = self._iterate()
+        self._judge_epoch()
         self._state.late = self._is_late(iterating_seconds)
         return self._end_epoch(report, last=self.finished)
 
@@ -248,56 +255,17 @@ class Trainer:
 
         Where `deploy_level` is auto, the level is chosen here; what that takes is no epoch's time.
         """
-        final: dict[str, Any] = {"final": True, "epochs": self.epoch}
-        if self.options.deploy_level == AUTO:
-            self._choose_level()
-        validation = None
-        if self._val is not None:
-            result = self.evaluate(self._val)
-            validation = Validation.of(result, self._val)
-            validation.save(self._output.validation)
-            final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
-        if self._closed is not None and self._closed.head is not None:
-            final["head"] = self._closed.head.facts()
-        if self._run.decisions.findings:
-            final["audit"] = [found.to_json() for found in self._run.decisions.findings]
-        self._write_model(final)
+        if self.options.patience is not None and self._growing.best:
+            self._executable.start(self._growing.best, self.objective)
+        head = None if self._closed is None else self._closed.head
+        validation, final = self._results.finish(self._run, self.epoch, head)
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
         return validation
 
-    def _write_model(self, metrics: Mapping[str, Any]) -> None:
-        write_model(
-            self._output,
-            self._bundle,
-            self.parameters(),
-            classes=self.classes,
-            batch=self.batch,
-            samples=len(self._samples),
-            options={**self.options.to_json(), **self.options.resolved(self.batch)},
-            fidelity_floor=self._run.floor,
-            metrics=metrics,
-            level=self._level,
-            levels=[tried.to_json() for tried in self._tried],
-        )
-
-    def _choose_level(self) -> None:
-        """Try the levels on the held-out samples, and go on with the one to deploy."""
-        if self._val is None:
-            self._report(Note("level 0 is deployed: no photos are held out to choose another by"))
-            return
-        self._write_model({"final": False, "epochs": self.epoch})  # for whoever stops meanwhile
-        trial = LevelTrial(self._context(), self._run, self._val, self.parameters())
-        self._tried = trial()
-        chosen = trial.cheapest(self._tried)
-        self._level = chosen.level
-        self._executable.start(chosen.theta, self.objective)
-        self._report(Note(trial.told(self._tried, chosen)))
-
     def evaluate(self, samples: Samples) -> Evaluation:
         """Evaluate the parameters as they are now; its time is not a part of training's."""
-        labelled = labelled_as(self._samples.classes, samples)
-        return evaluate(self._executable, labelled, self._level, self.batch)
+        return self._results.evaluate(samples)
 
     def save_checkpoint(self) -> None:
         """Write all that `prepare(resume=True)` needs; refuses parameters that are not finite."""
@@ -307,11 +275,13 @@ class Trainer:
             "scheduler": self._run.scheduler.state(),
             "decisions": self._run.decisions.arrays(),
             "closed": self._sums(),
+            "best": self._growing.best,
         }
         self._state.totals.seconds = dict(self._meter.seconds)
         facts = {
             **self._run.decisions.facts(),
             **self._state.facts(),
+            **self._growing.facts(),
             "selection": None if self._selection is None else self._selection.state(),
         }
         self._resumption.save(facts, parts)
@@ -346,6 +316,8 @@ class Trainer:
                 state.step += 1
                 totals.iterating_seconds = meter.total_seconds() - begun_seconds
                 self._after_step(loss, len(batches), planned)
+                if state.stopped:
+                    break
         except DivergedError as error:
             raise self._diverged(error, self.step + 1) from error
         if self._closed is not None and self._closed.complete:
@@ -401,15 +373,51 @@ class Trainer:
 
         Whoever stops here has one that works. Measuring it counts in no stage.
         """
-        if closed.head is None or not self._growing.is_new(closed.head):
-            return
-        with self.unmeasured():
-            judged = self._growing.judged(closed.head, self._executable, self.batch)
-        if judged is None:
+        if closed.head is None or closed.head is self._growing.shown:
             return
         visited = self._state.totals.samples
+        with self.unmeasured():
+            judged = self._growing.of_head(closed.head, visited, self._executable, self.batch)
+        self._stop(self._growing.reason_to_stop())
+        if judged is None:
+            return
         self._report(Note(f"after {visited} of {len(self._samples)} photos: {judged}"))
-        self._write_model({"final": False, "epochs": self.epoch, "visited": visited})
+        self._leave_model(visited)
+
+    def _leave_what_there_is(self) -> None:
+        """Leave a model of what was learnt so far, whatever comes of the rest."""
+        if self._closed is not None and self._closed.complete:
+            self._closed.settle(last=False)
+            self._leave(self._closed)
+        else:
+            visited = self._state.totals.samples
+            self._leave_model(visited)
+
+    def _leave_model(self, visited: int) -> None:
+        facts = {"final": False, "epochs": self.epoch, "visited": visited}
+        self._results.write(self._run.floor, facts)
+
+    def _judge_epoch(self) -> None:
+        """Judge what an epoch of steps ended with, where that decides how long the run is."""
+        if not self._growing.watched or self._learner is self._closed:
+            return
+        visited = self.epoch * len(self._samples)
+        with self.unmeasured():
+            self._growing.of_epoch(visited, self._executable, self.batch)
+        self._stop(self._growing.reason_to_stop())
+
+    def _stop(self, reason: str | None) -> None:
+        if reason is not None and not self._state.stopped:
+            self._state.stopped = True
+            self._report(Note(reason))
+
+    def _require_held_out(self) -> None:
+        """Refuse to judge epochs by nothing; sums judge themselves."""
+        summed = self._closed is not None and self._closed.complete
+        if self._growing.watched and self._val is None and not summed:
+            raise UsageError(
+                "patience and an early stop need held-out photos to judge by: give some (--val)"
+            )
 
     def _settle(self, closed: ClosedHead) -> None:
         """Make the head of all samples, and tell how it was judged."""
@@ -459,12 +467,13 @@ class Trainer:
         )
         if self._interrupt.requested:
             self.save_checkpoint()
-            if self._closed is not None and self._closed.complete:
-                self._closed.settle(last=False)
-                self._leave(self._closed)
+            self._leave_what_there_is()
             raise KeyboardInterrupt
         if self._closed is not None and self._closed.complete:
             self._leave(self._closed)
+        if self._growing.stop is not None:
+            spent = self._state.spent_seconds + self._meter.total_seconds()
+            self._stop(self._growing.stop.late(spent))
         if monotonic() - self._saved_at > self.options.checkpoint_seconds:
             self.save_checkpoint()
 
