@@ -152,6 +152,7 @@ class Align:
             program.request.seed,
             [level.keep for level in levels],
             [level.resolution for level in levels],
+            [level.merges for level in levels],
             calibration.samples.digest(),
         ]
         name = f"align-{number}"
@@ -167,7 +168,7 @@ def start_from_above(level: LevelGraphs, above: LevelGraphs, dims: Dims) -> None
 
 
 def _gives_up_more_than_precision(level: LevelGraphs) -> bool:
-    return bool(level.keep) or level.resolution is not None
+    return bool(level.keep) or level.resolution is not None or bool(level.merges)
 
 
 @torch.no_grad()

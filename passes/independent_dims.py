@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from pbc.ir.dim_rules import analyse
 from pbc.ir.program import Program
+from pbc.proxies.tokens import tokens_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class IndependentDims:
     Graphs stay as they are; `program.dims` gains every dimension of every frozen tensor, whether it
     is trainable-independent, and the reason for each that is not. Where nothing is independent
     (batch-norm tuning of a convnet trains something on every channel) the program is told so once,
-    in `program.notes`, and gets no proxies.
+    in `program.notes`, and gets no proxies, unless it is a transformer, whose tokens can be merged.
     """
 
     stage: ClassVar[str] = "analyse"
@@ -24,7 +25,7 @@ class IndependentDims:
     def __call__(self, program: Program) -> Program:
         dims = analyse(program.levels[0])
         notes = program.notes
-        if not dims.independent():
+        if not dims.independent() and tokens_of(program.levels[0], dims) is None:
             notes += (nothing_to_prune(program),)
         for operator, node in dims.unknown.items():
             notes += (

@@ -27,12 +27,13 @@ from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import boundary_nodes
 from pbc.proxies.resolution import macs
-from pbc.proxies.trial import reason_against, reason_of_failure, trial
+from pbc.proxies.tokens import tokens_of
+from pbc.proxies.trial import reason_against, reason_of_failure, trial, with_merges
 from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
 
-PRECISION, RESOLUTION, WIDTH = AXES = ("precision", "resolution", "width")
+PRECISION, RESOLUTION, TOKENS, WIDTH = AXES = ("precision", "resolution", "tokens", "width")
 # Common widths at which a latency is measured; between them it is interpolated.
 MEASURED_WIDTHS = np.linspace(1.0, 0.1, 10)
 # MACs follow from the sizes, at any width.
@@ -42,6 +43,9 @@ COUNTED_WIDTHS = np.linspace(1.0, 0.1, 181)
 RESOLUTIONS = (7 / 8, 3 / 4)
 FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
 RESOLUTION_ROUNDING = 16
+# Of a transformer's tokens, the shares that are merged after its first attention; further ones
+# merge less and less (docs/alignment.md).
+TOKEN_RATES = (1 / 32, 1 / 16, 3 / 32, 1 / 8)
 # A precision that saves less is not worth a level, nor are resolutions.
 WORTHWHILE = 0.9
 # What an int8 multiply-accumulate of a convolution costs of a float32 one where that is not
@@ -52,17 +56,22 @@ INT8_COST = 0.35
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a level, against the original's: a common width, a resolution and a precision."""
+    """The form of a level, against the original's.
+
+    width: common to all independent dimensions. merges: tokens that go after each attention.
+    """
 
     width: float = 1.0
     resolution: Size | None = None
     precision: str = FLOAT32
+    merges: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
         """The form as notes name it."""
         parts = [f"with {self.width:.0%} of the channels"] if self.width < 1 else []
         parts += ["at {}x{}".format(*self.resolution)] if self.resolution else []
+        parts += [f"with {sum(self.merges)} tokens merged"] if self.merges else []
         parts += [f"in {self.precision}"] if self.precision != FLOAT32 else []
         return " ".join(parts)
 
@@ -71,11 +80,12 @@ class Form:
 class PlanLevels:
     """Choose every level's form so that costs fall in even steps.
 
-    Three axes, given up in this order: precision (the first of those that the program's engine
+    Four axes, given up in this order: precision (the first of those that the program's engine
     offers and that is measured to be faster on this machine; a bfloat16 level needs no weights of
     its own, an int8 level rounds its prefix, see `quantize`), resolution (fewer pixels, where the
-    frozen prefix pools them away), width (all independent dimensions shrink by one common width,
-    rounded to `rounding`, 0 meaning 16 where there are depthwise convolutions, else 8; of an
+    frozen prefix pools them away), tokens (a transformer's most alike ones become one, see
+    `merge-tokens`; more and more of them), width (all independent dimensions shrink by one common
+    width, rounded to `rounding`, 0 meaning 16 where there are depthwise convolutions, else 8; of an
     attention the head size shrinks, the number of heads stays).
 
     Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
@@ -90,7 +100,7 @@ class PlanLevels:
     rounding makes equal to the one above is dropped and noted. Where nothing can be given up, or
     nothing frozen sends what trains, level 0 is the only one, whatever a timing says.
 
-    axes: those that may be used, of "precision", "resolution", "width". cost: a file that
+    axes: those that may be used, of "precision", "resolution", "tokens", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options. trials: False
     plans forms untried, in seconds; of those that fail, a compilation makes no level.
     """
@@ -180,7 +190,7 @@ def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, flo
     """The form on the path that costs `goal`, or as near as its steps allow, with its cost."""
     below = min(int(np.searchsorted(-costs, -goal)), len(path) - 1)
     above = max(below - 1, 0)
-    if path[above].resolution == path[below].resolution:
+    if replace(path[above], width=path[below].width) == path[below]:
         known = costs[[below, above]]
         width = np.interp(goal, known, [path[below].width, path[above].width])
         return replace(path[below], width=float(width)), float(goal)
@@ -208,10 +218,11 @@ class _Planner:
         self._rounding = rounding or (16 if has_depthwise(*self._original.frozen) else 8)
         self.whole = self._dims.macs()
         self._pixels: dict[Size | None, float] = {None: 1.0}
+        self._tokens: dict[tuple[int, ...], float] = {(): 1.0}
         # Why there can be no level of a form, empty where there can.
         self._tried: dict[Form, str] = {}
         # What the engine was asked to convert: another width is converted alike.
-        self._converted: set[tuple[Size | None, str]] = set()
+        self._converted: set[tuple[Size | None, tuple[int, ...], str]] = set()
 
     @property
     def frozen(self) -> bool:
@@ -242,7 +253,7 @@ class _Planner:
     def _reason_against(self, form: Form) -> str:
         """One line, empty where there is none."""
         if form not in self._tried:
-            kind = (form.resolution, form.precision)
+            kind = (form.resolution, form.merges, form.precision)
             new = kind not in self._converted
             self._converted.add(kind)
             plan = self._shape(form)
@@ -288,12 +299,23 @@ class _Planner:
             if smaller and self.macs(Form(resolution=smaller[-1])) <= WORTHWHILE * self.whole:
                 resolutions += smaller
         forms = [Form(1.0, resolution, precision) for resolution in resolutions]
+        if TOKENS in axes and len(resolutions) == 1:
+            forms += [replace(forms[-1], merges=merges) for merges in self._merges(forms[-1])]
         if wide:
             widths = MEASURED_WIDTHS if self.cost_model == LATENCY else COUNTED_WIDTHS
             narrower = [replace(forms[-1], width=float(width)) for width in widths[1:]]
             if self.runnable(narrower[-1:]):
                 forms += narrower
         return forms
+
+    def _merges(self, form: Form) -> list[tuple[int, ...]]:
+        """What may be merged after each attention, more and more of it."""
+        tokens = tokens_of(self._original, self._dims)
+        if tokens is None:
+            return []
+        plans = dict.fromkeys(tokens.schedule(rate) for rate in TOKEN_RATES)
+        found = self.runnable([replace(form, merges=plan) for plan in plans if any(plan)])
+        return [one.merges for one in found]
 
     def _resolutions(self, shares: Sequence[float]) -> list[Size]:
         graph = self._original.prefix
@@ -325,7 +347,7 @@ class _Planner:
 
     def _shape(self, form: Form) -> LevelPlan:
         """The same before anything is known of its cost."""
-        return LevelPlan(self.sizes(form), 1.0, 0.0, form.precision, form.resolution)
+        return LevelPlan(self.sizes(form), 1.0, 0.0, form.precision, form.resolution, form.merges)
 
     def sizes(self, form: Form) -> Sizes:
         return uniform_sizes(self._dims, form.width, self._rounding)
@@ -337,7 +359,15 @@ class _Planner:
             before, after = macs(prefix), macs(prefix, form.resolution)
             # Only the prefix shrinks: what it sends has its full size again.
             self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
-        return self._dims.macs(self.sizes(form)) * self._pixels[form.resolution]
+        if form.merges not in self._tokens:
+            level = replace(self._original, merges=form.merges)
+            fewer = with_merges(level, self._original, self._dims)
+            before, after = (
+                sum(macs(graph) for graph in one.frozen) for one in (self._original, fewer)
+            )
+            self._tokens[form.merges] = after / before
+        pixels, tokens = self._pixels[form.resolution], self._tokens[form.merges]
+        return self._dims.macs(self.sizes(form)) * pixels * tokens
 
     def costs(self, forms: Sequence[Form]) -> np.ndarray:
         """Costs relative to the original's; NaN for a form that the engine cannot run."""

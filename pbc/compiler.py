@@ -68,7 +68,7 @@ class CompileOptions:
     data: Path | None = None
     levels: int = 4
     min_cost: float = 0.3
-    axes: tuple[str, ...] = ("precision", "resolution", "width")
+    axes: tuple[str, ...] = ("precision", "resolution", "tokens", "width")
     importance: str = "magnitude"
     cost: Path | None = None
     engine: str | None = None

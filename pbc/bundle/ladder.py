@@ -24,6 +24,10 @@ LATENCY = "latency"
 PROFILE = "profile"
 
 
+# Fields that bundles of earlier versions lack.
+_LATER = {"merged_tokens"}
+
+
 @dataclass(frozen=True)
 class Level:
     """One rung: what running the frozen part at this level costs and how faithful it is.
@@ -40,6 +44,7 @@ class Level:
     resolution: height and width that the images are reduced to first; None leaves them alone.
     accuracy_loss: points of accuracy that training at this level alone costs on pseudo-tasks;
         None where it was not measured.
+    merged_tokens: how many of a transformer's tokens become one with others on the way.
     """
 
     level: int
@@ -51,6 +56,7 @@ class Level:
     precision: str = FLOAT32
     resolution: tuple[int, int] | None = None
     accuracy_loss: float | None = None
+    merged_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Ladder:
         """Read the manifest's `levels`; raises PbcError when they are not a ladder."""
         names = {field.name for field in fields(Level)}
         for row in rows:
-            if set(row) != names:
+            if not names - _LATER <= set(row) <= names:
                 raise PbcError(
                     f"a level in the manifest has the fields {sorted(row)}; "
                     f"expected {sorted(names)}"

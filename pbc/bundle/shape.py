@@ -77,7 +77,8 @@ _LEVEL = record(
         "precision": one_of(FLOAT32, BFLOAT16, INT8),
         "resolution": maybe(list_of(integer(1, 2**16), 2, 2)),
         "accuracy_loss": maybe(number()),
-    }
+    },
+    {"merged_tokens": integer(0, 2**16)},
 )
 _BLOCK = record({"name": _NAME, "values": integer(), "trained": integer()}, more=True)
 _TARGET = record(

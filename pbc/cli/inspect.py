@@ -243,9 +243,17 @@ def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:
             "-" if lost is None else f"{lost:.1f}",
             row["status"],
             row["precision"],
-            "" if row["resolution"] is None else "{}x{}".format(*row["resolution"]),
+            _gives_up(row),
         )
     console().print(table)
+
+
+def _gives_up(row: dict[str, Any]) -> str:
+    """Return the resolution of a level's images, and how many tokens are merged."""
+    parts = [] if row["resolution"] is None else ["{}x{}".format(*row["resolution"])]
+    if row.get("merged_tokens"):
+        parts.append(f"{row['merged_tokens']} tokens merged")
+    return ", ".join(parts)
 
 
 def _show_dims(table: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class LevelPlan:
 
     sizes: of each dimension that shrinks, by its name. cost: relative to level 0. macs:
     multiply-accumulates of one sample. resolution: what images are reduced to; None leaves them.
+    merges: how many tokens are merged after each attention; empty where none are.
     """
 
     sizes: Mapping[str, int]
@@ -40,6 +41,7 @@ class LevelPlan:
     macs: float
     precision: str = FLOAT32
     resolution: Size | None = None
+    merges: tuple[int, ...] = ()
 
     def rung(self, level: int) -> Level:
         """Return the level as the manifest has it."""
@@ -52,6 +54,7 @@ class LevelPlan:
             status=UNALIGNED,
             precision=self.precision,
             resolution=self.resolution,
+            merged_tokens=sum(self.merges),
         )
 
 
@@ -61,7 +64,8 @@ class LevelGraphs:
 
     prefix: images to features; None where the trainable part starts at the input. body: features
     and θ to logits. forward, updates: the derived step, by optimizer, once there is one.
-    keep: the plan: which indices stay of each dimension that shrank.
+    keep: the plan: which indices stay of each dimension that shrank. merges: likewise, how many
+    tokens are merged after each attention.
     cost, latency_ms, macs, fidelity, status, precision, resolution, accuracy_loss: see
     pbc.bundle.ladder.Level.
     """
@@ -79,6 +83,7 @@ class LevelGraphs:
     precision: str = FLOAT32
     resolution: Size | None = None
     accuracy_loss: float | None = None
+    merges: tuple[int, ...] = ()
 
     @property
     def graphs(self) -> dict[GraphName, GraphModule]:
@@ -142,6 +147,7 @@ class LevelGraphs:
             precision=self.precision,
             resolution=self.resolution,
             accuracy_loss=self.accuracy_loss,
+            merged_tokens=sum(self.merges),
         )
 
 

@@ -117,15 +117,18 @@ def drop_unused(graph: GraphModule) -> None:
     graph.recompile()
 
 
-def cut_at(graph: GraphModule, names: Sequence[str]) -> GraphModule:
+def cut_at(
+    graph: GraphModule, names: Sequence[str], titles: Sequence[str] | None = None
+) -> GraphModule:
     """Return a copy that returns the named nodes, and computes no more than they need.
 
-    The inputs stay, all but the trainable parameters that are not read any more.
+    titles: what the outputs are called, by default as the nodes. The inputs stay, all but the
+    trainable parameters that are not read any more.
     """
     cut = copy_graph(graph)
     by_name = {node.name: node for node in cut.graph.nodes}
     output_node(cut).args = (tuple(by_name[name] for name in names),)
-    name_outputs(cut, names)
+    name_outputs(cut, names if titles is None else titles)
     cut.graph.eliminate_dead_code()
     for node in placeholders(cut):
         if PARAMETER in node.meta and not node.users:

@@ -25,7 +25,8 @@ from pbc.ir.dims import channel_axes
 from pbc.ir.graph import PARAMETER, output_names, output_nodes, parameter_names, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.ir.rewrite import copy_graph, cut_at, to_buffer
+from pbc.ir.rewrite import copy_graph, to_buffer
+from pbc.proxies.tokens import cut_unmerged
 
 
 class UpToInterface(nn.Module):
@@ -48,16 +49,16 @@ class UpToInterface(nn.Module):
         self.prefix = None if level.prefix is None else copy_graph(level.prefix)
         self._sent = len(level.sent)
         if level.prefix is not None and inside is not None:
-            self.prefix = cut_at(level.prefix, [*output_names(level.prefix), inside])
+            self.prefix = cut_unmerged(level.prefix, [*output_names(level.prefix), inside])
         self.body: GraphModule | None = None
         self.theta: list[Tensor] = []
         boundary = boundary_nodes(program.levels[0].body)
         self._read = len(boundary)
         if boundary or logits:
             scores = output_names(level.body) if logits else []
-            self.body = cut_at(level.body, [*boundary, *scores])
+            self.body = cut_unmerged(level.body, [*boundary, *scores])
             # What lies behind the interface is every level's alike.
-            before = tensor_names(cut_at(level.body, boundary)) if boundary else []
+            before = tensor_names(cut_unmerged(level.body, boundary)) if boundary else []
             for name in set(tensor_names(self.body)) - set(before):
                 to_buffer(self.body, name)
             names = parameter_names(self.body)

@@ -106,14 +106,14 @@ def macs(graph: GraphModule, size: Size | None = None) -> float:
 
     Raises RuntimeError (torch's own) where a layer is built for another resolution.
     """
-    (image,) = placeholders(graph)
-    shape = [*shape_of(image)]
-    shape[2:] = shape[2:] if size is None else size
+    shapes = [[*shape_of(node)] for node in placeholders(graph)]
+    if size is not None:
+        shapes[0][2:] = size
     # On fake tensors of its own: counting would make the program's symbolic batch a constant.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
-        graph(torch.empty(shape))
-    return float(counter.get_total_flops()) / 2 / shape[0]
+        graph(*[torch.empty(shape) for shape in shapes])
+    return float(counter.get_total_flops()) / 2 / shapes[0][0]
 
 
 def _resize(graph: GraphModule, node: Node, size: Size) -> Node:

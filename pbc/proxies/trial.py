@@ -21,6 +21,7 @@ from pbc.lower.backend import backend
 from pbc.proxies.fidelity import UpToInterface, dtype_of, in_precision, precision_of
 from pbc.proxies.quantization import quantized
 from pbc.proxies.resolution import reduced
+from pbc.proxies.tokens import merged, tokens_of
 
 # Of the largest value: what a sample's features may change by with what shares its batch. Kernels
 # differ from batch to batch by rounding; samples that are mixed up differ by their whole size.
@@ -56,7 +57,7 @@ def reason_of_failure(attempt: Callable[[], object], *refusals: type[Exception])
 def proxy(
     original: LevelGraphs, plan: LevelPlan, dims: Dims, keep: Keep, *, shapes: bool = True
 ) -> LevelGraphs:
-    """Return the level that keeps these indices, in float32 still.
+    """Return the level that keeps these indices, in float32 and with all tokens still.
 
     shapes: as `slice_graph` has it.
     """
@@ -74,6 +75,7 @@ def proxy(
         macs=plan.macs,
         precision=plan.precision,
         resolution=plan.resolution,
+        merges=plan.merges,
     )
 
 
@@ -84,9 +86,19 @@ def rounded(level: LevelGraphs, images: Tensor) -> LevelGraphs:
     return replace(level, prefix=quantized(level.prefix, images))
 
 
+def with_merges(level: LevelGraphs, original: LevelGraphs, dims: Dims) -> LevelGraphs:
+    """Return a level with its tokens merged as it says; any other as it is."""
+    if not any(level.merges):
+        return level
+    tokens = tokens_of(original, dims)
+    assert tokens is not None, "tokens are planned where there are some"
+    return merged(level, tokens, dims)
+
+
 def trial(program: Program, plan: LevelPlan, dims: Dims) -> LevelGraphs:
     """Return a level of a plan, to be run and forgotten."""
     level = proxy(program.levels[0], plan, dims, first_indices(plan), shapes=False)
+    level = with_merges(level, program.levels[0], dims)
     return rounded(level, program.network.example)
 
 
@@ -106,7 +118,8 @@ def reason_against(program: Program, plan: LevelPlan, dims: Dims, *, engine: boo
 
     def attempt() -> None:
         level = proxy(program.levels[0], plan, dims, first_indices(plan))
-        if level.keep or level.resolution is not None:
+        level = with_merges(level, program.levels[0], dims)
+        if level.keep or level.resolution is not None or level.merges:
             _require_independent(program, level)
             _require_gradients(program, level)
         level = rounded(level, program.network.example)

@@ -102,7 +102,15 @@ class TrainOptions:
         ):
             if value not in known:
                 raise UsageError(suggest(kind, value, known))
-        names = ("epochs", "batch", "cache_mb", "threads", "prefix_batch", "select_every", "patience")
+        names = (
+            "epochs",
+            "batch",
+            "cache_mb",
+            "threads",
+            "prefix_batch",
+            "select_every",
+            "patience",
+        )
         for name in names:
             number = getattr(self, name)
             if name == "batch" and number == AUTO:

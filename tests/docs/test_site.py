@@ -35,6 +35,6 @@ def test_the_site_builds_strictly(root: Path, tmp_path: Path) -> None:
 def test_the_chart_shows_what_is_in_its_file(root: Path, tmp_path: Path) -> None:
     assets = root / "docs" / "assets"
     drawn = tmp_path / "demo.svg"
-    command = [sys.executable, str(root / "docs" / "chart.py"), str(assets / "demo.json"), drawn]
-    subprocess.run(command, check=True)
+    command = [sys.executable, str(root / "docs" / "chart.py"), str(assets / "demo.json")]
+    subprocess.run([*command, str(drawn)], check=True)
     assert drawn.read_text() == (assets / "demo.svg").read_text()

@@ -1,0 +1,240 @@
+"""Tokens that are merged: against a plain writing of the method, and as levels on every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from networks import AttentionNet, ConvNet, Kind, analysed, split
+from onnx_checks import assert_logits
+from torch import Tensor, nn
+
+from pbc.ir.dim_rules import dims_of
+from pbc.ir.graph import shape_of
+from pbc.ir.levels import LevelPlan
+from pbc.ir.program import Program
+from pbc.lower.backend import backend
+from pbc.passes.derive_train_step import DeriveTrainStep
+from pbc.passes.merge_tokens import MergeTokens
+from pbc.passes.plan_levels import PlanLevels
+from pbc.passes.prune_dims import PruneDims
+from pbc.proxies.fidelity import UpToInterface
+from pbc.proxies.tokens import cut_unmerged, tokens_of
+from pbc.testing import (
+    assert_gradients,
+    assert_unchanged,
+    gradients,
+    run_passes,
+    with_request,
+)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each beside what goes around it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
+        x = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return x
+
+
+class TokenNet(nn.Module):
+    """A class token and 16 of the image, three blocks; the class token is classified."""
+
+    def __init__(self, width: int = 16, heads: int = 2, depth: int = 3) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.cls = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width))
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
+class OneBlock(TokenNet):
+    """The same with one block, which is compiled sooner."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+
+def plainly(net: TokenNet, x: Tensor, merges: Sequence[int]) -> Tensor:
+    """The same network with tokens merged, one image and one token at a time."""
+    rows = []
+    for image in x:
+        t = net.patch(image[None]).flatten(2).transpose(1, 2)
+        t = (torch.cat([net.cls, t], 1) + net.position)[0]
+        sizes = torch.ones(len(t))
+        for block, gone in zip(net.blocks, merges, strict=True):
+            assert isinstance(block, Block)
+            qkv = block.qkv(block.norm1(t)).reshape(len(t), 3, block.heads, -1)
+            q, k, v = qkv.permute(1, 2, 0, 3)
+            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5 + sizes.log()
+            y = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(t), -1)
+            t = t + block.proj(y)
+            t, sizes = merged_one_by_one(t, sizes, k.mean(0), gone)
+            t = t + block.down(nn.functional.gelu(block.up(block.norm2(t))))
+        rows.append(net.head(net.norm(t)[0]))
+    return torch.stack(rows)
+
+
+def merged_one_by_one(t: Tensor, sizes: Tensor, key: Tensor, gone: int) -> tuple[Tensor, Tensor]:
+    key = key / key.norm(dim=-1, keepdim=True)
+    first, second = range(1, len(t), 2), list(range(2, len(t), 2))
+    likeness = {i: max((float(key[i] @ key[j]), j) for j in second) for i in first}
+    order = sorted(first, key=lambda i: -likeness[i][0])
+    sums, counts = t * sizes[:, None], sizes.clone()
+    for i in order[:gone]:
+        j = likeness[i][1]
+        sums[j] = sums[j] + t[i] * sizes[i]
+        counts[j] = counts[j] + sizes[i]
+    stay = [0, *order[gone:], *second]
+    return (sums / counts[:, None])[stay], counts[stay]
+
+
+def merged(kind: Kind, strategy: str, *merges: int) -> Program:
+    """Level 1 merges tokens, as a plan that a pass made would have it."""
+    program = analysed(kind, strategy)
+    plan = LevelPlan({}, 0.8, 1.0, merges=merges)
+    return run_passes(replace(program, plans=(plan,)), PruneDims(), MergeTokens())
+
+
+@pytest.mark.parametrize("merges", [(1, 0, 0), (5, 3, 0), (7, 4, 2)])
+def test_it_is_the_method_as_published(merges: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = TokenNet().eval()
+    program = merged(lambda: net, "linear-probe", *merges)
+    images = program.network.example
+    with torch.no_grad():
+        features = program.levels[1].features(images)["feature_0"]
+        found = net.head(features)
+        assert torch.allclose(found, plainly(net, images, merges), atol=1e-5)
+        assert not torch.allclose(found, net(images), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy", "role"),
+    [
+        (TokenNet, "linear-probe", "prefix"),
+        (TokenNet, "last-k:1", "prefix"),
+        (TokenNet, "adapters:3", "body"),
+        (TokenNet, "norm", "body"),
+        (AttentionNet, "bias", "body"),
+    ],
+)
+def test_tokens_are_merged_where_most_attentions_are(kind: Kind, strategy: str, role: str) -> None:
+    program = split(kind, strategy)
+    tokens = tokens_of(program.levels[0], dims_of(program))
+    assert tokens is not None
+    assert str(tokens.role) == role
+    assert tokens.leading == (kind is TokenNet)
+    schedule = tokens.schedule(1 / 8)
+    assert schedule[0] == round(tokens.count / 8)
+    assert list(schedule) == sorted(schedule, reverse=True)
+
+
+def test_a_graph_returns_all_tokens_again() -> None:
+    program = merged(TokenNet, "last-k:1", 5, 3)
+    (level0, level1) = program.levels
+    images = program.network.example
+    assert level1.prefix is not None
+    with torch.no_grad():
+        (sent,), (original,) = level1.prefix(images), level0.features(images).values()
+    assert sent.shape == original.shape
+    distinct = [len(np.unique(np.round(one.numpy(), 5), axis=0)) for one in sent]
+    assert distinct == [17 - 8] * len(images)
+    assert level1.body is level0.body or str(level1.body.graph) == str(level0.body.graph)
+
+
+def test_what_trains_in_blocks_sees_fewer_tokens() -> None:
+    program = merged(TokenNet, "adapters:3", 5, 3)
+    nodes = program.levels[1].body.graph.nodes
+    shapes = [shape_of(node) for node in nodes if isinstance(node.meta.get("val"), Tensor)]
+    assert {17, 12, 9} <= {shape[1] for shape in shapes if len(shape) == 3 and shape[2] == 16}
+    interface = UpToInterface(program, program.levels[1])
+    images = program.network.example
+    with torch.no_grad():
+        wanted = [value.shape for value in UpToInterface(program, program.levels[0])(images)]
+        assert [value.shape for value in interface(images)] == wanted
+
+
+def test_the_original_and_its_gradients_stay() -> None:
+    program = analysed(TokenNet, "norm")
+    plan = LevelPlan({}, 0.8, 1.0, merges=(5, 3, 0))
+    before = run_passes(replace(program, plans=(plan,)), PruneDims())
+    after = assert_unchanged(MergeTokens(), before)
+    assert_gradients(
+        gradients(replace(after, levels=after.levels[:1])),
+        gradients(replace(before, levels=before.levels[:1])),
+    )
+
+
+def test_equal_tokens_lose_nothing() -> None:
+    program = merged(TokenNet, "linear-probe", 6, 4, 0)
+    level = program.levels[1]
+    for tensor in ("position", "patch.weight"):  # all of the image's tokens are one
+        for one in program.levels:
+            assert one.prefix is not None
+            dict(one.prefix.named_parameters())[tensor].data.mul_(0)
+    images = program.network.example
+    with torch.no_grad():
+        wanted = program.levels[0].features(images)["feature_0"]
+        assert torch.allclose(level.features(images)["feature_0"], wanted, atol=1e-5)
+
+
+def test_a_network_without_tokens_stays() -> None:
+    program = split(ConvNet, "linear-probe")
+    assert tokens_of(program.levels[0], dims_of(program)) is None
+    after = assert_unchanged(MergeTokens(), program)
+    assert after.text() == program.text()
+    node = next(n.name for n in program.levels[0].frozen[0].graph.nodes if n.op == "call_function")
+    assert cut_unmerged(program.levels[0].frozen[0], [node])
+
+
+def test_strategies_without_a_prefix_get_levels() -> None:
+    program = analysed(TokenNet, "norm")
+    elsewhere = replace(program.request.target, local=False)
+    program = replace(program, request=replace(program.request, target=elsewhere))
+    planned = run_passes(program, PlanLevels(levels=2, axes=("tokens",)))
+    merges = [plan.merges for plan in planned.plans]
+    assert all(any(plan) for plan in merges)
+    assert [sum(plan) for plan in merges] == sorted(sum(plan) for plan in merges)
+    assert all(0.4 < plan.cost < 1 for plan in planned.plans)
+    assert not any("nothing to prune" in note for note in planned.notes)
+
+
+@pytest.mark.parametrize("engine", ["pytorch", "onnxruntime", "tvm"])
+def test_every_engine_takes_merged_graphs(engine: str) -> None:
+    program = with_request(merged(OneBlock, "norm", 5), engine=engine)
+    graphs = {role.at(1): graph for role, graph in program.levels[1].graphs.items()}
+    backend(engine).lowering().try_graphs(program, graphs)
+
+
+def test_onnxruntime_computes_the_same() -> None:
+    assert_logits(merged(OneBlock, "norm", 5), 1, 1e-5)
+
+
+def test_the_derived_step_is_torch_s() -> None:
+    program = with_request(merged(OneBlock, "norm", 5), engine="onnxruntime")
+    derived = run_passes(program, DeriveTrainStep())
+    assert max(derived.checks["train_step"]["1"].values()) < 1e-4
