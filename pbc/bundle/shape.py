@@ -236,6 +236,8 @@ def _check_sizes(manifest: Mapping[str, Any]) -> None:
     _, height, width = manifest["input"]["shape"]
     if height * width > _MOST_PIXELS:
         raise ShapeError(f"input.shape has {height * width} pixels; at most {_MOST_PIXELS} are run")
+    if not manifest["features"]:
+        raise ShapeError("features is empty; a body reads at least one")
     for name, sizes in manifest["features"].items():
         if math.prod(sizes) > _MOST_FEATURE_VALUES:
             raise ShapeError(
