@@ -53,8 +53,8 @@ SMALLER = {
     "bench": "--rivals pet,pbc --seeds 1 --epochs 1 --lr 0.01 --no-torch-compile --overwrite",
     "audit": "--rounds 1",
 }
-# These need a board or a package of 300 MB: they are read as far as their options.
-ELSEWHERE = ("deploy", "fleet", "--on", "--cost")
+# These need a board, a package of 300 MB or minutes: they are read as far as their options.
+ELSEWHERE = ("deploy", "fleet", "profile", "--on", "--cost")
 
 
 def commands(document: Path) -> Iterator[list[str]]:
