@@ -510,9 +510,10 @@ def test_a_disk_that_is_full_while_an_entry_is_made(
 def test_a_file_that_is_no_graph(tmp_path: Path, name: str) -> None:
     executable = changed(tmp_path, {f"onnx/{name}.onnx": b"nonsense"})
     executable.start(theta(), Objective())
-    with pytest.raises(PbcError, match=rf"cannot load onnx/{name}\.onnx: ") as caught:
+    graph = name.replace("-", "/")
+    words = rf"graph {graph} of .*c\.pbc cannot be loaded: it is no ONNX model, or cut short$"
+    with pytest.raises(PbcError, match=words):
         executable.logits(0, executable.prefix(0, images()))
-    assert "\n" not in str(caught.value)
 
 
 def test_an_operator_that_onnxruntime_does_not_have(tmp_path: Path) -> None:
@@ -523,9 +524,9 @@ def test_an_operator_that_onnxruntime_does_not_have(tmp_path: Path) -> None:
     model = onnx.load_from_string(graph.model())
     model.opset_import.add(domain="acme", version=1)
     executable = changed(tmp_path, {"onnx/body-0.onnx": model.SerializeToString()})
-    with pytest.raises(PbcError, match=r"cannot load onnx/body-0\.onnx: .*Teleport") as caught:
+    words = r"graph body/0 of .*c\.pbc cannot be loaded: it has an operator of 'acme'$"
+    with pytest.raises(PbcError, match=words):
         executable.logits(0, {"flat": np.zeros((1, 8), np.float32)})
-    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_are_too_short(tmp_path: Path) -> None:

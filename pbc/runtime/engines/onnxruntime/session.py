@@ -52,17 +52,16 @@ class SessionGraph:
 
         The binding is a new one each time: a used one would write into the outputs that it gave.
         """
+        if unknown := [name for name in self._inputs if name not in values]:
+            raise PbcError(
+                f"{self._title} reads {unknown[0]!r}, which this pbc does not know: upgrade pbc"
+            )
         if self._bounds is not None:
-            given = {name: values[name] for name in self._inputs if name in values}
-            self._bounds.check({name: _shape(value) for name, value in given.items()})
+            self._bounds.check({name: _shape(values[name]) for name in self._inputs})
             self._bounds = None
         binding = self._session.io_binding()
         held = []  # a bound array is read where it is
         for name in self._inputs:
-            if name not in values:
-                raise PbcError(
-                    f"{self._title} reads {name!r}, which this pbc does not know: upgrade pbc"
-                )
             value = values[name]
             if isinstance(value, np.ndarray):
                 held.append(aligned(value))
