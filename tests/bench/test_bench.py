@@ -78,7 +78,7 @@ def lines_of(log: Path) -> list[dict[str, Any]]:
 def test_every_rival_runs_in_turn(match: Path) -> None:
     lines = [line for line in (match / "stderr").read_text().splitlines() if "epoch" in line]
     rivals = {"full", "pbc", "pbc-nocache", "pet", "pet-bf16", "pet-cache", "piebridge"}
-    rivals |= {"pet-cache-closed"}
+    rivals |= {"pet-cache-closed", "prunetrain"}
     # Full training was told to run one epoch, and a closed form needs no second.
     assert len(lines) == 2 * (2 * len(rivals) - 2)
     first = {line.split()[4] for line in lines[: len(rivals)]}
