@@ -103,8 +103,8 @@ def test_passes_are_listed_as_they_run() -> None:
     own = [row for row in rows if row["group"] == "pbc.passes"]
     assert [row["name"] for row in own] == [
         "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels",
-        "prune-dims", "align", "fold-batch-norm", "quantize", "prune-weights", "cluster-weights",
-        "fit-accuracy-map", "learn-policy", "derive-train-step", "lower",
+        "prune-dims", "merge-tokens", "align", "fold-batch-norm", "quantize", "prune-weights",
+        "cluster-weights", "fit-accuracy-map", "learn-policy", "derive-train-step", "lower",
     ]  # fmt: skip
     asked_for = ["prune-weights", "cluster-weights"]
     built = pipeline.build({}, asked_for).passes
@@ -140,7 +140,7 @@ def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[...
         "(before", "prune-dims;", "only", "--with", "shrink)", "acme", "1.2.3",
     ]  # fmt: skip
     assert lines[lines.index(line) + 1].startswith("prune-dims")
-    assert "  align, derive-train-step" in (listed := run("plugins").stdout)
+    assert "  align, cluster-weights, derive-train-step" in (listed := run("plugins").stdout)
     assert "shrink (acme 1.2.3)" in listed
 
 

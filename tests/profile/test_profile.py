@@ -302,7 +302,7 @@ def test_ctrl_c_ends_it_and_its_processes(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert any(line.startswith("stages") for line in process.stderr)
-    for _ in range(100):
+    for _ in range(600):
         children = _children(process.pid)
         if children:
             break
