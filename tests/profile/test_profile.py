@@ -300,18 +300,21 @@ def test_ctrl_c_ends_it_and_its_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from pbc.cli import main; main()", "profile", str(path),
                "--rounds", "100000000", "--threads", "1", "--against", "none"]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any(line.startswith("stages") for line in process.stderr)
-    for _ in range(600):
-        children = _children(process.pid)
-        if children:
-            break
-        time.sleep(0.05)
-    assert children
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert errors.strip() == "interrupted: nothing was kept"
+    try:
+        assert process.stderr is not None
+        assert any(line.startswith("stages") for line in process.stderr)
+        for _ in range(600):
+            children = _children(process.pid)
+            if children:
+                break
+            time.sleep(0.05)
+        assert children
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert errors.strip() == "interrupted: nothing was kept"
+    finally:
+        process.kill()
     for _ in range(200):
         if not any(_running(child) for child in children):
             break
