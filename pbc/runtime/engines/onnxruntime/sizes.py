@@ -169,6 +169,8 @@ def _gemm(call: Call) -> Sized:
     depth, columns = other[::-1] if call.number("transB", 0) else other
     if inner != depth:
         raise ValueError(f"a product of {list(one)} and {list(other)}")
+    if call.has(2) and np.broadcast_shapes(call.shape(2), (rows, columns)) != (rows, columns):
+        raise ValueError(f"a bias of {list(call.shape(2))} for a product of {[rows, columns]}")
     return [(rows, columns)], rows * inner * columns
 
 
