@@ -25,6 +25,7 @@ def fleet(tmp_path: Path) -> Iterator[superlink.Fleet]:
     made.close()
 
 
+@pytest.mark.superlink
 def test_a_fleet_goes_on_when_a_node_and_the_server_are_killed(fleet: superlink.Fleet) -> None:
     out = fleet.root / "out"
     config = {"bundle": fleet.root / "m.pbc", "out": out, "timeout_seconds": 5.0}
