@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="the extra dev is not installed")
-NOTEBOOKS = ("first_model", "levels")
+NOTEBOOKS = ("first_model",)  # levels takes minutes
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
