@@ -31,9 +31,10 @@ MOST_FILES = 4096
 _MOST_LEVELS = 64
 _MOST_CLASSES = 1 << 20
 _MOST_BATCH = 1 << 20
-_MOST_HEAD_VALUES = 1 << 26
+MOST_HEAD_VALUES = 1 << 26
 _MOST_FEATURE_VALUES = 1 << 26
 _MOST_PIXELS = 1 << 24
+_MOST_VIEW_VALUES = 1 << 18
 _GRAPH = re.compile(r"policy|(?:prefix|body|forward|update)/\d{1,3}(?:/[a-z_]+)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -238,22 +239,33 @@ def _check_sizes(manifest: Mapping[str, Any]) -> None:
         raise ShapeError(f"input.shape has {height * width} pixels; at most {_MOST_PIXELS} are run")
     if not manifest["features"]:
         raise ShapeError("features is empty; a body reads at least one")
+    view = (manifest.get("policy") or {}).get("view", ())
+    if math.prod(view) > _MOST_VIEW_VALUES:
+        raise ShapeError(
+            f"policy.view has {math.prod(view)} values; at most {_MOST_VIEW_VALUES} are looked at"
+        )
     for name, sizes in manifest["features"].items():
         if math.prod(sizes) > _MOST_FEATURE_VALUES:
             raise ShapeError(
                 f"features.{name[:60]} has {math.prod(sizes)} values a sample; "
                 f"at most {_MOST_FEATURE_VALUES} are held"
             )
+    if "prefix/0" not in manifest["graphs"] and manifest["features"] != {
+        "x": manifest["input"]["shape"]
+    }:
+        raise ShapeError("without a prefix the features are the images, x; it has others")
     unknown = sorted(manifest["head"].keys() - manifest["parameters"].keys())
     if unknown:
         raise ShapeError(f"head names {unknown[0][:60]!r}, which is none of its parameters")
-    classes = manifest.get("class_count") or len(manifest.get("classes") or ()) or 2
+    least = manifest.get("class_count") or 2
     for name in manifest["head"]:
-        if not manifest["parameters"][name]:
-            raise ShapeError(f"parameters.{name[:60]} is a number; a head begins with its classes")
-        sizes = [classes if size is None else size for size in manifest["parameters"][name]]
-        if math.prod(sizes) > _MOST_HEAD_VALUES:
+        sizes = manifest["parameters"][name]
+        if not sizes or sizes[0] is not None or None in sizes[1:]:
             raise ShapeError(
-                f"parameters.{name[:60]} has {math.prod(sizes)} values; "
-                f"a head has at most {_MOST_HEAD_VALUES}"
+                f"parameters.{name[:60]} is {str(sizes)[:60]}; a head begins with its classes, null"
+            )
+        if least * math.prod(sizes[1:]) > MOST_HEAD_VALUES:
+            raise ShapeError(
+                f"parameters.{name[:60]} has {least * math.prod(sizes[1:])} values; "
+                f"a head has at most {MOST_HEAD_VALUES}"
             )

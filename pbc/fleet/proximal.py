@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from pbc.runtime.engines import Executable, NodeTimes
+from pbc.runtime.engines import Executable, NodeTimes, Shapes
 from pbc.runtime.objective import Objective
 
 Arrays = Mapping[str, np.ndarray]
@@ -29,6 +29,9 @@ class Proximal:
     def pull(self, centre: Arrays, mu: float) -> None:
         """Pull towards a centre from now on; 0 pulls no more."""
         self._centre, self._mu = centre, mu
+
+    def foresee(self, inputs: Shapes) -> None:
+        self._executable.foresee(inputs)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         return self._executable.policy(views)

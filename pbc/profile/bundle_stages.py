@@ -19,8 +19,8 @@ from pbc.profile.memory import memory, until_settled
 from pbc.profile.task import Task, level_name
 from pbc.profile.turns import Call, Side, milliseconds
 from pbc.runtime.allocator import keep_freed_memory
-from pbc.runtime.engines import Engine, Executable
-from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.engines import Engine, Executable, guarded
+from pbc.runtime.parameters import body_inputs, initial_parameters
 
 
 def opened(task: Task) -> tuple[Bundle, InputSpec]:
@@ -39,7 +39,8 @@ def engine_of(bundle: Bundle) -> Engine:
 
 def started(task: Task, bundle: Bundle, engine: Engine) -> Executable:
     """Load the bundle, ready for the first step."""
-    executable = engine.load(bundle, threads=task.threads)
+    executable = guarded.load(engine, bundle, threads=task.threads)
+    executable.foresee(body_inputs(bundle, task.classes))
     executable.start(initial_parameters(bundle, task.classes, 0), task.objective)
     return executable
 

@@ -17,6 +17,9 @@ import numpy as np
 from pbc.errors import PbcError
 
 SHRINKAGES = (0.03, 0.1, 0.3, 0.7)
+MOST_WIDTH = 8192
+"""Numbers that a head reads, of which the sums are matrices of 512 MiB."""
+
 _SUMS = ("counts", "origin", "sums", "scatter", "kept", "kept_labels")
 # Rows that are added to the sums together: a product of fewer is bound by writing [d, d].
 _BLOCK = 256

@@ -9,7 +9,7 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.errors import UsageError
-from pbc.runtime.closed_form import ClassStatistics, Head
+from pbc.runtime.closed_form import MOST_WIDTH, ClassStatistics, Head
 from pbc.runtime.engines import Arrays, Executable
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.loop import Totals, train
@@ -79,7 +79,7 @@ class ClosedHead:
         if options.head == "auto":
             return None
         reason = (
-            "this bundle's head is not linear with a bias"
+            f"this bundle's head is not linear with a bias, of at most {MOST_WIDTH} inputs"
             if inputs is None
             else f"with {bundle.manifest['strategy']} more trains than the head, and a stream "
             "comes once"

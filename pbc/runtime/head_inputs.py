@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from pbc.bundle import Bundle
-from pbc.runtime.closed_form import Head
+from pbc.runtime.closed_form import MOST_WIDTH, Head
 from pbc.runtime.engines import Arrays, Executable
+from pbc.runtime.engines.bounds import SAMPLES
 from pbc.runtime.objective import Objective
 
-_TRIED_ROWS = 3
 _TOLERANCE = 1e-3
 
 
@@ -43,20 +43,24 @@ class HeadInputs:
     ) -> HeadInputs | None:
         """Return the inputs of a bundle's head; None where it is not linear, or has no bias.
 
+        None, too, where there are so many that their covariance would be out of bounds.
+
         Leaves the executable started with `theta`.
         """
         head = {name: theta[name] for name in bundle.manifest["head"]}
         if sorted(value.ndim > 1 for value in head.values()) != [False, True]:
             return None
         inputs = cls(executable, theta, head)
+        if inputs.width > MOST_WIDTH:
+            return None
         random = np.random.Generator(np.random.PCG64(0))
         features = {
-            name: random.normal(size=(_TRIED_ROWS, *shape)).astype(np.float32)
+            name: random.standard_normal((SAMPLES, *shape), np.float32)
             for name, shape in bundle.manifest["features"].items()
         }
         executable.start(theta, Objective())
         wanted = executable.logits(0, features)
-        sent = [value.reshape(_TRIED_ROWS, -1) for value in features.values()]
+        sent = [value.reshape(SAMPLES, -1) for value in features.values()]
         if len(sent) == 1 and bundle.shares_body and inputs._explain(sent[0], wanted):
             inputs.direct = True
             return inputs

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 
 from pbc.bundle import Bundle
+from pbc.bundle.shape import MOST_HEAD_VALUES
 from pbc.data import Samples
 from pbc.errors import PbcError
+from pbc.runtime.engines.bounds import SAMPLES
+
+_DRAWN_AT_ONCE = 1 << 18
 
 
 def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.ndarray]:
@@ -19,9 +23,9 @@ def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.
     manifest = bundle.manifest
     stored = bundle.tensors(manifest["trainable"])
     head = manifest["head"]
-    missing = [name for name in manifest["parameters"] if name not in stored and name not in head]
-    if missing:
-        raise PbcError(f"{bundle.path} has no initial value for {missing[0]!r}; compile it again")
+    for name, sizes in manifest["parameters"].items():
+        if name not in head and (name not in stored or list(stored[name].shape) != sizes):
+            raise PbcError(f"{bundle.path} has no initial value for {name!r}; compile it again")
     return with_head(manifest, stored, classes, seed)
 
 
@@ -36,20 +40,49 @@ def with_head(
     """
     random = np.random.Generator(np.random.PCG64(seed))
     theta = dict(stored)
-    shapes = {
-        name: [classes if size is None else size for size in manifest["parameters"][name]]
-        for name in manifest["head"]
-    }
-    for name, shape in sorted(shapes.items(), key=lambda item: (-len(item[1]), item[0])):
+    shapes = parameter_shapes(manifest, classes)
+    for name in sorted(manifest["head"], key=lambda name: (-len(shapes[name]), name)):
         bound = 1 / math.sqrt(manifest["head"][name])
-        theta[name] = random.uniform(-bound, bound, shape)
-    return {name: theta[name].astype(np.float32) for name in manifest["parameters"]}
+        theta[name] = _drawn(random, bound, shapes[name])
+    return {name: theta[name].astype(np.float32, copy=False) for name in manifest["parameters"]}
+
+
+def _drawn(random: np.random.Generator, bound: float, shape: tuple[int, ...]) -> np.ndarray:
+    """Draw f64 values by f64 values, of which only the f32 take memory."""
+    drawn = np.empty(math.prod(shape), np.float32)
+    for start in range(0, drawn.size, _DRAWN_AT_ONCE):
+        part = drawn[start : start + _DRAWN_AT_ONCE]
+        part[...] = random.uniform(-bound, bound, part.size)
+    return drawn.reshape(shape)
+
+
+def parameter_shapes(manifest: Mapping[str, Any], classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the trainable parameters, with a head of `classes`.
+
+    Raises PbcError for a larger head than any device holds.
+    """
+    shapes = {
+        name: tuple(classes if size is None else size for size in sizes)
+        for name, sizes in manifest["parameters"].items()
+    }
+    for name in manifest["head"]:
+        if math.prod(shapes[name]) > MOST_HEAD_VALUES:
+            raise PbcError(
+                f"the head's {name[:60]!r} would have {math.prod(shapes[name])} values for "
+                f"{classes} classes; at most {MOST_HEAD_VALUES} are held"
+            )
+    return shapes
+
+
+def body_inputs(bundle: Bundle, classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all that a body reads, for as many samples as bounds are for."""
+    features = {name: (SAMPLES, *sizes) for name, sizes in bundle.manifest["features"].items()}
+    return {**features, **parameter_shapes(bundle.manifest, classes)}
 
 
 def theta_size(bundle: Bundle, classes: int) -> int:
     """Return how many values the trainable parameters have, with a head of `classes`."""
-    shapes = bundle.manifest["parameters"].values()
-    return sum(math.prod(classes if size is None else size for size in sizes) for sizes in shapes)
+    return sum(map(math.prod, parameter_shapes(bundle.manifest, classes).values()))
 
 
 def checked_theta(

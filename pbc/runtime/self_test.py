@@ -28,7 +28,7 @@ from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.objective import Objective
-from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.parameters import body_inputs, initial_parameters
 from pbc.util.terminal import one_line
 
 IMAGES = 4
@@ -92,6 +92,7 @@ def losses(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the samples' losses f32[count] at a level, before and after one step."""
     classes = classes_of(bundle.manifest)
+    executable.foresee(body_inputs(bundle, classes))
     pixels = images(InputSpec.from_json(bundle.manifest["input"]))
     objective = Objective("sgd", learning_rate, momentum=0.0)
     executable.start(initial_parameters(bundle, classes, SEED), objective)

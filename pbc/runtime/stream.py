@@ -25,7 +25,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
-from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.parameters import body_inputs, initial_parameters
 from pbc.runtime.routing.context import RunContext
 from pbc.runtime.routing.preparation import Preparation
 from pbc.runtime.routing.prepared import Prepared
@@ -120,6 +120,8 @@ class StreamTraining:
 
     def _prepared(self, block: Samples, before: Prepared | None) -> Prepared:
         """Decide about a block: all on the first one, then only where its own samples run."""
+        if before is None:
+            self._executable.foresee(body_inputs(self._bundle, len(block.classes)))
         theta = initial_parameters(self._bundle, len(block.classes), self._options.seed)
         if before is None:
             self._closed = ClosedHead.find(

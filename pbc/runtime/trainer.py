@@ -29,6 +29,7 @@ from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.validation import Validation
 from pbc.runtime.parameters import (
+    body_inputs,
     checked_theta,
     initial_parameters,
     labelled_as,
@@ -172,6 +173,7 @@ class Trainer:
         self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
         self._resumption = Resumption(self._output.checkpoint, self._identity(), options.epochs)
+        self._executable.foresee(body_inputs(self._bundle, len(self._samples.classes)))
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None
         for line in filter(None, [other_classes(self._bundle, self._samples.classes)]):

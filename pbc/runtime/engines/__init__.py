@@ -16,6 +16,7 @@ from pbc.bundle import Bundle
 from pbc.runtime.objective import Objective
 
 Arrays = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class NodeTimes:
 
 class Executable(Protocol):
     """A loaded bundle that runs and trains; levels are loaded when they are first used."""
+
+    def foresee(self, inputs: Shapes) -> None:
+        """Refuse shapes of features and parameters that level 0's body cannot take within bounds.
+
+        It is asked before there are any: no file of a bundle need be as large as a manifest says
+        that they are. Raises PbcError, or what the engine raises.
+        """
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         """Return the predicted fidelity of levels 1…N, f32[B, N], of f32[B, C, h, w] views."""

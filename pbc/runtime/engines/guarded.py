@@ -15,7 +15,7 @@ import numpy as np
 from pbc.bundle import Bundle, trust
 from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError, reason_of
-from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes
+from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes, Shapes
 from pbc.runtime.objective import Objective
 
 _LONGEST = 200
@@ -37,6 +37,10 @@ class GuardedExecutable:
         self._features = {name: tuple(sizes) for name, sizes in bundle.manifest["features"].items()}
         self._proxies = len(bundle.manifest["levels"]) - 1
         self._classes = 0
+
+    def foresee(self, inputs: Shapes) -> None:
+        with _saying(self._bundle, "the body of level 0 cannot be run"):
+            self._executable.foresee(inputs)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with _saying(self._bundle, "its policy cannot be run"):

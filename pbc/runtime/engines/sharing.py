@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pbc.runtime.engines import Arrays, Executable, NodeTimes
+from pbc.runtime.engines import Arrays, Executable, NodeTimes, Shapes
 from pbc.runtime.objective import Objective
 
 
@@ -70,6 +70,9 @@ class TrainerExecutable:
         executable.select(self._selected)
         executable.start(self._aside.parameters, self._aside.objective)
         executable.load_optimizer_state(self._aside.optimizer)
+
+    def foresee(self, inputs: Shapes) -> None:
+        self._shared.frozen.foresee(inputs)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         return self._shared.frozen.policy(views)

@@ -30,6 +30,8 @@ _USUAL_AHEAD = 4
 _OTHER_AHEAD = (2, 8)
 # The first call of a shape takes N times as long as the next: engines specialise their code.
 _COLD = 4
+# Values of features that are gathered to time it: 64 MiB.
+_MOST_GATHERED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ class CostProfiler:
         return min(forward) * scale, min(backward) * scale
 
     def _gather_ms(self) -> float:
-        rows = np.ones((2 * self.batch, self.width), np.float32)
+        count = min(2 * self.batch, max(1, _MOST_GATHERED // self.width))
+        rows = np.ones((count, self.width), np.float32)
         order = np.arange(len(rows))[::-1]
         rows.take(order, axis=0)
         return _seconds(partial(rows.take, order, axis=0)) * 1e3 / len(rows)

@@ -170,6 +170,10 @@ LATER: dict[str, tuple[list[NodeProto], dict[str, np.ndarray]]] = {
          helper.make_node("Add", ["q", "s"], ["y"])],
         {"a": ints(-1, 1), "b": ints(1, -1), "z": ints(0), "o": ints(1)},
     ),
+    "of three channels, computed as 16": (
+        [helper.make_node("Conv", ["x", "w"], ["y"], pads=[0, 0, 3000, 3000])],
+        {"w": np.ones((3, 3, 1, 1), np.float32)},
+    ),
     "padded": (
         [helper.make_node("Pad", ["x", "p"], ["y"])], {"p": ints(0, 0, 0, 0, 0, 0, 0, 10**9)},
     ),
@@ -194,6 +198,13 @@ def test_more_photos_may_take_more() -> None:
     bounds = Bounds(model(nodes, {"s": ints(1, 10**4, 1, 1)}).SerializeToString(), "graph g")
     for photos in (1, 2, 500):
         bounds.check({"x": (photos, 3, 16, 16)})
+
+
+def test_a_head_of_many_classes_may_not() -> None:
+    nodes = [helper.make_node("Tile", ["x", "s"], ["y"])]
+    bytes_ = model(nodes, {"s": ints(1, 10**6)}).SerializeToString()
+    with pytest.raises(PbcError, match="for 2 photos; at most 512 MiB are granted"):
+        Bounds(bytes_, "graph g", batched=["features"]).check({"x": (10**5, 1)})
 
 
 @pytest.mark.parametrize(

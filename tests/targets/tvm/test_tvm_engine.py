@@ -19,12 +19,12 @@ from tiny_onnx import resident_bytes
 from pbc.bundle import Bundle
 from pbc.data import InputSpec
 from pbc.errors import PbcError
-from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.engines.tvm import library as tvm_library
 from pbc.runtime.engines.tvm.engine import TvmEngine
 from pbc.runtime.objective import Objective
-from pbc.runtime.parameters import initial_parameters
+from pbc.runtime.parameters import body_inputs, initial_parameters
 
 ENGINES: dict[str, Callable[[], Engine]] = {"tvm": TvmEngine, "pytorch": PyTorchEngine}
 CASES: tuple[tuple[Kind, str], ...] = (
@@ -107,6 +107,20 @@ def test_a_training_goes_on_from_its_state_to_the_same_bits(
         step(second, source, number)
     for name, value in whole.parameters().items():
         assert np.array_equal(value, second.parameters()[name]), name
+
+
+def test_parameters_that_a_library_does_not_take_are_refused_before_there_are_any(
+    compiled: Compile,
+) -> None:
+    source = compiled(ConvNet, "linear-probe", "tvm")
+    executable = guarded.load(TvmEngine(), source, threads=1)
+    inputs = body_inputs(source, 4)
+    executable.foresee(inputs)
+    weight = next(name for name in source.manifest["head"] if len(inputs[name]) > 1)
+    before = resident_bytes()
+    with pytest.raises(PbcError, match="the body of level 0 cannot be run: Check failed"):
+        executable.foresee({**inputs, weight: (4, 1 << 26)})  # 1 GiB, were they written
+    assert resident_bytes() - before < 64 << 20
 
 
 def test_where_an_array_lies_changes_no_bit(compiled: Compile) -> None:

@@ -7,7 +7,7 @@ nothing else.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import numpy as np
@@ -19,14 +19,20 @@ from pbc.runtime.engines.onnxruntime.sizes import RULES, Call, Unknown
 from pbc.runtime.engines.onnxruntime.small_values import constant, value
 
 _VALUE_BYTES = 4
+# Channels that a CPU's convolutions compute together; fewer take as much memory.
+_BLOCK = 16
 _MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error)
 
 
 class Bounds:
-    """Sizes of a model's values; title: names the graph in what a user reads."""
+    """Sizes of a model's values; title: names the graph in what a user reads.
 
-    def __init__(self, model: bytes, title: str) -> None:
+    batched: the inputs that have a photo in each row.
+    """
+
+    def __init__(self, model: bytes, title: str, batched: Collection[str] = ("x",)) -> None:
         self._title = title
+        self._batched = frozenset(batched)
         try:
             self._graph = parse(model)
         except _MALFORMED as error:
@@ -53,9 +59,8 @@ class Bounds:
         Raises PbcError.
         """
         given = {name: shapes[name] for name in self._graph.inputs if name in shapes}
-        open_ = (shape[0] for name, shape in given.items()
-                 if shape and self._graph.inputs[name][:1] == (None,))  # fmt: skip
-        self._check(given, max([SAMPLES, *open_]), complete=True)
+        photos = (given[name][0] for name in self._batched & given.keys() if given[name])
+        self._check(given, max([SAMPLES, *photos]), complete=True)
 
     def _check(self, given: Mapping[str, Shape], samples: int, *, complete: bool = False) -> None:
         shapes: dict[str, Shape] = {**self._graph.shapes, **given}
@@ -74,13 +79,20 @@ class Bounds:
                 raise PbcError(f"{where} cannot be: {node.op}: {reason_of(error)}") from error
             for name, shape in zip(node.outputs, made, strict=False):
                 shapes[name] = shape
-                held[name] = _VALUE_BYTES * prod(shape)
+                held[name] = _VALUE_BYTES * prod(_laid_out(node.op, shape))
                 live += held[name]
             check_bytes(live, where, samples)
             read = sum(prod(shapes[name]) for name in node.inputs if name in shapes)
             work += products + TOUCH * (read + sum(map(prod, made)))
             check_work(work, self._title, samples)
             live -= sum(held.pop(name, 0) for name in dead)
+
+
+def _laid_out(op: str, shape: Shape) -> Shape:
+    """Return the shape of a result as onnxruntime's kernels hold it."""
+    if op != "Conv" or len(shape) != 4:
+        return shape
+    return (shape[0], -(-shape[1] // _BLOCK) * _BLOCK, *shape[2:])
 
 
 def _results(

@@ -12,10 +12,10 @@ import numpy as np
 from onnxruntime import OrtValue
 
 from pbc.bundle import Bundle
-from pbc.bundle.graph_name import FORWARD, SAVED, GraphName
+from pbc.bundle.graph_name import BODY, FORWARD, SAVED, GraphName
 from pbc.bundle.optimizers import NEW, state_names
-from pbc.runtime.engines import NodeTimes
-from pbc.runtime.engines.alignment import aligned
+from pbc.runtime.engines import NodeTimes, Shapes
+from pbc.runtime.engines.alignment import aligned, aligned_copy
 from pbc.runtime.engines.derived import DerivedExecutable
 from pbc.runtime.engines.onnxruntime.loader import GraphLoader, version
 from pbc.runtime.engines.onnxruntime.node_times import needed
@@ -43,6 +43,9 @@ class OnnxRuntimeExecutable(DerivedExecutable):
         super().__init__(bundle)
         self._loader = GraphLoader(bundle, threads)
         self._selected: Collection[str] | None = None
+
+    def foresee(self, inputs: Shapes) -> None:
+        self._loader.bounds(str(BODY.at(0))).check(inputs)
 
     def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return self._loader.graph(name).run(values)
@@ -97,4 +100,4 @@ class OnnxRuntimeExecutable(DerivedExecutable):
 
     def _kept(self, value: np.ndarray) -> Any:
         # The OrtValue holds on to its memory.
-        return OrtValue.ortvalue_from_numpy(aligned(np.array(value, np.float32)))
+        return OrtValue.ortvalue_from_numpy(aligned_copy(value, np.float32))

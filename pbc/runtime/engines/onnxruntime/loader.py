@@ -65,6 +65,7 @@ class GraphLoader:
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         self._bundle = bundle
         self._threads = threads
+        self._batched = ("x", "view", "labels", *bundle.manifest["features"])
         self._providers = providers(bundle)
         self._graphs: dict[str, SessionGraph] = {}
         self._contents: dict[str, SessionGraph] = {}
@@ -87,11 +88,16 @@ class GraphLoader:
             self.require(name)
             key = self._key(name)
             if key not in self._contents:
-                title = f"graph {name} of {self._bundle.path}"
-                bounds = Bounds(self._model(name), title)
-                self._contents[key] = SessionGraph(self._session(name, key), title, bounds)
+                bounds = self.bounds(name)
+                session = self._session(name, key)
+                self._contents[key] = SessionGraph(session, self._title(name), bounds)
             graph = self._graphs[name] = self._contents[key]
         return graph
+
+    def bounds(self, name: str) -> Bounds:
+        """Return the bounds of a graph that need not be loaded."""
+        self.require(name)
+        return Bounds(self._model(name), self._title(name), self._batched)
 
     def outputs(self, name: str) -> list[str]:
         """Return the names of all that a graph of the bundle returns."""
@@ -122,11 +128,14 @@ class GraphLoader:
             optimised = Path(folder) / "optimised.onnx"
             options.optimized_model_filepath = str(optimised)
             session = self._open(self._unpack(name, Path(folder)), options)
-            graph = SessionGraph(session, name, Bounds(self._model(name), name))
+            graph = SessionGraph(session, name, self.bounds(name))
             for _ in range(runs):
                 graph.run(values)
             profile = Path(session.end_profiling())
             return node_ms(profile), operators(optimised.read_bytes())
+
+    def _title(self, name: str) -> str:
+        return f"graph {name} of {self._bundle.path}"
 
     def _model(self, name: str) -> bytes:
         """Return the graph, cut to what was selected of it."""

@@ -32,6 +32,11 @@ def of_samples(value: Tensor) -> Tensor:
     return torch.empty((SAMPLES, *value.shape[1:]), dtype=value.dtype, device=_META)
 
 
+def of_shape(shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of reals that has no values."""
+    return torch.empty(shape, dtype=torch.float32, device=_META)
+
+
 def live_bytes(values: Iterable[Any]) -> int:
     """Return the size of all memory that these values share."""
     storages = {}

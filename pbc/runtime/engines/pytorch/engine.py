@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from pbc.bundle import Bundle
 from pbc.bundle.graph_name import BODY, POLICY, PREFIX, GraphName
 from pbc.errors import PbcError
-from pbc.runtime.engines import Arrays, NodeTimes
+from pbc.runtime.engines import Arrays, NodeTimes, Shapes
 from pbc.runtime.engines.pytorch.graph import parse
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.runtime.engines.pytorch.optimizers import OPTIMIZERS, Optimizer, Sgd
@@ -48,6 +48,9 @@ class PyTorchExecutable:
         self._optimizer: Optimizer = Sgd({}, self._objective)
         self._loss: Tensor | None = None
         self._selected: Collection[str] | None = None
+
+    def foresee(self, inputs: Shapes) -> None:
+        self._graph(BODY.at(0)).foresee(inputs)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pbc.errors import PbcError, reason_of
+from pbc.runtime.engines import Shapes
 from pbc.runtime.engines.bounds import check_bytes
 from pbc.runtime.engines.pytorch import arithmetic, bounds
 from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
@@ -79,13 +80,11 @@ class ResolvedGraph:
         much, before it runs, and for calls that do not fit together.
         """
         inputs = {**batch, **parameters}
-        for name, _ in self._inputs:
-            if name not in inputs:
-                raise PbcError(
-                    f"{self._where} reads {name!r}, which this pbc does not know: upgrade pbc"
-                )
+        self._require(inputs)
         if not self._bounded:
-            self._check_bounds(batch, parameters)
+            given = {name: bounds.of_samples(value) for name, value in batch.items()}
+            given |= {name: bounds.without_memory(value) for name, value in parameters.items()}
+            self._check_bounds(given)
             self._bounded = True
         values = self._initial.copy()
         for name, index in self._inputs:
@@ -102,12 +101,20 @@ class ResolvedGraph:
             return {name: values[index] for name, index in self._outputs}
         return {name: values[index].float() for name, index in self._outputs}
 
-    def _check_bounds(self, batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    def foresee(self, inputs: Shapes) -> None:
+        """Raise PbcError where the graph cannot take reals of these shapes, or takes too much."""
+        self._require(inputs)
+        self._check_bounds({name: bounds.of_shape(shape) for name, shape in inputs.items()})
+
+    def _require(self, inputs: Collection[str]) -> None:
+        for name, _ in self._inputs:
+            if name not in inputs:
+                raise PbcError(
+                    f"{self._where} reads {name!r}, which this pbc does not know: upgrade pbc"
+                )
+
+    def _check_bounds(self, inputs: Mapping[str, Tensor]) -> None:
         """Run once without memory; raises PbcError for too much of it, or of work."""
-        inputs = {
-            **{name: bounds.of_samples(value) for name, value in batch.items()},
-            **{name: bounds.without_memory(value) for name, value in parameters.items()},
-        }
         values = [
             None if value is None else bounds.without_memory(value) for value in self._initial
         ]

@@ -22,9 +22,10 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from pbc.bundle import Bundle
-from pbc.bundle.graph_name import GraphName
+from pbc.bundle.graph_name import BODY, GraphName
 from pbc.errors import PbcError
-from pbc.runtime.engines.alignment import aligned
+from pbc.runtime.engines import Shapes
+from pbc.runtime.engines.alignment import aligned_copy, aligned_zeros
 from pbc.runtime.engines.derived import DerivedExecutable
 from pbc.runtime.engines.tvm.devices import CPU, GPU, Device, use_gpu
 from pbc.runtime.engines.tvm.library import (
@@ -92,6 +93,11 @@ class TvmExecutable(DerivedExecutable):
         self._loader = _Loader(bundle)
         self._hyperparameters: dict[str, tuple[np.ndarray, Tensor]] = {}
 
+    def foresee(self, inputs: Shapes) -> None:
+        # Which shapes a library takes is known to it alone. What it refuses, it has not read.
+        zeros = {name: aligned_zeros(shape, np.float32) for name, shape in inputs.items()}
+        self._run(str(BODY.at(0)), zeros)
+
     def _run(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         graph = self._loader.graph(name)
         for given in graph.inputs:
@@ -122,7 +128,7 @@ class TvmExecutable(DerivedExecutable):
         return self._placed(value)
 
     def _kept(self, value: np.ndarray) -> Any:
-        return self._placed(aligned(np.array(value, np.float32)))
+        return self._placed(aligned_copy(value, np.float32))
 
 
 # ---- loading a graph -----------------------------------------------------------------------
