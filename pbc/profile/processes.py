@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from pbc.errors import PbcError, UsageError
 from pbc.profile.task import Task
+from pbc.util.interrupt import deferred_interrupt
+
+_LONGEST_WAIT_SECONDS = 0.5
 
 
 def measured(task: Task, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -21,28 +26,12 @@ def measured(task: Task, environment: Mapping[str, str]) -> dict[str, Any]:
 
     It is a group of its own: Ctrl-C ends this process, which then ends it and its own children.
     """
-    command = [sys.executable, "-c", "from pbc.profile.worker import main; main()"]
     began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**environment, "OMP_NUM_THREADS": str(task.threads)},
-        start_new_session=True,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process:
+    with _started({**environment, "OMP_NUM_THREADS": str(task.threads)}) as process:
         try:
-            process.stdin.write(json.dumps(replace(task, began=began).to_json()) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            line = _answer(process, json.dumps(replace(task, began=began).to_json()))
         except BrokenPipeError:
             line = ""
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         code = process.wait()
     if code < 0:
         raise PbcError(
@@ -56,3 +45,41 @@ def measured(task: Task, environment: Mapping[str, str]) -> dict[str, Any]:
         kind = UsageError if reply["exit_code"] == UsageError.exit_code else PbcError
         raise kind(reply["error"])
     return reply
+
+
+@contextmanager
+def _started(environment: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Start a measuring process, and end it and its children with the block, however that ends."""
+    process = None
+    try:
+        # An interrupt within Popen would leave a process that nobody knows.
+        with deferred_interrupt() as interrupt:
+            process = subprocess.Popen(
+                [sys.executable, "-c", "from pbc.profile.worker import main; main()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+                text=True,
+            )
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        yield process
+    finally:
+        if process is not None:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(BrokenPipeError), process:
+                pass
+
+
+def _answer(process: subprocess.Popen[str], question: str) -> str:
+    """Send a line, and wait for one; it is empty where the process ends without."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(question + "\n")
+    process.stdin.flush()
+    # A signal that comes just before a read begins does not interrupt it: none waits for long.
+    while not select.select([process.stdout], [], [], _LONGEST_WAIT_SECONDS)[0]:
+        pass
+    return process.stdout.readline()

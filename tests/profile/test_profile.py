@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pbc import cli, compiler
 from pbc.bundle import Bundle, write
 from pbc.data import InputSpec
 from pbc.errors import PbcError, UsageError
-from pbc.profile import inputs, measure, memory, turns
+from pbc.profile import inputs, measure, memory, processes, turns
 from pbc.profile.options import ProfileOptions
 from pbc.profile.task import LOADING, PBC, STAGES, TRAINING, Task
 from pbc.profile.turns import Side, in_turn
@@ -295,12 +296,22 @@ def _running(process: int) -> bool:
     return facts.rpartition(")")[2].split()[0] not in "XZ"
 
 
-def _measures(process: int) -> bool:
-    """Return whether a child has become the process that measures."""
-    try:
-        return b"pbc.profile.worker" in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
+def test_ctrl_c_while_a_process_is_started_ends_that_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    start = subprocess.Popen
+
+    def interrupted(*args: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(start(*args, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    task = Task(STAGES, str(tmp_path), "", (0,), 4, 3, 1, 1, "sgd")
+    with pytest.raises(KeyboardInterrupt):
+        processes.measured(task, os.environ)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 def test_ctrl_c_ends_it_and_its_processes(tmp_path: Path) -> None:
@@ -311,11 +322,11 @@ def test_ctrl_c_ends_it_and_its_processes(tmp_path: Path) -> None:
     try:
         assert process.stderr is not None
         assert any(line.startswith("stages") for line in process.stderr)
-        for _ in range(600):
+        for _ in range(10_000):
             children = _children(process.pid)
-            if any(_measures(child) for child in children):
+            if children:
                 break
-            time.sleep(0.05)
+            time.sleep(0.002)
         assert children
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
