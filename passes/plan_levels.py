@@ -32,6 +32,8 @@ from pbc.proxies.trial import reason_against, reason_of_failure, trial, with_mer
 from pbc.util.atomic import replace_bytes
 
 Sizes = dict[str, int]
+# What decides how a form is converted: resolution, merges, precision.
+Kind = tuple[Size | None, tuple[int, ...], str]
 
 PRECISION, RESOLUTION, TOKENS, WIDTH = AXES = ("precision", "resolution", "tokens", "width")
 # Common widths at which a latency is measured; between them it is interpolated.
@@ -167,7 +169,7 @@ class PlanLevels:
                     f"level {number} of {self.levels} is dropped: it rounds to the level above it",
                 )
                 continue
-            if not planner.runnable([form]):
+            if not planner.runnable([form], chosen=True):
                 continue
             forms.append(form)
             # MACs follow from the sizes; a latency is read off between the forms measured.
@@ -222,7 +224,7 @@ class _Planner:
         # Why there can be no level of a form, empty where there can.
         self._tried: dict[Form, str] = {}
         # What the engine was asked to convert: another width is converted alike.
-        self._converted: set[tuple[Size | None, tuple[int, ...], str]] = set()
+        self._converted: set[Kind] = set()
 
     @property
     def frozen(self) -> bool:
@@ -240,25 +242,32 @@ class _Planner:
             f"no level {' or '.join(forms)}: {reason}" for reason, forms in reasons.items()
         )
 
-    def runnable(self, forms: Sequence[Form]) -> list[Form]:
-        """Those of the forms of which a trial runs as a level must; without trials most."""
+    def runnable(self, forms: Sequence[Form], *, chosen: bool = False) -> list[Form]:
+        """Those of the forms of which a trial runs as a level must; without trials most.
+
+        The engine converts one of all resolutions and merges, which takes seconds, and each that is
+        chosen.
+        """
         if not self._trials:
             return [form for form in forms if self._countable(form)]
-        return [form for form in forms if not self._reason_against(form)]
+        return [form for form in forms if not self._reason_against(form, chosen=chosen)]
 
     def _countable(self, form: Form) -> bool:
         """Whether the layers at least take images of its size."""
         return not reason_of_failure(lambda: self.macs(form))
 
-    def _reason_against(self, form: Form) -> str:
+    def _reason_against(self, form: Form, *, chosen: bool) -> str:
         """One line, empty where there is none."""
-        if form not in self._tried:
-            kind = (form.resolution, form.merges, form.precision)
-            new = kind not in self._converted
-            self._converted.add(kind)
+        kind = (form.resolution, form.merges, form.precision)
+        ask = kind not in self._converted and (
+            chosen or not any(_alike(kind, other) for other in self._converted)
+        )
+        if form not in self._tried or (ask and not self._tried[form]):
+            if ask:
+                self._converted.add(kind)
             plan = self._shape(form)
             self._tried[form] = parallel.once(
-                lambda: reason_against(self._program, plan, self._dims, engine=new)
+                lambda: reason_against(self._program, plan, self._dims, engine=ask)
             )
         return self._tried[form]
 
@@ -438,6 +447,16 @@ class _Planner:
         fit = [level for level, reason in zip(trials, reasons, strict=True) if not reason]
         times = lowering.latency_ms(program, fit)
         return [reason or times.pop(0) for reason in reasons]
+
+
+def _alike(kind: Kind, other: Kind) -> bool:
+    """Whether both give up the same, however much of it."""
+    (size, merges, precision), (others_size, others_merges, others_precision) = kind, other
+    return (size is None, any(merges), precision) == (
+        others_size is None,
+        any(others_merges),
+        others_precision,
+    )
 
 
 def _rounded_pixels(size: float) -> int:

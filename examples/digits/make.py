@@ -9,21 +9,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits  # UCI's handwritten digits, CC BY 4.0
-from torch.nn import functional
+from train import SHAPE, trained
 
 import pbc
 from pbc.demo import digits
-from pbc.demo.digits import COLUMNS, COUNTS, KNOWN, SIDE
-from pbc.frontend.models import IMAGENET_MEAN, IMAGENET_STD
+from pbc.demo.digits import COLUMNS, COUNTS, SIDE
 
 HERE = Path(__file__).parent
-EPOCHS = 30
-SHAPE = (1, 16, 16)
-MEAN, STD = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
 
 
 def write_sheet() -> None:
@@ -38,30 +33,6 @@ def write_sheet() -> None:
     picture = Image.fromarray(rows.reshape(-1, columns * SIDE))
     picture.save(digits.SHEET, optimize=True)
     assert tuple(np.bincount(loaded.target)) == COUNTS
-
-
-def trained() -> torch.nn.Module:
-    """Return the network, trained on the digits that the demo does not teach."""
-    from net import factory
-
-    torch.manual_seed(0)
-    found = [(tile, label) for label in range(KNOWN) for tile in digits.of(label)]
-    tiles = [tile.resize(SHAPE[1:], Image.Resampling.BILINEAR) for tile, _ in found]
-    # As pbc prepares images of one channel for a network that is nobody's zoo's.
-    inputs = (torch.from_numpy(np.stack(tiles)).float()[:, None] / 255 - MEAN) / STD
-    labels = torch.tensor([label for _, label in found])
-    network = factory(KNOWN).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(inputs)).split(64):
-            shift = [int(n) for n in torch.randint(-1, 2, (2,))]
-            loss = functional.cross_entropy(
-                network(inputs[chosen].roll(shift, (2, 3))), labels[chosen], label_smoothing=0.1
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return network.eval()
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 Classes are taken for Gaussians of one covariance, as in Friedman, Regularized Discriminant Analysis
 (JASA 1989), §2 and §3, with the covariance's own diagonal as what it is shrunk towards. Everything
 that is needed are sums over the samples, so a head exists after the first of them, and what was
-seen need not be kept. Of the sums a head is one Cholesky factorisation and one triangular solve.
+seen need not be kept. Of the sums a head is one Cholesky factorisation and one triangular solve:
+of the covariance [d, d], or, of few samples n, of their products [n, n] (Woodbury, 1950).
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ SHRINKAGES = (0.03, 0.1, 0.3, 0.7)
 MOST_WIDTH = 8192
 """Numbers that a head reads, of which the sums are matrices of 512 MiB."""
 
-_SUMS = ("counts", "origin", "sums", "scatter", "kept", "kept_labels")
+_SUMS = ("counts", "origin", "sums", "kept", "kept_labels")
 # Rows that are added to the sums together: a product of fewer is bound by writing [d, d].
 _BLOCK = 256
 # Samples of a seeded choice whose features are kept to choose the shrinkage by.
 _KEPT = 1024
 # Columns per step of a triangular solve: numpy has none, only products and small general solves.
 _PANEL = 64
+# Of the width: with at most so many samples their products are cheaper than their scatter.
+_FEW = 0.5
 # Of the mean variance of all samples, added to each channel's: some never change in a class.
 _LEAST_VARIANCE = 1e-4
 # Shrinkage by (width / samples)², of MobileNetV3 on 400 to 5,784 photos of 101 classes.
@@ -68,8 +71,9 @@ class Head:
 class ClassStatistics:
     """Counts, sums and one scatter matrix of labelled feature vectors, grown by batches.
 
-    Memory: f64[d, d], f64[C, d], and at most 1,280 rows of f32[d]. The sums depend on the order of
-    the samples, not on how they were batched, so a run that was interrupted ends at the same bits.
+    Memory: f64[C, d], at most 1,280 rows of f32[d], and f64[d, d] where samples are not few. The
+    sums depend on the order of the samples, not on how they were batched, so a run that was
+    interrupted ends at the same bits.
     """
 
     def __init__(self, classes: int, width: int, seed: int) -> None:
@@ -78,7 +82,8 @@ class ClassStatistics:
         # About `origin`, so that nothing large cancels.
         self._origin = np.zeros(width)
         self._sums = np.zeros((classes, width))
-        self._scatter = np.zeros((width, width))
+        # None while all rows are kept and few.
+        self._scatter: np.ndarray | None = None
         self._kept = np.zeros((0, width), np.float32)
         self._kept_labels = np.zeros(0, np.int64)
         self._pending = np.zeros((_BLOCK, width), np.float32)
@@ -106,6 +111,7 @@ class ClassStatistics:
         """Return all sums and kept rows, for a checkpoint."""
         return {
             **{name: getattr(self, f"_{name}") for name in _SUMS},
+            **({} if self._scatter is None else {"scatter": self._scatter}),
             "pending": self._pending[: self._waiting],
             "pending_labels": self._pending_labels[: self._waiting],
         }
@@ -114,6 +120,7 @@ class ClassStatistics:
         """Continue from what `state` returned."""
         for name in _SUMS:
             setattr(self, f"_{name}", state[name].copy())
+        self._scatter = state["scatter"].copy() if "scatter" in state else None
         self._waiting = len(state["pending"])
         self._pending[: self._waiting] = state["pending"]
         self._pending_labels[: self._waiting] = state["pending_labels"]
@@ -166,7 +173,11 @@ class ClassStatistics:
         members = (inverse[None] == np.arange(len(present))[:, None]).astype(np.float64)
         self._sums[present] += members @ centred
         self._counts += np.bincount(labels, minlength=len(self._counts))
-        self._scatter += centred.T @ centred
+        if self._scatter is None and seen + len(rows) > min(_KEPT, _FEW * len(self._origin)):
+            before = self._kept - self._origin
+            self._scatter = before.T @ before
+        if self._scatter is not None:
+            self._scatter += centred.T @ centred
         self._keep(seen, rows, labels)
         self._waiting = 0
 
@@ -183,14 +194,34 @@ class ClassStatistics:
 
 
 @dataclass(frozen=True)
+class _Solved:
+    """Σ⁻¹ of a shrunk covariance between class means m and samples r.
+
+    weight: f64[C, d], the means by Σ⁻¹. means, between, samples: m·m f64[C, C], r·m f64[n, C] and
+    each sample by itself, r·r f64[n].
+    """
+
+    weight: np.ndarray
+    means: np.ndarray
+    between: np.ndarray
+    samples: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Analysis:
-    """What all shrinkages share. means: f64[C, d] about `origin`; kept rows likewise."""
+    """What all shrinkages share. means: f64[C, d] about `origin`; kept rows likewise.
+
+    diagonal: of the covariance f64[d, d], whose rest is in `covariance`, or, of few samples, in
+    their `deviations` f64[n, d] from their classes' means.
+    """
 
     origin: np.ndarray
     counts: np.ndarray
     degrees: int
     means: np.ndarray
-    covariance: np.ndarray
+    diagonal: np.ndarray
+    covariance: np.ndarray | None
+    deviations: np.ndarray | None
     log_priors: np.ndarray
     kept: np.ndarray
     kept_labels: np.ndarray
@@ -203,16 +234,20 @@ class _Analysis:
         means = np.broadcast_to(sums._sums.sum(axis=0) / total, sums._sums.shape).copy()
         means[present] = sums._sums[present] / counts[present, None]
         degrees = max(total - int(present.sum()), 1)
-        spread = np.einsum("ii->i", sums._scatter) / total
+        kept = sums._kept - sums._origin
+        covariance = deviations = None
+        if sums._scatter is None:
+            spread = (kept**2).mean(axis=0)
+            deviations = kept - means[sums._kept_labels]
+            within = (deviations**2).sum(axis=0) / degrees
+        else:
+            spread = np.einsum("ii->i", sums._scatter) / total
+            covariance = (sums._scatter - sums._sums[present].T @ means[present]) / degrees
+            within = np.einsum("ii->i", covariance)
         if not np.isfinite(spread).all():
             raise PbcError("a feature is not finite; no head can be made of that")
-        if counts.max() > 1:
-            covariance = (sums._scatter - sums._sums[present].T @ means[present]) / degrees
-        else:  # nothing is known within any class: all together stand for each
-            covariance = np.diag(spread)
-        diagonal = np.einsum("ii->i", covariance)
-        diagonal[:] = np.maximum(diagonal, 0) + max(_LEAST_VARIANCE * spread.mean(), 1e-12)
-        shares = np.maximum(counts, 0.5) / total
+        if counts.max() == 1:  # nothing is known within any class: all together stand for each
+            within = spread
         usable = counts[sums._kept_labels] > 1
         if not usable.any():
             usable[:] = True
@@ -221,24 +256,23 @@ class _Analysis:
             counts,
             degrees,
             means,
+            np.maximum(within, 0) + max(_LEAST_VARIANCE * spread.mean(), 1e-12),
             covariance,
-            np.log(shares),
-            sums._kept[usable] - sums._origin,
+            deviations,
+            np.log(np.maximum(counts, 0.5) / total),
+            kept[usable],
             sums._kept_labels[usable],
         )
 
     def judged(self, shrinkage: float, most: int = _KEPT) -> Head:
         """Return the head of a shrinkage, judged by at most so many of the kept rows."""
-        factor = self._factor(shrinkage)
         rows, labels = self.kept[:most], self.kept_labels[:most]
-        solved = solve_lower(factor, np.concatenate([self.means, rows]).T)
-        means, white = solved[:, : len(self.means)], solved[:, len(self.means) :]
-        scores = self._left_out(means, white, labels, shrinkage)
+        solved = self._solved(rows, shrinkage)
+        scores = self._left_out(solved, labels, shrinkage)
         loss, sharpness = _sharpest(scores, labels)
-        weight = solve_upper(factor, means).T
-        offsets = 0.5 * (means**2).sum(axis=0) + weight @ self.origin
+        offsets = 0.5 * np.einsum("ii->i", solved.means) + solved.weight @ self.origin
         return Head(
-            (sharpness * weight).astype(np.float32),
+            (sharpness * solved.weight).astype(np.float32),
             (sharpness * (self.log_priors - offsets)).astype(np.float32),
             shrinkage,
             float((scores.argmax(axis=1) == labels).mean()),
@@ -246,25 +280,49 @@ class _Analysis:
             len(labels),
         )
 
-    def _factor(self, shrinkage: float) -> np.ndarray:
-        """Return the lower Cholesky factor of the shrunk covariance."""
-        shrunk = (1 - shrinkage) * self.covariance
-        np.einsum("ii->i", shrunk)[:] = np.einsum("ii->i", self.covariance)
-        return np.linalg.cholesky(shrunk)
+    def _solved(self, rows: np.ndarray, shrinkage: float) -> _Solved:
+        """Solve the shrunk covariance for the means and these rows."""
+        classes = len(self.means)
+        both = np.concatenate([self.means, rows])
+        if self.covariance is not None:
+            shrunk = (1 - shrinkage) * self.covariance
+            np.einsum("ii->i", shrunk)[:] = self.diagonal
+            factor = np.linalg.cholesky(shrunk)
+            white = solve_lower(factor, both.T).T
+            means, samples = white[:classes], white[classes:]
+            return _Solved(
+                solve_upper(factor, means.T).T,
+                means @ means.T,
+                samples @ means.T,
+                (samples**2).sum(axis=1),
+            )
+        # Σ = D + Zᵀ Z: with white ones for D = 1, Σ⁻¹ = 1 − Zᵀ (1 + Z Zᵀ)⁻¹ Z.
+        assert self.deviations is not None
+        scaled = np.sqrt((1 - shrinkage) / self.degrees) * self.deviations
+        scale = (self.diagonal - (scaled**2).sum(axis=0)) ** -0.5
+        scaled, white = scale * scaled, scale * both
+        factor = np.linalg.cholesky(np.eye(len(scaled)) + scaled @ scaled.T)
+        lost = solve_lower(factor, scaled @ white.T).T
+        means, samples = white[:classes], white[classes:]
+        means_lost, samples_lost = lost[:classes], lost[classes:]
+        return _Solved(
+            scale * (means - solve_upper(factor, means_lost.T).T @ scaled),
+            means @ means.T - means_lost @ means_lost.T,
+            samples @ means.T - samples_lost @ means_lost.T,
+            (samples**2).sum(axis=1) - (samples_lost**2).sum(axis=1),
+        )
 
-    def _left_out(
-        self, means: np.ndarray, white: np.ndarray, labels: np.ndarray, shrinkage: float
-    ) -> np.ndarray:
-        """Return f64[m, C]: scores of samples by the heads that would be without each.
+    def _left_out(self, solved: _Solved, labels: np.ndarray, shrinkage: float) -> np.ndarray:
+        """Return f64[n, C]: scores of samples by the heads that would be without each.
 
-        means f64[d, C] and white f64[d, m]: class means and samples, whitened by the factor.
         Without a sample its class's mean moves, and the scatter loses a product of rank one, whose
         inverse is known (Sherman and Morrison; Friedman 1989, §6). The diagonal stays.
         """
         own = (np.arange(len(labels)), labels)
-        deviation = white - means[:, labels]
-        towards = (white * deviation).sum(axis=0)[:, None] - deviation.T @ means
-        distances = (white**2).sum(axis=0)[:, None] - 2 * white.T @ means + (means**2).sum(axis=0)
+        samples, between = solved.samples[:, None], solved.between
+        # The deviation from the own mean, by what separates the sample from each mean.
+        towards = samples - between[own][:, None] - between + solved.means[labels]
+        distances = samples - 2 * between + np.einsum("ii->i", solved.means)
         count = np.maximum(self.counts[labels], 2).astype(np.float64)
         weight = (1 - shrinkage) / self.degrees * count / (count - 1)
         gain = weight / np.maximum(1 - weight * towards[own], 1e-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pbc.errors import PbcError
+from pbc.runtime import closed_form
 from pbc.runtime.closed_form import SHRINKAGES, ClassStatistics, Head, solve_lower, solve_upper
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -81,6 +82,34 @@ def test_many_samples_need_less_shrinkage_than_few() -> None:
     assert few.shrinkage > many.shrinkage
     assert {few.shrinkage, many.shrinkage} <= set(SHRINKAGES)
     assert many.accuracy > few.accuracy
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 5, 12])
+def test_of_few_samples_products_give_the_head_of_the_scatter(
+    per_class: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = gaussians(per_class=per_class, width=150)
+    rows[:, :20] = 3  # never changes
+    few = statistics(rows, labels, 5)  # one class without a sample
+    assert "scatter" not in few.state()
+    dual = few.solve()
+    monkeypatch.setattr(closed_form, "_FEW", 0)
+    many = statistics(rows, labels, 5)
+    primal = many.solve()
+    assert dual.shrinkage == primal.shrinkage
+    assert dual.accuracy == primal.accuracy
+    assert dual.loss == pytest.approx(primal.loss, rel=1e-9)
+    np.testing.assert_allclose(dual.weight, primal.weight, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(dual.bias, primal.bias, rtol=1e-5)
+
+
+def test_samples_that_become_many_give_the_scatter_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = gaussians(per_class=180, width=600)
+    grown = statistics(rows, labels, 4)
+    assert "scatter" in grown.state()
+    monkeypatch.setattr(closed_form, "_FEW", 0)
+    whole = statistics(rows, labels, 4)
+    np.testing.assert_allclose(grown.glance().weight, whole.glance().weight, rtol=1e-4, atol=1e-7)
 
 
 def test_mini_batches_and_interruptions_leave_the_bits_alone() -> None:
