@@ -23,14 +23,11 @@ from pbc.ir.graph import name_outputs, placeholders
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Policy, Program
 from pbc.ir.rewrite import rename_input
-from pbc.proxies.sample_fidelity import sample_fidelity
+from pbc.proxies.sample_fidelity import affordable, sample_fidelity
 from pbc.util.progress import report
 
 VIEW = (32, 32)
 SAMPLES = 4000
-LEAST_SAMPLES = 500
-# What measuring single samples may cost: a minute or two on two cores.
-MEASURED_MACS = 4e12
 EPOCHS = 15
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -99,7 +96,8 @@ class LearnPolicy:
         margins = torch.zeros(len(proxies))
         notes = program.notes
         if len(held_out) >= LEAST_HELD_OUT:
-            chosen = affordable(levels, calibration.align, SAMPLES)
+            macs = sum(level.macs for level in levels)
+            chosen = affordable(macs, calibration.align, SAMPLES)
             report("learn-policy", 0.1, "measuring the fidelity of single samples")
             fidelity = torch.from_numpy(sample_fidelity(program, proxies, calibration, chosen))
             learned = train(views(calibration, chosen), fidelity, program.request.seed)
@@ -155,16 +153,6 @@ class PolicyNetwork(nn.Module):
     def predict_constantly(self, values: Tensor) -> None:
         """Put out these values whatever the view."""
         self.rescale(torch.zeros_like(values), values)
-
-
-def affordable(levels: Sequence[Rung], indices: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the indices, evenly spread, as measuring all levels' MACs allows."""
-    macs = sum(level.macs for level in levels)
-    most = min(most, max(LEAST_SAMPLES, int(MEASURED_MACS / macs)))
-    if len(indices) <= most:
-        return indices
-    spread: np.ndarray = indices[np.linspace(0, len(indices) - 1, most).astype(int)]
-    return spread
 
 
 def views(calibration: Calibration, indices: np.ndarray) -> Tensor:

@@ -2,80 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from torch.fx import GraphModule
 
-from pbc.bundle.ladder import FLOAT32, INT8, LATENCY, MACS, PROFILE
+from pbc.bundle.ladder import FLOAT32, INT8, LATENCY
 from pbc.errors import UsageError, suggest
 from pbc.ir.dim_rules import dims_of
-from pbc.ir.dims import HEADS, Dimension, Dims
-from pbc.ir.graph import op_name, shape_of
-from pbc.ir.levels import LevelGraphs, LevelPlan, Size
+from pbc.ir.levels import LevelPlan
 from pbc.ir.program import Program
-from pbc.ir.work import work_file
-from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
-from pbc.proxies.fidelity import boundary_nodes
-from pbc.proxies.resolution import macs
-from pbc.proxies.tokens import tokens_of
-from pbc.proxies.trial import reason_against, reason_of_failure, trial, with_merges
-from pbc.util.atomic import replace_bytes
+from pbc.proxies.forms import AXES, INT8_COST, PRECISION, WORTHWHILE, Form, Forms
+from pbc.proxies.pseudo_tasks import losses_unaligned
+from pbc.proxies.use import BOUNDS, EVEN, LADDERS, USED, used
 
-Sizes = dict[str, int]
-# What decides how a form is converted: resolution, merges, precision.
-Kind = tuple[Size | None, tuple[int, ...], str]
+_Chosen = list[tuple[Form, float]]
+_Found = tuple[_Chosen, tuple[str, ...]]
 
-PRECISION, RESOLUTION, TOKENS, WIDTH = AXES = ("precision", "resolution", "tokens", "width")
-# Common widths at which a latency is measured; between them it is interpolated.
-MEASURED_WIDTHS = np.linspace(1.0, 0.1, 10)
-# MACs follow from the sizes, at any width.
-COUNTED_WIDTHS = np.linspace(1.0, 0.1, 181)
-# Height and width against the original's: these before any channel goes, the further ones where
-# no channel may. Which is better below three quarters was not measured (docs/alignment.md).
-RESOLUTIONS = (7 / 8, 3 / 4)
-FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
-RESOLUTION_ROUNDING = 16
-# Of a transformer's tokens, the shares that are merged after its first attention; further ones
-# merge less and less (docs/alignment.md).
-TOKEN_RATES = (1 / 32, 1 / 16, 3 / 32, 1 / 8)
-# A precision that saves less is not worth a level, nor are resolutions.
-WORTHWHILE = 0.9
-# What an int8 multiply-accumulate of a convolution costs of a float32 one where that is not
-# measured: ResNet-50's prefix took 3.7 ms for 12.7 ms an image (ONNX Runtime, one x86 core with
-# VNNI), and its first and last layers are not integer.
-INT8_COST = 0.35
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form of a level, against the original's.
-
-    width: common to all independent dimensions. merges: tokens that go after each attention.
-    """
-
-    width: float = 1.0
-    resolution: Size | None = None
-    precision: str = FLOAT32
-    merges: tuple[int, ...] = ()
-
-    @property
-    def title(self) -> str:
-        """The form as notes name it."""
-        parts = [f"with {self.width:.0%} of the channels"] if self.width < 1 else []
-        parts += ["at {}x{}".format(*self.resolution)] if self.resolution else []
-        parts += [f"with {sum(self.merges)} tokens merged"] if self.merges else []
-        parts += [f"in {self.precision}"] if self.precision != FLOAT32 else []
-        return " ".join(parts)
+# What is left of a loss after alignment. At 96x96, MobileNetV3-Large loses 7.7 points on
+# Caltech-101 before and 2.2 after ten minutes (heads in closed form).
+LEFT = 0.4
 
 
 @dataclass(frozen=True)
@@ -90,7 +41,7 @@ class PlanLevels:
     width, rounded to `rounding`, 0 meaning 16 where there are depthwise convolutions, else 8; of an
     attention the head size shrinks, the number of heads stays).
 
-    Level 1 is the original in the cheaper precision, if there is one; from there the steps lead
+    Level 1 is the original in the cheaper precision, if there is one; from there even steps lead
     down to `min_cost`, or to the cheapest cost in reach. Cost is what the device's own profile
     predicts, where there is one (`cost`, see `pbc.lower.cost_profile`); else the latency of one
     training iteration measured here when this machine is the target; else MACs. Then int8 is
@@ -102,6 +53,11 @@ class PlanLevels:
     rounding makes equal to the one above is dropped and noted. Where nothing can be given up, or
     nothing frozen sends what trains, level 0 is the only one, whatever a timing says.
 
+    ladder: "used" plans the levels that a run within some bound would use: without narrowing, forms
+    are judged before alignment on calibration images (`pbc.proxies.pseudo_tasks`), of whose losses
+    alignment is taken to leave a part, and for each bound the one is planned that makes a run
+    shortest (`pbc.proxies.use`); `choose-levels` judges them again. "even" plans the even steps of
+    PieBridge, as is done without calibration, or where only channels can go.
     axes: those that may be used, of "precision", "resolution", "tokens", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options. trials: False
     plans forms untried, in seconds; of those that fail, a compilation makes no level.
@@ -113,10 +69,13 @@ class PlanLevels:
     axes: tuple[str, ...] = AXES
     cost: Path | None = None
     trials: bool = True
+    ladder: str = USED
     stage: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
-        """Refuse an axis that there is not."""
+        """Refuse an axis or a ladder that there is not."""
+        if self.ladder not in LADDERS:
+            raise UsageError(suggest("ladder", self.ladder, LADDERS))
         for axis in self.axes:
             if axis not in AXES:
                 raise UsageError(suggest("axis", axis, AXES))
@@ -126,65 +85,110 @@ class PlanLevels:
         if profile is not None:
             profile.check(program)
         dims = dims_of(program)
-        planner = _Planner(program, dims, self.rounding, profile, trials=self.trials)
+        forms = Forms(program, dims, self.rounding, profile, trials=self.trials)
         notes = program.notes
-        chosen: list[tuple[Form, float]] = []
+        chosen: _Chosen = []
         precision = FLOAT32
-        levels = self.levels if planner.frozen else 0
+        levels = self.levels if forms.frozen else 0
         if levels and PRECISION in self.axes:
-            for form in planner.runnable(planner.precisions()):
-                cost = float(planner.costs([form])[0])
+            for form in forms.runnable(forms.precisions()):
+                cost = float(forms.costs([form])[0])
                 if cost <= WORTHWHILE:  # not if it is NaN
                     precision = form.precision
                     chosen.append((form, cost))
                     break
-        if precision == INT8 and planner.cost_model != LATENCY and not planner.profiled(INT8):
+        if precision == INT8 and forms.cost_model != LATENCY and not forms.profiled(INT8):
             notes += (
                 f"costs of int8 levels are assumed, not measured: {INT8_COST} of a float32 "
                 "multiply-accumulate for an int8 one",
             )
         count = levels - len(chosen)
-        path = planner.path(self.axes, precision) if count else []
-        costs = planner.costs(path) if len(path) > 1 else np.ones(len(path))
-        path = [form for form, cost in zip(path, costs, strict=True) if math.isfinite(cost)]
-        if len(path) > 1:
-            costs = np.minimum.accumulate(costs[np.isfinite(costs)].clip(max=1.0))
-            if not chosen:
-                costs[0] = 1.0
-            cheapest = max(self.min_cost, float(costs[-1]))
-            for step in range(1, count + 1):
-                goal = float(costs[0]) - step * (float(costs[0]) - cheapest) / count
-                chosen.append(_at(path, costs, goal))
-            if cheapest > self.min_cost:
-                notes += (
-                    f"a cost of {self.min_cost:.2f} is out of reach: the most that can be given up "
-                    f"still costs {cheapest:.2f}, so the levels step down to that",
-                )
-        forms: list[Form] = [Form()]
-        plans: list[LevelPlan] = [planner.plan(Form(), 1.0)]
+        further = self._of_use(program, forms, chosen) if count else None
+        if further is None and count:
+            further = self._even(forms, precision, count)
+        if further is not None:
+            chosen += further[0][:count]
+            notes += further[1]
+        taken: list[Form] = [Form()]
+        plans: list[LevelPlan] = [forms.plan(Form(), 1.0)]
         for number, (form, cost) in enumerate(chosen, 1):
-            shrunk = planner.sizes(form)
-            if shrunk == plans[-1].sizes and replace(form, width=forms[-1].width) == forms[-1]:
+            shrunk = forms.sizes(form)
+            if shrunk == plans[-1].sizes and replace(form, width=taken[-1].width) == taken[-1]:
                 notes += (
                     f"level {number} of {self.levels} is dropped: it rounds to the level above it",
                 )
                 continue
-            if not planner.runnable([form], chosen=True):
+            if not forms.runnable([form], chosen=True):
                 continue
-            forms.append(form)
+            taken.append(form)
             # MACs follow from the sizes; a latency is read off between the forms measured.
-            expected = cost if planner.cost_model == LATENCY else planner.predicted(form)
-            plans.append(planner.plan(form, expected))
-        notes += (*planner.notes, *planner.extrapolations(forms))
+            expected = cost if forms.cost_model == LATENCY else forms.predicted(form)
+            plans.append(forms.plan(form, expected))
+        notes += (*forms.notes, *forms.extrapolations(taken))
         program = program.copy()
         original = replace(program.levels[0], macs=plans[0].macs)
         return replace(
             program,
             levels=(original, *program.levels[1:]),
             plans=tuple(plans[1:]),
-            cost_model=planner.cost_model,
+            cost_model=forms.cost_model,
             dims=dims,
             notes=notes,
+        )
+
+    def _of_use(self, program: Program, forms: Forms, planned: _Chosen) -> _Found | None:
+        """The forms that a run would use beside those planned already, and what to note.
+
+        None where nothing says so, or only channels can go.
+        """
+        if self.ladder == EVEN or program.calibration is None:
+            return None
+        precision = planned[-1][0].precision if planned else FLOAT32
+        candidates = forms.without_narrowing(self.axes, precision)
+        if not candidates:
+            return None
+        costs = [float(cost) for cost in forms.costs(candidates)]
+        pairs = [pair for pair in zip(candidates, costs, strict=True) if math.isfinite(pair[1])]
+        # Rounding needs ranges, which are to come, and loses little beside what else is given up.
+        trials = [forms.trial(replace(form, precision=FLOAT32)).fused() for form, _ in pairs]
+        macs = forms.whole + sum(forms.macs(form) for form, _ in pairs)
+        losses = parallel.once(lambda: losses_unaligned(program, trials, macs))
+        if losses is None:
+            return None
+        expected = [[(share, LEFT * lost) for share, lost in found] for found in losses]
+        # A precision costs next to nothing; what gives up more has to be worth more.
+        above = [(cost, [(1.0, 0.0)]) for _, cost in planned]
+        best = used(
+            [cost for cost, _ in above] + [cost for _, cost in pairs],
+            [[lost for _, lost in above] + expected],
+        )
+        chosen = [pair for index, pair in enumerate(pairs, len(above)) if index in best]
+        notes = tuple(
+            f"no level {form.title}: within {BOUNDS[-1]:g} points of accuracy no run would use it "
+            f"(cost {cost:.2f}, {found[-1][1]:.1f} points lost before alignment)"
+            for (form, cost), found in zip(pairs, losses, strict=True)
+            if (form, cost) not in chosen
+        )
+        return sorted(chosen, key=lambda pair: -pair[1]), notes
+
+    def _even(self, forms: Forms, precision: str, count: int) -> _Found:
+        """So many forms whose costs fall in even steps, and what to note."""
+        path = forms.path(self.axes, precision)
+        costs = forms.costs(path) if len(path) > 1 else np.ones(len(path))
+        path = [form for form, cost in zip(path, costs, strict=True) if math.isfinite(cost)]
+        if len(path) < 2:
+            return [], ()
+        costs = np.minimum.accumulate(costs[np.isfinite(costs)].clip(max=1.0))
+        if precision == FLOAT32:
+            costs[0] = 1.0
+        cheapest = max(self.min_cost, float(costs[-1]))
+        goals = np.linspace(float(costs[0]), cheapest, count + 1)[1:]
+        chosen = [_at(path, costs, float(goal)) for goal in goals]
+        if cheapest <= self.min_cost:
+            return chosen, ()
+        return chosen, (
+            f"a cost of {self.min_cost:.2f} is out of reach: the most that can be given up "
+            f"still costs {cheapest:.2f}, so the levels step down to that",
         )
 
 
@@ -198,312 +202,3 @@ def _at(path: Sequence[Form], costs: np.ndarray, goal: float) -> tuple[Form, flo
         return replace(path[below], width=float(width)), float(goal)
     nearest = min((above, below), key=lambda index: abs(costs[index] - goal))
     return path[nearest], float(costs[nearest])
-
-
-class _Planner:
-    """The forms that a program can take, and what they cost."""
-
-    def __init__(
-        self,
-        program: Program,
-        dims: Dims,
-        rounding: int,
-        profile: CostProfile | None,
-        *,
-        trials: bool,
-    ) -> None:
-        self._program = program
-        self._original = program.levels[0]
-        self._profile = profile
-        self._trials = trials
-        self._dims = dims
-        self._rounding = rounding or (16 if has_depthwise(*self._original.frozen) else 8)
-        self.whole = self._dims.macs()
-        self._pixels: dict[Size | None, float] = {None: 1.0}
-        self._tokens: dict[tuple[int, ...], float] = {(): 1.0}
-        # Why there can be no level of a form, empty where there can.
-        self._tried: dict[Form, str] = {}
-        # What the engine was asked to convert: another width is converted alike.
-        self._converted: set[Kind] = set()
-
-    @property
-    def frozen(self) -> bool:
-        """Whether anything frozen sends what a trainable layer reads: else no level is cheaper."""
-        return self._original.prefix is not None or bool(boundary_nodes(self._original.body))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """A note for each form that was tried and cannot be, once for each reason."""
-        reasons: dict[str, list[str]] = {}
-        for form, reason in self._tried.items():
-            if reason:
-                reasons.setdefault(reason, []).append(form.title)
-        return tuple(
-            f"no level {' or '.join(forms)}: {reason}" for reason, forms in reasons.items()
-        )
-
-    def runnable(self, forms: Sequence[Form], *, chosen: bool = False) -> list[Form]:
-        """Those of the forms of which a trial runs as a level must; without trials most.
-
-        The engine converts one of all resolutions and merges, which takes seconds, and each that is
-        chosen.
-        """
-        if not self._trials:
-            return [form for form in forms if self._countable(form)]
-        return [form for form in forms if not self._reason_against(form, chosen=chosen)]
-
-    def _countable(self, form: Form) -> bool:
-        """Whether the layers at least take images of its size."""
-        return not reason_of_failure(lambda: self.macs(form))
-
-    def _reason_against(self, form: Form, *, chosen: bool) -> str:
-        """One line, empty where there is none."""
-        kind = (form.resolution, form.merges, form.precision)
-        ask = kind not in self._converted and (
-            chosen or not any(_alike(kind, other) for other in self._converted)
-        )
-        if form not in self._tried or (ask and not self._tried[form]):
-            if ask:
-                self._converted.add(kind)
-            plan = self._shape(form)
-            self._tried[form] = parallel.once(
-                lambda: reason_against(self._program, plan, self._dims, engine=ask)
-            )
-        return self._tried[form]
-
-    @property
-    def cost_model(self) -> str:
-        """The source of costs, as the manifest names it."""
-        if self._profile is not None:
-            return PROFILE
-        return LATENCY if self._program.request.target.local else MACS
-
-    def profiled(self, precision: str) -> bool:
-        return self._profile is not None and self._profile.measured(precision)
-
-    def extrapolations(self, forms: Sequence[Form]) -> tuple[str, ...]:
-        """A note where levels are cheaper than any that the profile has."""
-        if self._profile is None:
-            return ()
-        beyond = [
-            str(level)
-            for level, form in enumerate(forms)
-            if self.profiled(form.precision)
-            and self._profile.extrapolated(self.macs(form) / self.whole, form.precision)
-        ]
-        if not beyond:
-            return ()
-        return (
-            f"costs of level {', '.join(beyond)} are extrapolated: the profile has none so cheap; "
-            "profile this bundle and compile once more",
-        )
-
-    def path(self, axes: Sequence[str], precision: str) -> list[Form]:
-        """Forms from the original's down, each giving up more than the one before."""
-        wide = WIDTH in axes and bool(self._dims.independent())
-        resolutions: list[Size | None] = [None]
-        if RESOLUTION in axes:
-            shares = RESOLUTIONS if wide else (*RESOLUTIONS, *FURTHER_RESOLUTIONS)
-            smaller = self._resolutions(shares)
-            if smaller and self.macs(Form(resolution=smaller[-1])) <= WORTHWHILE * self.whole:
-                resolutions += smaller
-        forms = [Form(1.0, resolution, precision) for resolution in resolutions]
-        if TOKENS in axes and len(resolutions) == 1:
-            forms += [replace(forms[-1], merges=merges) for merges in self._merges(forms[-1])]
-        if wide:
-            widths = MEASURED_WIDTHS if self.cost_model == LATENCY else COUNTED_WIDTHS
-            narrower = [replace(forms[-1], width=float(width)) for width in widths[1:]]
-            if self.runnable(narrower[-1:]):
-                forms += narrower
-        return forms
-
-    def _merges(self, form: Form) -> list[tuple[int, ...]]:
-        """What may be merged after each attention, more and more of it."""
-        tokens = tokens_of(self._original, self._dims)
-        if tokens is None:
-            return []
-        plans = dict.fromkeys(tokens.schedule(rate) for rate in TOKEN_RATES)
-        found = self.runnable([replace(form, merges=plan) for plan in plans if any(plan)])
-        return [one.merges for one in found]
-
-    def _resolutions(self, shares: Sequence[float]) -> list[Size]:
-        graph = self._original.prefix
-        if graph is None:
-            return []
-        _, height, width = self._program.network.input.shape
-        sizes = [(_rounded_pixels(height * s), _rounded_pixels(width * s)) for s in shares]
-        distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
-        found = self.runnable([Form(resolution=size) for size in distinct])
-        return [form.resolution for form in found if form.resolution is not None]
-
-    def precisions(self) -> list[Form]:
-        """The cheaper precisions to try: those that the engine offers and the program can have."""
-        return [Form(precision=precision) for precision in self._precisions()]
-
-    def _precisions(self) -> list[str]:
-        prefix = self._original.prefix
-        offered = backend(self._program.request.engine).precisions
-        possible = [p for p in offered if p != INT8 or prefix is not None]
-        if self.cost_model == LATENCY:
-            return possible
-        return [
-            p for p in possible if self.profiled(p) or (p == INT8 and _convolves(self._original))
-        ]
-
-    def plan(self, form: Form, cost: float) -> LevelPlan:
-        """The form, as what is to be made of it."""
-        return replace(self._shape(form), cost=cost, macs=self.macs(form))
-
-    def _shape(self, form: Form) -> LevelPlan:
-        """The same before anything is known of its cost."""
-        return LevelPlan(self.sizes(form), 1.0, 0.0, form.precision, form.resolution, form.merges)
-
-    def sizes(self, form: Form) -> Sizes:
-        return uniform_sizes(self._dims, form.width, self._rounding)
-
-    def macs(self, form: Form) -> float:
-        """Multiply-accumulates of one sample."""
-        prefix = self._original.prefix
-        if form.resolution not in self._pixels and form.resolution and prefix is not None:
-            before, after = macs(prefix), macs(prefix, form.resolution)
-            # Only the prefix shrinks: what it sends has its full size again.
-            self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
-        if form.merges not in self._tokens:
-            level = replace(self._original, merges=form.merges)
-            fewer = with_merges(level, self._original, self._dims)
-            before, after = (
-                sum(macs(graph) for graph in one.frozen) for one in (self._original, fewer)
-            )
-            self._tokens[form.merges] = after / before
-        pixels, tokens = self._pixels[form.resolution], self._tokens[form.merges]
-        return self._dims.macs(self.sizes(form)) * pixels * tokens
-
-    def costs(self, forms: Sequence[Form]) -> np.ndarray:
-        """Costs relative to the original's; NaN for a form that the engine cannot run."""
-        if self.cost_model == LATENCY:
-            latency_ms = np.array(self._latencies_ms([Form(), *forms]))
-            relative: np.ndarray = latency_ms[1:] / latency_ms[0]
-            return relative
-        return np.array([self.predicted(form) for form in forms])
-
-    def predicted(self, form: Form) -> float:
-        """The cost by MACs, as the profile maps them to time; in proportion without one."""
-        work = self.macs(form) / self.whole
-        if self._profile is None:
-            return work * self._assumed(form.precision)
-        if self.profiled(form.precision):
-            return self._profile.cost(work, form.precision)
-        return self._profile.cost(work) * self._assumed(form.precision)
-
-    def _assumed(self, precision: str) -> float:
-        """The weight of a multiply-accumulate: less for those of an int8 prefix."""
-        prefix = self._original.prefix
-        if precision != INT8 or prefix is None:
-            return 1.0
-        work = _layer_macs(prefix)
-        return 1 - work / (work + _layer_macs(self._original.body)) * (1 - INT8_COST)
-
-    def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
-        """Measure; keep the result, since a resumed compilation must come to the same plan."""
-        program, request = self._program, self._program.request
-        decided_by = [[asdict(form) for form in forms], request.batch, request.engine]
-        decided_by.append(self._rounding)
-        kept = work_file(program, "latencies", decided_by, self._original.frozen, ".json")
-
-        def measure() -> list[float | str]:
-            measured: list[float | str]
-            if kept is not None and kept.is_file():
-                with contextlib.suppress(ValueError):  # damaged: measure again
-                    measured = json.loads(kept.read_text())
-                    return measured
-            measured = self._times_or_reasons(forms)
-            if kept is not None:
-                replace_bytes(kept, json.dumps(measured).encode())
-            return measured
-
-        latencies = []
-        for form, found in zip(forms, parallel.once(measure), strict=True):
-            if isinstance(found, str):
-                self._tried[form] = found
-            latencies.append(math.nan if isinstance(found, str) else found)
-        return latencies
-
-    def _times_or_reasons(self, forms: Sequence[Form]) -> list[float | str]:
-        """For each form milliseconds, or why the engine cannot run it; the original has to run."""
-        program = self._program
-        lowering = backend(program.request.engine).lowering()
-        trials = [trial(program, self._shape(form), self._dims) for form in forms]
-        times: list[float] = []
-
-        def reason_against_timing(levels: Sequence[LevelGraphs]) -> str:
-            return reason_of_failure(
-                lambda: times.extend(lowering.latency_ms(program, levels)), *lowering.refusals
-            )
-
-        if not reason_against_timing(trials):
-            return [*times]
-        lowering.latency_ms(program, trials[:1])
-        reasons = [reason_against_timing([level]) for level in trials]
-        fit = [level for level, reason in zip(trials, reasons, strict=True) if not reason]
-        times = lowering.latency_ms(program, fit)
-        return [reason or times.pop(0) for reason in reasons]
-
-
-def _alike(kind: Kind, other: Kind) -> bool:
-    """Whether both give up the same, however much of it."""
-    (size, merges, precision), (others_size, others_merges, others_precision) = kind, other
-    return (size is None, any(merges), precision) == (
-        others_size is None,
-        any(others_merges),
-        others_precision,
-    )
-
-
-def _rounded_pixels(size: float) -> int:
-    return max(1, round(size / RESOLUTION_ROUNDING)) * RESOLUTION_ROUNDING
-
-
-def uniform_sizes(dims: Dims, width: float, rounding: int) -> Sizes:
-    """The size of every independent dimension at a common width; unshrunk ones are left out."""
-    sizes = {}
-    for dimension in dims.independent():
-        size = rounded(dimension, width, rounding)
-        if size < dimension.size:
-            sizes[dimension.name] = size
-    return sizes
-
-
-def rounded(dimension: Dimension, width: float, rounding: int) -> int:
-    """A dimension's size at a width: a multiple of `rounding`, at least one, at most its own."""
-    if dimension.kind == HEADS:
-        return dimension.size
-    size = int(dimension.size * width / rounding + 0.5) * rounding
-    return min(dimension.size, max(rounding, size))
-
-
-def has_depthwise(*graphs: GraphModule) -> bool:
-    """Whether a convolution runs channel by channel; such layers like wider blocks of channels."""
-    return any(
-        op_name(node) == "aten.conv2d.default" and len(node.args) > 6 and node.args[6] != 1
-        for graph in graphs
-        for node in graph.graph.nodes
-    )
-
-
-def _layer_macs(graph: GraphModule) -> float:
-    """Multiply-accumulates of one sample in convolutions and linear layers."""
-    total = 0.0
-    for node in graph.graph.nodes:
-        if op_name(node) in ("aten.conv2d.default", "aten.linear.default"):
-            weight = node.args[1]
-            total += math.prod(shape_of(node)[1:]) * math.prod(shape_of(weight)[1:])
-    return total
-
-
-def _convolves(level: LevelGraphs) -> bool:
-    """Whether most layers of the prefix are convolutions, and no layer runs channel by channel."""
-    if level.prefix is None:
-        return False
-    names = [op_name(node) for node in level.prefix.graph.nodes]
-    convolutions = names.count("aten.conv2d.default")
-    return convolutions > names.count("aten.linear.default") and not has_depthwise(*level.frozen)

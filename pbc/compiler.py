@@ -30,6 +30,7 @@ from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.lower.engine_choice import choose_engine, require_tuning
 from pbc.proxies import parallel
+from pbc.proxies.use import USED
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.target import load_target
 from pbc.util.artifacts import default_folder
@@ -51,7 +52,8 @@ class CompileOptions:
     classes: how many are expected; `data` (class folders or a zip of them) names them. Training
     takes those of its photos. shape: channels, height, width; None is the model's own. resize:
     "crop" or "squash"; None is the way of the zoo that the model is from. levels counts proxies.
-    axes: what a level may give up; see pbc.passes.plan_levels. importance: the criterion that says
+    axes: what a level may give up; ladder: "used", levels that runs would use, or "even", in even
+    steps of cost; see pbc.passes.plan_levels. importance: the criterion that says
     which channels of it stay; see pbc.proxies.importance. cost: a profile of the device, to plan
     even steps by. align_loss: what proxies are distilled by; see pbc.proxies.align_losses.
     tune: minutes to search faster code for, where the engine's lowering can; 0 takes what earlier
@@ -69,6 +71,7 @@ class CompileOptions:
     levels: int = 4
     min_cost: float = 0.3
     axes: tuple[str, ...] = ("precision", "resolution", "tokens", "width")
+    ladder: str = USED
     importance: str = "magnitude"
     cost: Path | None = None
     engine: str | None = None

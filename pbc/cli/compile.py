@@ -24,6 +24,7 @@ from pbc.cli.stages import StageLines
 from pbc.data import InputSpec
 from pbc.errors import UsageError
 from pbc.frontend.origin import nameless
+from pbc.proxies.use import LADDERS
 from pbc.runtime.routing.outlook import outlooks
 from pbc.util.interrupt import interrupted_by_sigterm
 from pbc.util.progress import reporting_to, telling
@@ -76,7 +77,10 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     help="Class folders, or a zip of them: the classes to expect, in this order.",
 )
 @click.option(
-    "--levels", default=4, show_default=True, help="How many proxies; the original is extra."
+    "--levels",
+    default=4,
+    show_default=True,
+    help="How many proxies, at most; level 0 is extra.",
 )
 @click.option(
     "--min-cost",
@@ -90,6 +94,13 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     show_default=True,
     metavar="LIST",
     help="What a cheaper level may give up.",
+)
+@click.option(
+    "--ladder",
+    type=click.Choice(LADDERS),
+    default=compiler.CompileOptions().ladder,
+    show_default=True,
+    help="Levels that a run would use, by calibration images, or even steps of cost.",
 )
 @click.option(
     "--importance",

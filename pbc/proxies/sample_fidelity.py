@@ -15,6 +15,9 @@ from pbc.ir.program import Program
 from pbc.proxies.as_run import up_to_interface
 from pbc.proxies.fidelity import cosine, standards
 
+# What measuring single samples may cost: a minute or two on two cores.
+MEASURED_MACS = 4e12
+
 
 def sample_fidelity(
     program: Program,
@@ -55,3 +58,15 @@ def measured(program: Program, proxies: Sequence[LevelGraphs], data: Calibration
         for level in program.levels
     )
     return replace(program, levels=levels)
+
+
+def affordable(macs: float, indices: np.ndarray, most: int, least: int = 500) -> np.ndarray:
+    """Return at most `most` of the indices, evenly spread, as measuring allows; `least` always.
+
+    macs: multiply-accumulates that measuring one of them takes, at all levels.
+    """
+    most = min(most, max(least, int(MEASURED_MACS / macs)))
+    if len(indices) <= most:
+        return indices
+    spread: np.ndarray = indices[np.linspace(0, len(indices) - 1, most).astype(int)]
+    return spread

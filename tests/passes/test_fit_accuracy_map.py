@@ -17,13 +17,12 @@ from pbc.bundle.ladder import ALIGNED
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.passes import fit_accuracy_map
-from pbc.passes.fit_accuracy_map import (
-    FitAccuracyMap,
+from pbc.passes.fit_accuracy_map import FitAccuracyMap, isotonic_map
+from pbc.proxies.pseudo_tasks import (
     Tasks,
     blend,
     falling,
     head_inputs,
-    isotonic_map,
     k_means,
     nearest,
     points_lost,

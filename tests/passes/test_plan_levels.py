@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed
+from networks import AttentionNet, ConvNet, Kind, ResidualNet, analysed, calibration, settled
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -23,6 +23,7 @@ from pbc.ir.graph import op_name
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower.cost_profile import CostProfile, rising
+from pbc.passes import plan_levels
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import INT8_COST, PlanLevels
@@ -171,6 +172,73 @@ def test_fewer_pixels_come_before_fewer_channels() -> None:
     images = after.network.example
     sent = [level.features(images)["feature_0"].shape for level in after.levels]
     assert sent[3] == sent[0]
+
+
+# ---- by use --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judgeable(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """A network that may be given fewer pixels, and photos to say what that loses."""
+    source = make_program(settled(ConvNet()), shape=(3, 64, 64))
+    program = run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
+    data = calibration(tmp_path_factory.mktemp("photos"), program.network.input, 60)
+    return replace(program, calibration=data)
+
+
+def test_calibration_images_say_which_levels_a_run_would_use(
+    judgeable: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = PlanLevels(levels=4, min_cost=0.1, rounding=1)
+    after = assert_unchanged(plan, judgeable)
+    assert after.text() == judgeable.text()
+    planned = [(one.resolution, one.cost) for one in after.plans]
+    assert planned
+    assert all(one.sizes == {} for one in after.plans)  # channels are not given up
+    assert costs(after) == sorted(costs(after), reverse=True)
+    # A form that loses nothing is used alone: the cheapest.
+    monkeypatch.setattr(
+        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 0.0)]] * len(trials)
+    )
+    (alone,) = plan(judgeable).plans
+    assert alone.resolution == (32, 32)
+    # Where all lose everything there is no level, and that is said.
+    monkeypatch.setattr(
+        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 90.0)]] * len(trials)
+    )
+    none = plan(judgeable)
+    assert none.plans == ()
+    assert sum("no run would use it" in note for note in none.notes) == 2  # 48x48, 32x32
+    assert "90.0 points lost before alignment" in none.notes[-1]
+
+
+def test_even_steps_are_planned_where_they_are_asked_for_or_images_are_too_few(
+    judgeable: Program, tmp_path: Path
+) -> None:
+    even = PlanLevels(levels=3, min_cost=0.1, rounding=1, ladder="even")
+    known = even(replace(judgeable, calibration=None))
+    assert even(judgeable).plans == known.plans
+    few = calibration(tmp_path, judgeable.network.input, 8)
+    assert (
+        PlanLevels(levels=3, min_cost=0.1, rounding=1)(replace(judgeable, calibration=few)).plans
+        == known.plans
+    )
+
+
+def test_a_level_in_a_faster_precision_has_to_be_beaten(
+    judgeable: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
+    monkeypatch.setattr(
+        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 9.0)]] * len(trials)
+    )
+    (only,) = PlanLevels(levels=3)(judgeable).plans
+    assert (only.precision, only.resolution) == ("int8", None)
+
+
+def test_an_unknown_ladder_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"evne.*did you mean 'even'"):
+        PlanLevels(ladder="evne")
 
 
 class OffersInt8:

@@ -16,7 +16,7 @@ from pbc.runtime.routing.mixes import drawn, largest_share
 from pbc.runtime.schedulers import Fallback, Mix
 
 # A mix that so few samples make up is not worth its difference from level 0.
-_LEAST_SHARE = 0.1
+LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Routes:
                 (share, lost * worse.get(level, 1.0)) for at, share, lost in rows if at == level
             )
             share, lost = largest_share(losses, options.max_accuracy_loss)
-            if share >= _LEAST_SHARE:
+            if share >= LEAST_SHARE:
                 allowed = drawn(samples, len(self.ladder), level, share, options.seed)
                 found.append(Mix(allowed, level, share, lost))
         return tuple(found)
