@@ -24,6 +24,7 @@ from pbc.training_graph.step_check import (
     random_batches,
     starting_parameters,
     step_errors,
+    worst,
 )
 from pbc.util.progress import report
 
@@ -82,16 +83,14 @@ class DeriveTrainStep:
     def _verified(self, program: Program, number: int, level: LevelGraphs) -> dict[str, float]:
         theta = starting_parameters(program, level)
         batches = random_batches(program, level, program.network.head.classes_in(theta))
-        errors = step_errors(level.body, theta, batches, TorchRunner(level))
+        errors = worst(step_errors(level.body, theta, batches, TorchRunner(level)))
         if not all(error <= TOLERANCE for error in errors.values()):
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:
             # float64, which takes its time, knows.
             exact = _step_in_float64(level)
-            errors = step_errors(
-                exact.body,
-                _in_float64(theta),
-                [(_in_float64(features), labels) for features, labels in batches],
-                TorchRunner(exact),
+            exact_batches = [(_in_float64(features), labels) for features, labels in batches]
+            errors = worst(
+                step_errors(exact.body, _in_float64(theta), exact_batches, TorchRunner(exact))
             )
         for name, error in errors.items():
             if not error <= TOLERANCE:

@@ -21,7 +21,8 @@ from pbc.training_graph.names import LABELS, LOSSES
 STEPS = 5
 TOLERANCE = 1e-4
 # A lowered step has float32 alone, in which one ReLU whose input is zero but for rounding may be
-# on in one engine and off in another: more than TOLERANCE is told, more than this is refused.
+# on in one engine and off in another: more than TOLERANCE is told, more than this in most steps,
+# as a wrong kernel has it, is refused.
 LOWERED_TOLERANCE = 1e-2
 
 # Neither zero nor one, so that every term shows.
@@ -41,8 +42,10 @@ def step_errors(
     batches: Sequence[tuple[Tensors, Tensor]],
     runner: Runner,
     optimizers: Sequence[str] = tuple(OPTIMIZERS),
-) -> dict[str, float]:
-    """Return by optimizer the largest relative error of any parameter or state, a step a batch.
+) -> dict[str, tuple[float, ...]]:
+    """Return by optimizer, of each step, the largest relative error of any parameter or state.
+
+    There is a step for each batch.
 
     body: takes features and parameters in their order of placeholders. batches: features by name,
     and labels int64 [b]. Every step starts from where torch is, so that a network that amplifies
@@ -50,33 +53,33 @@ def step_errors(
     of its values, against its largest value; that of the losses counts likewise. State counts since
     it is made of gradients alone, which a small step hides in the rounding of a parameter.
     """
-    return {name: _error(body, parameters, batches, runner, name) for name in optimizers}
+    return {name: _errors(body, parameters, batches, runner, name) for name in optimizers}
 
 
-def _error(
+def _errors(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
     runner: Runner,
     optimizer: str,
-) -> float:
-    found = (_error_at(change, body, parameters, batches, runner, optimizer) for change in CHANGES)
-    return next((error for error in found if error is not None), math.nan)
+) -> tuple[float, ...]:
+    found = (_errors_at(change, body, parameters, batches, runner, optimizer) for change in CHANGES)
+    return next((errors for errors in found if errors is not None), (math.nan,))
 
 
-def _error_at(
+def _errors_at(
     change: float,
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
     runner: Runner,
     optimizer: str,
-) -> float | None:
-    """The error of steps that change parameters by so much; None where torch's own blow up."""
+) -> tuple[float, ...] | None:
+    """The errors of steps that change parameters by so much; None where torch's own blow up."""
     theta = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
     settings = _settings(change, optimizer, body, theta, *batches[0])
     rule = _torch_optimizer(optimizer, list(theta.values()), settings)
-    worst = 0.0
+    found = []
     for number, (features, labels) in enumerate(batches, 1):
         known: dict[str, Tensor] = {**features, **_state(optimizer, rule, theta), LABELS: labels}
         known |= {name: value.detach().clone() for name, value in theta.items()}
@@ -109,8 +112,24 @@ def _error_at(
             if name.startswith("exp_avg_sq/"):
                 least = least**2
             errors.append(_relative(value, expected[name], least))
-        worst = float(torch.tensor([worst, *errors], dtype=torch.float64).max())  # keeps a NaN
-    return worst
+        found.append(float(torch.tensor(errors, dtype=torch.float64).max()))  # keeps a NaN
+    return tuple(found)
+
+
+def worst(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return by optimizer the largest error of any step; NaN where one is."""
+    return {
+        name: float(torch.tensor(found, dtype=torch.float64).max())
+        for name, found in errors.items()
+    }
+
+
+def usual(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return by optimizer the error that most steps keep, their median; NaN where one is."""
+    return {
+        name: float(torch.tensor(found, dtype=torch.float64).median())
+        for name, found in errors.items()
+    }
 
 
 def _state(

@@ -203,6 +203,24 @@ def test_a_wrong_lowered_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         Lower()(program)
 
 
+def test_a_step_that_one_mini_batch_tells_apart_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ReLU whose input is zero but for rounding goes either way; a wrong kernel does always."""
+    right, calls = Shifted.run, []
+
+    def once(self: Shifted, role: GraphName, values: Values) -> dict[str, Any]:
+        calls.append(role)
+        if calls.count(role) > 1:
+            return self._runner.run(role, values)
+        return right(self, role, values)
+
+    monkeypatch.setattr(Shifted, "run", once)
+    shifted(monkeypatch, [update("adam")], 0.05)
+    program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
+    lowered = Lower()(program)
+    assert any("the step of level 0 differs from torch's by 5.0e-02" in n for n in lowered.notes)
+    assert lowered.checks["lowered_train_step"]["0"]["adam"] == pytest.approx(0.05, rel=0.01)
+
+
 @pytest.mark.parametrize(("role", "level"), [(PREFIX, 0), (PREFIX, 2), (BODY, 0)])
 def test_a_wrong_lowered_graph_is_refused(
     monkeypatch: pytest.MonkeyPatch, role: GraphName, level: int
