@@ -49,7 +49,8 @@ def main(old: str, new: str) -> int:
                 label = f"{model} {strategy} {target} {engine}"
                 arguments = [
                     "compile", model, "--weights", weights, "--input", shape,
-                    "--strategy", strategy, "--levels", str(levels), "--align-steps", "2",
+                    "--strategy", strategy, "--levels", str(levels), "--ladder", "even",
+                    "--align-steps", "2",
                     "--calibration", "examples/calibration", "--seed", "3", "--classes", "10",
                     "--target", target, "--engine", engine,
                 ]  # fmt: skip

@@ -104,7 +104,8 @@ def test_passes_are_listed_as_they_run() -> None:
     assert [row["name"] for row in own] == [
         "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels",
         "prune-dims", "merge-tokens", "align", "fold-batch-norm", "quantize", "prune-weights",
-        "cluster-weights", "fit-accuracy-map", "learn-policy", "derive-train-step", "lower",
+        "cluster-weights", "fit-accuracy-map", "choose-levels", "learn-policy",
+        "derive-train-step", "lower",
     ]  # fmt: skip
     asked_for = ["prune-weights", "cluster-weights"]
     built = pipeline.build({}, asked_for).passes

@@ -92,7 +92,7 @@ def compiled(
         result = pbc(
             "compile", MODEL, "--weights", weights, "--target", "host", "--engine", "pytorch",
             "--input", "3x64x64",
-            "--levels", "2", "--align-steps", "2", "--calibration", few,
+            "--levels", "2", "--ladder", "even", "--align-steps", "2", "--calibration", few,
             "--data", examples / "photos" / "train", "-o", path,
             "--dump-ir", path.parent / "ir",
         )  # fmt: skip
@@ -451,7 +451,7 @@ def test_an_interrupted_compilation_continues_to_the_same_bundle(
     monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
     options = CompileOptions(
         weights="random", shape=(3, 32, 32), levels=2, calibration=few, align_steps=6,
-        target="generic-arm64", engine="pytorch", without=("learn-policy",),
+        target="generic-arm64", engine="pytorch", without=("learn-policy",), ladder="even",
     )  # fmt: skip
     model = f"{examples / 'custom_model.py'}:factory"
     whole = compiler.compile(model, here / "whole.pbc", options)

@@ -47,6 +47,7 @@ def bundles(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         levels=LEVELS - 1,
         axes=("width",),
         align_steps=2,
+        ladder="even",
     )
     program = compiler.start("mobilenet_v3_large", options)
     data = Calibration.open(calibration, program.network.input, options.seed)

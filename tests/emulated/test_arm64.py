@@ -156,6 +156,7 @@ def compiled(
     def compile_for(name: str, engine: str, axes: tuple[str, ...]) -> Bundle:
         network = networks(examples)[name]
         data: dict[str, Any] = {"data": photos / "train", "calibration": calibration, "axes": axes}
+        data["ladder"] = "even"  # a few steps make no level that a run would use
         options = compiler.CompileOptions(target=TARGET, engine=engine, **data, **network.options)
         path = folder / f"{name}-{engine}-{len(axes)}.pbc"
         return compiler.compile(network.model, path, options)

@@ -43,7 +43,7 @@ def test_the_installed_passes_run_in_the_order_of_their_stages() -> None:
     assert names(build({})) == [
         "mark-trainable", "split-prefix", "try-engine", "independent-dims", "plan-levels",
         "prune-dims", "merge-tokens", "align", "fold-batch-norm", "quantize", "fit-accuracy-map",
-        "learn-policy", "derive-train-step", "lower",
+        "choose-levels", "learn-policy", "derive-train-step", "lower",
     ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ def proxied(tmp_path_factory: pytest.TempPathFactory, examples: Path) -> Bundle:
         levels=1,
         calibration=examples / "calibration",
         align_steps=2,
+        ladder="even",
         batch=4,
     )
     return compiler.compile(f"{source}:factory", folder / "net.pbc", options)

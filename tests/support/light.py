@@ -25,6 +25,7 @@ def compiled(folder: Path, examples: Path) -> Path:
         levels=1,
         calibration=examples / "calibration",
         align_steps=2,
+        ladder="even",  # two steps make no level that a run would use
         batch=8,
     )
     return compiler.compile(f"{source}:factory", folder / "light.pbc", options).path
