@@ -19,8 +19,9 @@ from pbc.errors import PbcError, reason_of
 from pbc.frontend import decompositions
 from pbc.frontend.gradient_stops import as_nodes, spelt_out
 from pbc.frontend.user_code import where_raised
-from pbc.ir.graph import op_name, origin, output_node, put_tensor
+from pbc.ir.graph import get_tensor, op_name, origin, output_node, put_tensor, tensor_names
 from pbc.ir.rewrite import ancestors
+from pbc.lower.weights import DTYPES
 from pbc.runtime.engines.pytorch.ops import OPS
 
 aten = torch.ops.aten
@@ -36,6 +37,8 @@ _POOL: tuple[Any, ...] = (None, None, [], [0, 0], False, True, None)
 _MEANINGS = {
     "data-dependent expression": "its forward decides by the values of a tensor, which no graph "
     "does; torch.where chooses between two results",
+    "fake_quantize_per": "its forward rounds as in quantisation-aware training (fake_quantize); "
+    "take the float model, which pbc rounds where an engine gains by it",
     ".numpy() is not supported": "its forward computes outside of torch (.numpy())",
 }
 
@@ -73,8 +76,20 @@ def capture(
                 f"{_reason(error)}{where_raised(error)}"
             ) from error
     graph = _unlift(name, exported, _shared(module, trainable or ()))
+    _refuse_what_no_file_holds(name, graph)
     _normalise(graph, trainable)
     return _renumber(graph)
+
+
+def _refuse_what_no_file_holds(name: str, graph: GraphModule) -> None:
+    for title in tensor_names(graph):
+        dtype = get_tensor(graph, title).dtype
+        if dtype not in DTYPES:
+            remedy = "; keep real and imaginary parts on a last axis of two, and take "
+            raise PbcError(
+                f"{name} has {title} in {str(dtype).removeprefix('torch.')}, which a bundle does "
+                f"not hold{remedy + 'torch.view_as_complex of it' if dtype.is_complex else ''}"
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -99,11 +99,21 @@ def _constants(graph: GraphModule, trainable: Collection[str]) -> dict[Node, int
             tensor = get_tensor(graph, str(node.target))
             if node.target not in trainable and tensor.data_ptr() not in trained:
                 found[node] = tensor.nbytes
-        elif node.op == "call_function" and all(n in found for n in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and all(n in found for n in node.all_input_nodes)
+            and not _is_complex(node)
+        ):
             made_of_bytes = sum(found[source] for source in set(node.all_input_nodes))
             if _bytes(node) <= max(2 * made_of_bytes, LARGEST_BYTES):
                 found[node] = made_of_bytes
     return found
+
+
+def _is_complex(node: Node) -> bool:
+    """Whether it makes complex numbers, which no file of tensors holds."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _bytes(node: Node) -> float:

@@ -14,7 +14,7 @@ from pbc.bundle.graph_name import POLICY, GraphName
 
 # A vector register of any CPU in sight, and a cache line.
 ALIGNMENT = 64
-_DTYPES = {
+DTYPES = {  # that a file of tensors holds
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -92,7 +92,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     for name in order:
         end = start + len(contents[name])
         header[name] = {
-            "dtype": _DTYPES[tensors[name].dtype],
+            "dtype": DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }

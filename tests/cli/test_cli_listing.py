@@ -141,7 +141,7 @@ def test_a_plugin_of_another_distribution_is_listed(install_plugin: Callable[...
         "(before", "prune-dims;", "only", "--with", "shrink)", "acme", "1.2.3",
     ]  # fmt: skip
     assert lines[lines.index(line) + 1].startswith("prune-dims")
-    assert "  align, cluster-weights, derive-train-step" in (listed := run("plugins").stdout)
+    assert "  align, choose-levels, cluster-weights" in (listed := run("plugins").stdout)
     assert "shrink (acme 1.2.3)" in listed
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
+from pbc.ir.fold_constants import fold_constants
 from pbc.ir.graph import graph_text, op_name, origin, tensor_names
 from pbc.testing import graph_of
 
@@ -95,11 +96,15 @@ def fixed_batch(module: Functional, x: Tensor) -> object:
     return module.fc(pooled(x)) + torch.zeros(13, 4)
 
 
+def quantised(module: Functional, x: Tensor) -> object:
+    return module.fc(torch.fake_quantize_per_tensor_affine(pooled(x), 0.1, 0, -128, 127))
+
+
 def in_numpy(module: Functional, x: Tensor) -> object:
     raise ValueError("this model\nneeds two lines to say so")
 
 
-@pytest.mark.parametrize("function", [data_dependent, fixed_batch, in_numpy])
+@pytest.mark.parametrize("function", [data_dependent, fixed_batch, in_numpy, quantised])
 def test_a_model_that_cannot_be_captured_is_one_clear_line(function: Callable[..., object]) -> None:
     with pytest.raises(PbcError) as caught:
         capture(Functional(function), SHAPE)
@@ -169,3 +174,29 @@ def test_a_forward_for_one_number_of_images_is_told() -> None:
     loops = Functional(lambda module, x: module.fc(torch.stack([pooled(i[None])[0] for i in x])))
     with pytest.raises(PbcError, match="made for one number of images, such as by a loop"):
         capture(loops, SHAPE)
+
+
+class Filtered(nn.Module):
+    """A filter of frequencies, as global filter networks have it (Rao et al., 2021)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.fc = nn.Linear(16 * 16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.view_as_complex(self.weight) if not self.weight.is_complex() else self.weight
+        back = torch.fft.irfft2(torch.fft.rfft2(x) * scale, s=x.shape[-2:])
+        logits: Tensor = self.fc(back.mean(1).flatten(1))
+        return logits
+
+
+def test_complex_numbers_pass_through_and_are_not_stored() -> None:
+    module = Filtered(torch.randn(3, 16, 9, 2))
+    graph = fold_constants(capture(module, SHAPE), {"fc.weight", "fc.bias"})
+    assert not any(value.is_complex() for value in graph.state_dict().values())
+    x = torch.randn(2, *SHAPE)
+    assert torch.allclose(graph(x)[0], module(x), atol=1e-5)
+    whole = Filtered(torch.randn(3, 16, 9, dtype=torch.complex64))
+    with pytest.raises(PbcError, match=r"^Filtered has weight in complex64, .*view_as_complex"):
+        capture(whole, SHAPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from pbc.ir.graph import graph_inputs, graph_outputs
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower import iteration
-from pbc.lower.iteration import PREFIX_BATCHES, ROUNDS, IterationTimer, measure
+from pbc.lower.iteration import FASTEST, PREFIX_BATCHES, ROUNDS, IterationTimer, measure
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.runtime.costs import LevelCost
 from pbc.testing import with_request
+from pbc.util.progress import telling
 
 SGD = update("sgd")
 
@@ -78,3 +80,27 @@ def test_a_step_that_is_not_derived_is_the_body(program: Program) -> None:
     timed.measure(warm_up=False)
     assert [role for role, _ in runner.fed] == [BODY]
     assert timed.prefix_seconds() == 0
+
+
+@pytest.mark.parametrize(("busy_rounds", "told"), [(4, False), (1000, True)])
+def test_a_busy_machine_is_measured_until_the_fastest_rounds_agree(
+    program: Program, monkeypatch: pytest.MonkeyPatch, busy_rounds: int, told: bool
+) -> None:
+    clock, heard = [0.0], []
+    monkeypatch.setattr(iteration.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
+    level = LevelGraphs(program.levels[0].body)
+    runner = Recorder(level, clock, {BODY: 1e-3})
+    right, calls = runner.run, itertools.count()
+
+    def disturbed(role: GraphName, values: Mapping[str, Any]) -> dict[str, Any]:
+        turn = next(calls)
+        clock[0] += 1e-3 * (turn % 7) ** 2 if turn < busy_rounds else 0.0
+        return right(role, values)
+
+    monkeypatch.setattr(runner, "run", disturbed)
+    timer = IterationTimer(runner, program, level)
+    with telling(heard.append):
+        measure([timer])
+    assert timer.settled is not told
+    assert ["this machine is busy" in line for line in heard] == ([True] if told else [])
+    assert len(runner.fed) == (iteration.MOST_ROUNDS if told else busy_rounds + FASTEST)

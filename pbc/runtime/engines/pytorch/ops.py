@@ -32,6 +32,7 @@ _LAYERS = _aten(
     _adaptive_avg_pool3d.default avg_pool3d.default max_pool3d_with_indices.default
     _native_batch_norm_legit.no_stats _embedding_bag.default
     _cdist_forward.default _pdist_forward.default _fft_r2c.default _fft_c2r.default
+    _fft_c2c.default view_as_complex.default view_as_real.default
     """
 )
 _ACTIVATIONS = _aten(
