@@ -10,7 +10,8 @@ from pbc.bundle.ladder import LATENCY
 from pbc.ir.program import Program
 from pbc.lower.backend import backend
 from pbc.proxies import parallel
-from pbc.proxies.use import BOUNDS, USED, used
+from pbc.proxies.use import USED, used
+from pbc.runtime.routing.outlook import BOUNDS
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
 from pbc.proxies.forms import AXES, INT8_COST, PRECISION, WORTHWHILE, Form, Forms
 from pbc.proxies.pseudo_tasks import losses_unaligned
-from pbc.proxies.use import BOUNDS, EVEN, LADDERS, USED, used
+from pbc.proxies.use import EVEN, LADDERS, USED, used
+from pbc.runtime.routing.outlook import BOUNDS
 
 _Chosen = list[tuple[Form, float]]
 _Found = tuple[_Chosen, tuple[str, ...]]
