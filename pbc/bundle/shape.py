@@ -18,6 +18,7 @@ from pbc.util.shapes import (
     anything,
     check,
     dict_of,
+    flag,
     integer,
     list_of,
     maybe,
@@ -128,6 +129,16 @@ _POLICY = record(
     {"view": list_of(integer(1, 1024), 3, 3), "report": _REPORT},
     {"margins": list_of(number(), most=_MOST_LEVELS)},
 )
+_COST = record(
+    {
+        "prefix_ms": number(),
+        "chunk": integer(1, _MOST_BATCH),
+        "forward_ms": number(),
+        "backward_ms": number(),  # a difference: noise can make it less than nothing
+        "measured": flag,
+    }
+)
+_COSTS = record({"machine": text(), "levels": list_of(_COST, 1, _MOST_LEVELS)}, more=True)
 _SELF_TEST_LEVEL = record(
     {
         "before": list_of(number(), 1, 64),
@@ -135,6 +146,10 @@ _SELF_TEST_LEVEL = record(
         "learning_rate": number(0),
         "tolerance": number(0),
     },
+    more=True,
+)
+_SELF_TEST_POLICY = record(
+    {"fidelity": list_of(list_of(number(), most=_MOST_LEVELS), 1, 64), "tolerance": number(0)},
     more=True,
 )
 _EXPORT = record({"file": _NAME, "tensors": dict_of(text(2048))})
@@ -169,6 +184,7 @@ MANIFEST: Shape = record(
         "blocks": list_of(_BLOCK, most=2**16),
         "blocks_pattern": maybe(text()),
         "cost_model": one_of(MACS, LATENCY, PROFILE),
+        "costs": maybe(_COSTS),
         "policy": maybe(_POLICY),
         "accuracy_map": maybe(list_of(list_of(number(), 2, 2), 1, 2**16)),
         "mixes": dict_of(list_of(list_of(number(0, 2**10), 3, 3), most=2**12), most=8),
@@ -190,7 +206,7 @@ MANIFEST: Shape = record(
         ),
         "self_test": record(
             {"levels": dict_of(_SELF_TEST_LEVEL, most=_MOST_LEVELS, key=_LEVEL_NAME)},
-            {"policy": maybe(anything)},
+            {"policy": maybe(_SELF_TEST_POLICY)},
             more=True,
         ),
     },
@@ -203,6 +219,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     check(manifest, MANIFEST)
     _check_files(manifest)
     _check_sizes(manifest)
+    costs, levels = manifest.get("costs"), len(manifest["levels"])
+    if costs is not None and len(costs["levels"]) != levels:
+        raise ShapeError(f"costs are of {len(costs['levels'])} levels; the ladder has {levels}")
     names, count = manifest.get("classes"), manifest.get("class_count")
     if names is not None and (len(set(names)) != len(names) or count not in (None, len(names))):
         raise ShapeError(f"classes are {len(names)} names, with class_count {count}")

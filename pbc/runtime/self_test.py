@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,16 +116,26 @@ def run(bundle: Bundle, engine: Engine | None = None) -> SelfTest:
     tolerances: dict[str, float] = {}
     for level, numbers in expected["levels"].items():
         found = losses(executable, bundle, int(level), numbers["learning_rate"])
-        wanted = np.array([numbers["before"], numbers["after"]])
+        before, after = (numbers[when] for when in ("before", "after"))
+        wanted = _like(found[0], before), _like(found[0], after)
         change = float(np.abs(wanted[1] - wanted[0]).mean())
         # A maximum would lose a NaN.
-        errors[f"level {level}"] = float(np.max(np.abs(np.array(found) - wanted)) / change)
+        errors[f"level {level}"] = float(np.max(np.abs(np.subtract(found, wanted))) / change)
         tolerances[f"level {level}"] = numbers["tolerance"]
-    if (policy := expected["policy"]) is not None:
-        fidelity = executable.policy(views(bundle.manifest["policy"]["view"]))
-        errors["policy"] = float(np.max(np.abs(fidelity - np.array(policy["fidelity"]))))
+    policy, own = expected.get("policy"), bundle.manifest.get("policy")
+    if policy is not None and own is not None:
+        fidelity = executable.policy(views(own["view"]))
+        errors["policy"] = float(np.max(np.abs(fidelity - _like(fidelity, policy["fidelity"]))))
         tolerances["policy"] = policy["tolerance"]
     return SelfTest(errors, tolerances, time.perf_counter() - start)
+
+
+def _like(found: np.ndarray, wanted: Sequence[Any]) -> np.ndarray:
+    """Return the manifest's numbers as an array; raises PbcError unless they are as many."""
+    try:
+        return np.array(wanted, np.float64).reshape(found.shape)
+    except ValueError:
+        raise PbcError(f"the self-test has not {list(found.shape)} numbers to compare") from None
 
 
 def main(path: str, *, signature_alone: bool = False) -> int:

@@ -16,6 +16,15 @@ from pbc.runtime.events import Event, Note, StepReport
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.audit import Finding, audit, chosen, cosines
 from pbc.runtime.runtime import Runtime
+from pbc.util.shapes import ShapeError
+
+
+@pytest.mark.parametrize("wrong", ["x", None, {}, {"level": 1}, {"level": "1", "kept": True}])
+def test_a_finding_of_a_damaged_checkpoint(wrong: Any) -> None:
+    found = Finding(1, 16, 0.97, 0.01, 0.95, 1.5, 0.5)
+    assert Finding.from_json(found.to_json()) == found
+    with pytest.raises(ShapeError):
+        Finding.from_json(wrong)
 
 
 def test_few_are_audited_and_very_few_are_not_worth_it() -> None:

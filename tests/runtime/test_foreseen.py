@@ -63,6 +63,22 @@ def test_sizes_that_no_manifest_may_have(change: dict[str, Any], said: str, tmp_
         check_manifest({**made.manifest, **change})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"costs": "fast"},
+        {"costs": {"machine": "m", "levels": []}},
+        {"costs": {"machine": "m", "levels": [{"chunk": 0}]}},
+        {"self_test": {"levels": {}, "policy": 5}},
+        {"self_test": {"levels": {"0": {"before": ["x"], "after": [1]}}}},
+    ],
+)
+def test_facts_of_another_form(change: dict[str, Any], tmp_path: Path) -> None:
+    made = tiny.write(tmp_path / "m.pbc")
+    with pytest.raises(ShapeError):
+        check_manifest({**made.manifest, **change})
+
+
 def test_features_of_another_size_than_the_images_that_they_are(tmp_path: Path) -> None:
     made = tiny.write(tmp_path / "m.pbc", "whole")
     check_manifest(made.manifest)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pbc.runtime.routing.audited_head import points_lost, vectors
+from pbc.util.shapes import check, flag, integer, maybe, number, record
 
 _SHARE = 0.01
 _LEAST = 16
@@ -28,6 +29,20 @@ _LEAST_LOST = 0.01
 _LEAST_POINTS = 0.5
 
 Arrays = Mapping[str, np.ndarray]
+
+
+_FINDING = record(
+    {
+        "level": integer(0, 63),
+        "samples": integer(),
+        "fidelity": number(),
+        "error": number(),
+        "floor": number(),
+        "points_lost": maybe(number()),
+        "points_error": number(),
+    },
+    {"kept": flag},
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Finding:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Finding:
+        """Read what `to_json` returned; raises ShapeError for anything else."""
+        check(data, _FINDING, "audit")
         return cls(**{name: value for name, value in data.items() if name != "kept"})
 
 

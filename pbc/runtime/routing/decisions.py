@@ -10,7 +10,7 @@ import numpy as np
 from pbc.runtime.costs import Costs
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.routing.audit import Finding
-from pbc.util.shapes import check, flag
+from pbc.util.shapes import anything, check, flag, list_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Decisions:
         if predicted is not None and np.isnan(predicted).any():
             raise ValueError("a predicted fidelity is not a number")
         check(checkpoint.facts.get("cache", True), flag, "cache")
+        check(checkpoint.facts["audit"], list_of(anything, most=levels), "audit")
         return cls(
             predicted,
             Costs.from_json(costs, levels) if costs is not None else None,
