@@ -21,6 +21,10 @@ OPEN_CLASSES = 10
 _SCALES = frozenset({
     "abs", "clamp", "clamp_min", "dropout", "hardtanh", "native_dropout", "neg", "pow", "sqrt",
 })  # fmt: skip
+_BATCH_NORMS = frozenset({
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+    "cudnn_batch_norm",
+})  # fmt: skip
 # Of features from prototypes, the classes by rows.
 _DISTANCES = frozenset({"_cdist_forward", "_euclidean_dist"})
 _ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus", "exp"})
@@ -122,6 +126,11 @@ class _Walk:
             raise Lost(self._at(operator, f"{word}: features, not scores"))
         elif word in BINARY:
             self._binary(operator, value, axis, pooled)
+        elif word in _BATCH_NORMS and axis == 1:
+            for operand in args[1:3]:  # by class, as its statistics are, which stay
+                if isinstance(operand, Value):
+                    self._parameter(operand, 0, None)
+            self.scores(args[0], axis, pooled)
         elif word in ("cat", "stack"):
             for operand in args[0]:
                 self.scores(operand, axis_before(operator, operand, value, axis), pooled)

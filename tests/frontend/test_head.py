@@ -233,6 +233,13 @@ def test_what_cannot_be_a_classifier_is_named(build: Callable[[], nn.Module], me
         models.given(build(), "net", SPEC)
 
 
+def test_a_batch_norm_over_the_scores_is_of_the_head_and_its_statistics_count_classes() -> None:
+    net = Net(lambda n, x: n.norm(n.a(pool(x))), a=linear(), norm=nn.BatchNorm1d(4)).eval()
+    known = found(net)
+    assert isinstance(known, head.Found)
+    assert list(known.head.parameters) == ["norm.weight", "norm.bias", "a.weight", "a.bias"]
+
+
 def test_a_head_shared_with_another_layer_is_refused() -> None:
     net = Net(
         lambda n, x: functional.linear(functional.linear(pool(x), n.a.weight).relu(), n.b.weight),
