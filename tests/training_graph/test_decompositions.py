@@ -454,6 +454,17 @@ def test_batch_norm_with_frozen_statistics(affine: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("epsilon", [None, 1e-2])
+@pytest.mark.parametrize("affine", [True, False])
+def test_rms_norm(affine: bool, epsilon: float | None) -> None:
+    x = random(2, 3, 4, 5)
+    weight = random(4, 5) if affine else None
+    assert_close(
+        norms.rms_norm(x, [4, 5], weight, epsilon),
+        functional.rms_norm(x, [4, 5], weight, epsilon),
+    )
+
+
 @given(
     channels=st.integers(2, 4),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),

@@ -25,7 +25,7 @@ from pbc.training_graph.decompositions.attention import scaled_dot_product_atten
 from pbc.training_graph.decompositions.convolution_gradients import convolution_backward
 from pbc.training_graph.decompositions.convolutions import conv2d
 from pbc.training_graph.decompositions.matrices import linear
-from pbc.training_graph.decompositions.norms import batch_norm, vector_norm
+from pbc.training_graph.decompositions.norms import batch_norm, rms_norm, vector_norm
 from pbc.training_graph.decompositions.pooling import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
@@ -87,6 +87,7 @@ DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     aten.conv2d.default: conv2d,
     aten.linalg_vector_norm.default: vector_norm,
     aten.linear.default: linear,
+    aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
 }
 """Taken apart before they are differentiated, by the body's operator."""

@@ -1,4 +1,4 @@
-"""Batch norms with frozen statistics, and lengths of vectors."""
+"""Norms: of batches with frozen statistics, by the root of a mean of squares, of vectors."""
 
 from __future__ import annotations
 
@@ -57,3 +57,13 @@ def batch_norm(
     scale, shift = scale_and_shift(weight, bias, mean, variance, epsilon)
     shape = (1, -1, *[1] * (x.dim() - 2))
     return x * scale.reshape(shape) + shift.reshape(shape)
+
+
+def rms_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, epsilon: float | None = None
+) -> Tensor:
+    """aten.rms_norm over the last axes; torch's own parts of it write into one another."""
+    axes = list(range(x.dim() - len(shape), x.dim()))
+    least = torch.finfo(x.dtype).eps if epsilon is None else epsilon
+    normal = x * (x.square().mean(axes, keepdim=True) + least).rsqrt()
+    return normal if weight is None else normal * weight
