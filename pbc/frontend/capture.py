@@ -326,6 +326,9 @@ def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
             _single_batch_norm(graph, node)
         elif node.target is aten.avg_pool2d.default:
             _mean_of_windows(graph, node)
+        elif node.target is aten.clamp.default and node.meta["val"].is_floating_point():
+            # Exporters give each bound its own type, and 0 beside 0.5 is two of them.
+            node.args = (node.args[0], *(_as_float(bound) for bound in node.args[1:]))
         elif node.target is aten._to_copy.default and _is_float32(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -335,6 +338,10 @@ def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     assert isinstance(output_node(graph).args[0], (tuple, list))
+
+
+def _as_float(bound: Any) -> Any:
+    return float(bound) if isinstance(bound, int) else bound
 
 
 def _gradient_carriers(graph: GraphModule, trainable: Collection[str] | None) -> set[Node]:

@@ -88,6 +88,14 @@ def test_symbols_of_the_batch_are_called_b() -> None:
     assert "%reshape_1: [256*b, 3]" in text
 
 
+@pytest.mark.parametrize("bounds", [(0, 0.5), (-0.5, 1), (None, 1)])
+def test_bounds_of_values_are_of_one_type(bounds: tuple[float | None, float]) -> None:
+    low, high = bounds
+    graph = capture(Functional(lambda module, x: module.fc(pooled(x).clamp(low, high))), SHAPE)
+    (clamp,) = (n for n in graph.graph.nodes if n.name.startswith("clamp"))
+    assert {type(bound) for bound in clamp.args[1:]} <= {float, type(None)}
+
+
 def data_dependent(module: Functional, x: Tensor) -> object:
     return module.fc(pooled(x)) if float(x.sum()) > 0 else module.fc(-pooled(x))
 
