@@ -13,25 +13,57 @@ _RIDGES = 10.0 ** np.arange(-9, 4)
 _ITERATIONS = 500
 
 
-def weights(gradients: np.ndarray, update: np.ndarray) -> np.ndarray:
-    """Return f64[n]: how much of each candidate is in an update, by regression.
+class Candidates:
+    """Photos that the attacker has, and each one's own gradient, whatever update is attacked.
 
-    gradients: f32[n, d], each candidate's, of those d values that the attacker sees. update:
-    f32[d], in the direction of the gradients. A ridge regression, its ridge chosen by generalised
-    cross-validation (Golub, Heath and Wahba, 1979); where compression leaves fewer values than
-    there are candidates, non-negative least squares, which find a mixture of few all the same.
+    gradients: f32[n, d], of those d values that the attacker looks at.
     """
-    columns = gradients.astype(np.float64)
-    sizes = np.linalg.norm(columns, axis=1)
-    scale = float(sizes.mean()) or 1.0
-    columns, target = columns / scale, update.astype(np.float64)
-    target = target / (float(np.linalg.norm(target)) or 1.0)
-    if len(target) < len(columns):
-        return _non_negative(columns, target)
+
+    def __init__(self, gradients: np.ndarray) -> None:
+        self._gradients = gradients.astype(np.float64)
+        self._spectra: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    def weights(
+        self, photos: np.ndarray, update: np.ndarray, seen: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return f64[m]: how much of each of int64[m] photos is in an update, by regression.
+
+        update: f32[d], in the direction of the gradients. seen: bool[d], which of its values were
+        sent, if not all. A ridge regression, its ridge chosen by generalised cross-validation
+        (Golub, Heath and Wahba, 1979); where compression leaves fewer values than there are
+        photos, non-negative least squares, which find a mixture of few all the same.
+        """
+        target = update.astype(np.float64)
+        target = target / (float(np.linalg.norm(target)) or 1.0)
+        if seen is None:
+            if photos.tobytes() not in self._spectra:
+                self._spectra[photos.tobytes()] = _spectrum(self._gradients[photos])
+            products = (self._gradients @ target)[photos]
+            return _ridge(*self._spectra[photos.tobytes()], products, target)
+        columns = self._gradients[np.ix_(photos, np.flatnonzero(seen))]
+        target = target[seen]
+        if len(target) < len(columns):
+            return _non_negative(columns, target)
+        return _ridge(*_spectrum(columns), columns @ target, target)
+
+
+def _spectrum(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues f64[k] and vectors f64[n, k] of the products of f64[n, d], not the zeros.
+
+    It is what takes long of a regression, and the same for all updates.
+    """
     values, vectors = np.linalg.eigh(columns @ columns.T)
-    kept = values > values[-1] * 1e-12
-    values, vectors = values[kept], vectors[:, kept]
-    projected = vectors.T @ (columns @ target)
+    kept = values > max(values[-1] * 1e-12, 0.0)
+    return values[kept], vectors[:, kept]
+
+
+def _ridge(
+    values: np.ndarray, vectors: np.ndarray, products: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    """Minimise ‖wᵀ columns − target‖² + ridge ‖w‖²; products: f64[n], columns @ target."""
+    if not len(values):
+        return np.zeros_like(products)
+    projected = vectors.T @ products
     # The share of the target along each singular direction; the rest no candidate explains.
     shares = projected**2 / values
     rest = max(float(target @ target) - float(shares.sum()), 0.0)
@@ -48,6 +80,7 @@ def weights(gradients: np.ndarray, update: np.ndarray) -> np.ndarray:
 
 def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Minimise ‖wᵀ columns − target‖ over w ≥ 0 (accelerated projected gradient, FISTA)."""
+    columns = columns / (float(np.linalg.norm(columns, axis=1).mean()) or 1.0)
     correlation = columns @ target
     step = 1 / max(float(np.linalg.norm(columns, 2)) ** 2, 1e-30)
     found = ahead = np.zeros(len(columns))

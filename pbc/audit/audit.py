@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from pbc.runtime.runtime import Runtime
 _MOST_COLUMNS = 1 << 15
 # Repetitions of a gradient of few photos, so that a row is a mean over about as many photos.
 _DRAWS = {1: 16, 8: 4}
+# Photos whose mean features tell what is usual.
+_USUAL = 64
 # Below this difference an AUC of some hundred photos is not another one.
 _SAME = 0.03
 
@@ -154,7 +157,7 @@ class _Audit:
         columns = self._columns(shared)
         self._tell(f"computing gradients of {len(self._network.labels)} candidates")
         everybody = np.arange(len(self._network.labels))
-        gradients = self._network.gradients(everybody, columns)
+        candidates = attack.Candidates(self._network.gradients(everybody, columns))
         accuracies = {}
         for defence in defences:
             self._tell(f"averaging {self._options.rounds} rounds, defence: {defence}")
@@ -166,7 +169,7 @@ class _Audit:
                 name,
                 defence,
                 [each for each in shared if each.row == number],
-                gradients,
+                candidates,
                 columns,
                 accuracies[str(defence)] if averaged else None,
             )
@@ -260,7 +263,7 @@ class _Audit:
         name: str,
         defence: Protection,
         shared: Sequence[_Shared],
-        gradients: np.ndarray,
+        candidates: attack.Candidates,
         columns: np.ndarray,
         accuracy: float | None,
     ) -> Row:
@@ -269,8 +272,9 @@ class _Audit:
             key: [] for key in ("labels", "features", "identified", "auc", "auc_within")
         }
         for one in shared:
-            seen = one.vector[columns] != 0
-            scores = attack.weights(gradients[one.candidates][:, seen], one.vector[columns][seen])
+            vector = one.vector[columns]
+            seen = None if defence.top_k is None else vector != 0
+            scores = candidates.weights(one.candidates, vector, seen)
             member = np.isin(one.candidates, one.members)
             found["identified"].append(attack.identified(scores, member))
             found["auc"].append(attack.auc(scores, member))
@@ -308,12 +312,17 @@ class _Audit:
         """
         if self._bias is None or len(one.members) != 1:
             return None
+        photos, inputs = self._inputs
+        own, other = inputs[photos == one.members], inputs[photos != one.members]
+        return attack.cosine(self._input(one.vector), own[0], other[:_USUAL].mean(0))
+
+    @cached_property
+    def _inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return int64[n], photos, and f64[n, d], what each one's own gradient shows."""
         self._network.begin()
-        own = self._network.gradient(one.members)
-        others = np.setdiff1d(self._inside, one.members)[:64]
-        mean = np.mean([self._input(self._network.gradient(others[i : i + 1]))
-                        for i in range(len(others))], axis=0)  # fmt: skip
-        return attack.cosine(self._input(one.vector), self._input(own), mean)
+        photos = np.sort(self._inside)
+        gradients = (self._network.gradient(photos[i : i + 1]) for i in range(len(photos)))
+        return photos, np.stack([self._input(gradient) for gradient in gradients])
 
     def _input(self, vector: np.ndarray) -> np.ndarray:
         """Return the head's input by the row whose bias has the largest gradient."""

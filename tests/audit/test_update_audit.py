@@ -172,12 +172,18 @@ def gradients() -> np.ndarray:
 def test_the_regression_has_the_weights() -> None:
     true = np.zeros(50)
     true[[3, 14, 15]] = 1 / 3
-    found = attack.weights(gradients(), (true @ gradients()).astype(np.float32))
-    np.testing.assert_allclose(found / found.sum(), true, atol=1e-4)
+    update = (true @ gradients()).astype(np.float32)
+    candidates, photos = attack.Candidates(gradients()), np.arange(50)
+    for some in (photos, photos[::-1], photos[:20]):
+        for seen in (None, np.ones(200, bool), np.arange(200) < 100):
+            found = candidates.weights(some, update, seen)
+            np.testing.assert_allclose(found / found.sum(), true[some], atol=1e-4)
 
 
 def test_the_regression_takes_zeros() -> None:
-    assert not attack.weights(gradients(), np.zeros(200, np.float32)).any()
+    candidates, photos = attack.Candidates(gradients()), np.arange(50)
+    assert not candidates.weights(photos, np.zeros(200, np.float32)).any()
+    assert not attack.Candidates(np.zeros((3, 5))).weights(photos[:3], np.ones(5)).any()
 
 
 def test_auc_counts_ties_half() -> None:
