@@ -16,6 +16,7 @@ from pbc.bundle import Bundle, trust
 from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes, Shapes
+from pbc.runtime.engines.forwarding import ForwardingExecutable
 from pbc.runtime.objective import Objective
 
 _LONGEST = 200
@@ -28,29 +29,29 @@ def load(engine: Engine, bundle: Bundle, *, threads: int | None = None) -> Execu
         return GuardedExecutable(bundle, engine.load(bundle, threads=threads))
 
 
-class GuardedExecutable:
+class GuardedExecutable(ForwardingExecutable):
     """An executable whose failures and results are looked at."""
 
     def __init__(self, bundle: Bundle, executable: Executable) -> None:
+        super().__init__(executable)
         self._bundle = bundle
-        self._executable = executable
         self._features = {name: tuple(sizes) for name, sizes in bundle.manifest["features"].items()}
         self._proxies = len(bundle.manifest["levels"]) - 1
         self._classes = 0
 
     def foresee(self, inputs: Shapes) -> None:
         with _saying(self._bundle, "the body of level 0 cannot be run"):
-            self._executable.foresee(inputs)
+            super().foresee(inputs)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with _saying(self._bundle, "its policy cannot be run"):
-            fidelity = self._executable.policy(views)
+            fidelity = super().policy(views)
         self._expect("its policy returns", fidelity, (len(views), self._proxies))
         return fidelity
 
     def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
         with _saying(self._bundle, f"the prefix of level {level} cannot be run"):
-            features = self._executable.prefix(level, images)
+            features = super().prefix(level, images)
         if self._bundle.has_graph(PREFIX.at(level)):
             missing = self._features.keys() - features.keys()
             if missing:
@@ -65,7 +66,7 @@ class GuardedExecutable:
 
     def logits(self, level: int, features: Arrays) -> np.ndarray:
         with _saying(self._bundle, f"the body of level {level} cannot be run"):
-            logits = self._executable.logits(level, features)
+            logits = super().logits(level, features)
         self._expect_logits(level, features, logits)
         return logits
 
@@ -75,24 +76,24 @@ class GuardedExecutable:
             if name in parameters:
                 self._classes = len(parameters[name])
         with _saying(self._bundle, "its parameters cannot be set"):
-            self._executable.start(parameters, objective)
+            super().start(parameters, objective)
 
     def forward(
         self, level: int, features: Arrays, labels: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         with _saying(self._bundle, f"the body of level {level} cannot be run"):
-            losses, logits = self._executable.forward(level, features, labels)
+            losses, logits = super().forward(level, features, labels)
         self._expect(f"the body of level {level} returns losses", losses, (len(labels),))
         self._expect_logits(level, features, logits)
         return losses, logits
 
     def update(self) -> None:
         with _saying(self._bundle, "it cannot be trained"):
-            self._executable.update()
+            super().update()
 
     def gradients(self) -> dict[str, np.ndarray]:
         with _saying(self._bundle, "it cannot be trained"):
-            return self._executable.gradients()
+            return super().gradients()
 
     def select(self, names: Collection[str] | None) -> None:
         if names is not None:
@@ -101,20 +102,11 @@ class GuardedExecutable:
                 wrong = f"no {unknown[0]!r}" if unknown else "nothing"
                 raise PbcError(f"{self._bundle.path} has {wrong} to train among what was selected")
         with _saying(self._bundle, "it cannot be trained"):
-            self._executable.select(names)
+            super().select(names)
 
     def node_times(self) -> NodeTimes:
         with _saying(self._bundle, "its operators cannot be timed"):
-            return self._executable.node_times()
-
-    def parameters(self) -> dict[str, np.ndarray]:
-        return self._executable.parameters()
-
-    def optimizer_state(self) -> dict[str, np.ndarray]:
-        return self._executable.optimizer_state()
-
-    def load_optimizer_state(self, state: Arrays) -> None:
-        self._executable.load_optimizer_state(state)
+            return super().node_times()
 
     def _expect_logits(self, level: int, features: Arrays, logits: np.ndarray) -> None:
         batch = len(next(iter(features.values()))) if features else len(logits)
