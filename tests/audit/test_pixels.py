@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pbc.audit.pixel_tables import CONTROL, CONTROL_DB, Reconstruction, findings
+from pbc.audit.pixel_tables import CONTROL_DB, CONTROLS, LENET, Reconstruction, findings
 from pbc.audit.pixels import attacks, likeness, networks
 from pbc.audit.pixels.attacks import Shared
 from pbc.cli import main
@@ -29,10 +29,11 @@ def photo(examples: Path, pixels: int) -> Tensor:
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1)[None]
 
 
-def test_the_control_shows_its_photo(examples: Path) -> None:
+@pytest.mark.parametrize(("attack", "steps", "seed"), [("iDLG", 600, 2), ("cosine + TV", 250, 0)])
+def test_the_control_shows_its_photo(examples: Path, attack: str, steps: int, seed: int) -> None:
     """Without which a low figure would say nothing of a network."""
     image, classes = photo(examples, networks.CONTROL_PIXELS), 10
-    gradient = networks.control(3, classes, seed=2)
+    gradient = networks.CONTROLS[CONTROLS[attack]](3, classes, seed)
     vector = gradient(image, one_hot(torch.tensor([4]), classes).float()).detach()
     bias = vector[gradient.bias]
     assert int((-bias).argmax()) == 4
@@ -40,7 +41,7 @@ def test_the_control_shows_its_photo(examples: Path) -> None:
     all_sent = torch.ones(len(vector), dtype=torch.bool)
     shape = (3, networks.CONTROL_PIXELS, networks.CONTROL_PIXELS)
     shared = Shared(gradient, vector, all_sent, [4], classes, shape, black, white)
-    found = attacks.idlg(shared, 600, torch.Generator().manual_seed(0))
+    found = attacks.ATTACKS[attack](shared, steps, torch.Generator().manual_seed(0))
     assert likeness.psnr(image[0], found.images[0].clamp(0, 1)) >= CONTROL_DB
 
 
@@ -64,9 +65,9 @@ def row(network: str, psnr: float, flat: float = 12.0) -> Reconstruction:
 
 
 def test_a_failed_control_proves_nothing() -> None:
-    (line,) = findings([row(CONTROL, 20.0), row("a net", 9.0)])
+    (line,) = findings([row(LENET, 20.0), row("a net", 9.0)])
     assert line.endswith("this attack's low figures prove nothing here")
-    (line,) = findings([row(CONTROL, 30.0), row("a net", 9.0), row("a net", 10.0)])
+    (line,) = findings([row(LENET, 30.0), row("a net", 9.0), row("a net", 10.0)])
     assert "the control shows its photo (30.0 dB); here at best 10.0 dB, 2.0 dB below" in line
 
 
@@ -93,4 +94,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").stat().st_mode & 0o077 == 0
     found = json.loads(CliRunner().invoke(main, [*args, "--json"]).stdout)["pixels"]
     assert [each["photos"] for each in found] == [1] * 6 + [2] * 3
-    assert replace(row(CONTROL, 1.0), psnr=2.0).to_json()["psnr"] == 2
+    assert replace(row(LENET, 1.0), psnr=2.0).to_json()["psnr"] == 2

@@ -1,7 +1,8 @@
-"""Networks whose gradient can be differentiated: the bundle's own, and the control."""
+"""Networks whose gradient can be differentiated: the bundle's own, and the controls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from pbc.audit.pixel_tables import CONVNET, LENET
 from pbc.audit.pixels.attacks import Gradient
 from pbc.bundle import Bundle
 from pbc.frontend import original
@@ -42,18 +44,46 @@ def of_bundle(
     return _gradient(network, sorted(theta), bias)
 
 
-def control(channels: int, classes: int, seed: int) -> Gradient:
+def lenet(channels: int, classes: int, seed: int) -> Gradient:
     """Return the gradient of all of DLG's LeNet: an attack that fails on it fails by itself."""
-    torch.manual_seed(seed)
-    features = 12 * (CONTROL_PIXELS // 4) ** 2
-    network = nn.Sequential()
-    for index, (width, stride) in enumerate(((channels, 2), (12, 2), (12, 1))):
-        network.add_module(f"conv{index}", nn.Conv2d(width, 12, 5, stride, padding=2))
-        network.add_module(f"sigmoid{index}", nn.Sigmoid())
-    network.add_module("flat", nn.Flatten())
-    network.add_module("head", nn.Linear(features, classes))
+    network = _convolutions(channels, 12, (2, 2, 1), nn.Sigmoid, classes, seed)
     for parameter in network.parameters():
         nn.init.uniform_(parameter, -0.5, 0.5)
+    return _all(network)
+
+
+def convnet(channels: int, classes: int, seed: int) -> Gradient:
+    """Return the gradient of all of a wider network of ReLUs, for attacks by signs of steps.
+
+    Geiping et al. attack a ConvNet of 64 channels. On LeNet's few and flat sigmoids such steps end
+    far from the photo, though the directions agree.
+    """
+    return _all(_convolutions(channels, 64, (1, 2, 2), nn.ReLU, classes, seed))
+
+
+CONTROLS = {LENET: lenet, CONVNET: convnet}
+
+
+def _convolutions(
+    channels: int,
+    width: int,
+    strides: Sequence[int],
+    activation: Callable[[], nn.Module],
+    classes: int,
+    seed: int,
+) -> nn.Sequential:
+    torch.manual_seed(seed)
+    network, pixels = nn.Sequential(), CONTROL_PIXELS
+    for index, stride in enumerate(strides):
+        network.add_module(f"conv{index}", nn.Conv2d(channels, width, 5, stride, padding=2))
+        network.add_module(f"activation{index}", activation())
+        channels, pixels = width, pixels // stride
+    network.add_module("flat", nn.Flatten())
+    network.add_module("head", nn.Linear(width * pixels**2, classes))
+    return network
+
+
+def _all(network: nn.Module) -> Gradient:
     names = sorted(name for name, _ in network.named_parameters())
     return _gradient(network, names, "head.bias")
 

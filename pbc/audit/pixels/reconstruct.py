@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, one_hot
 from pbc.audit import attack
 from pbc.audit.audit import chosen_photos, head_names
 from pbc.audit.options import DEFENCES, AuditOptions
-from pbc.audit.pixel_tables import CONTROL, Reconstruction
+from pbc.audit.pixel_tables import CONTROLS, Reconstruction
 from pbc.audit.pixels import likeness, networks
 from pbc.audit.pixels.attacks import ATTACKS, Gradient, Shared
 from pbc.bundle import Bundle
@@ -30,7 +30,7 @@ from pbc.runtime.runtime import Runtime
 class PixelOptions:
     """Options of the reconstructions.
 
-    batches: photos behind one gradient. steps: iterations of an attack; the control has as many.
+    batches: photos behind one gradient. steps: iterations of an attack; the controls have as many.
     weights: what the bundle was compiled from, if it moved.
     """
 
@@ -89,26 +89,30 @@ def reconstruct(
     options: PixelOptions,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Reconstruction, ...]:
-    """Attack gradients of the target's first photos under each defence, and one of the control."""
+    """Attack gradients of the target's first photos under each defence, and of the controls."""
     manifest, images, labels = target.bundle.manifest, target.images, target.labels
     spec = InputSpec.from_json(manifest["input"])
     low, high = (_colours(spec, value) for value in (0.0, 1.0))
     pictures = ((torch.from_numpy(images) - low) / (high - low)).clamp(0, 1)
     small = interpolate(pictures[:1], networks.CONTROL_PIXELS, mode="area")
     black, white = torch.zeros_like(low), torch.ones_like(high)
-    lenet = networks.control(len(small[0]), target.classes, options.seed)
-    control = _Victim(CONTROL, lenet, small, small, labels[:1], black, white)
+    controls = {
+        name: _Victim(
+            name, made(len(small[0]), target.classes, options.seed),
+            small, small, labels[:1], black, white,
+        )
+        for name, made in networks.CONTROLS.items()
+    }  # fmt: skip
     network = networks.of_bundle(target.bundle, options.weights, target.theta, target.bias)
     name = f"{manifest['model']}, {manifest['strategy']}"
-    jobs = [(control, Protection())]
+    jobs = [(controls[CONTROLS[method]], Protection(), method) for method in ATTACKS]
     for size in dict.fromkeys(min(size, len(images)) for size in options.batches):
         inputs = torch.from_numpy(images[:size])
         victim = _Victim(name, network, inputs, pictures[:size], labels[:size], low, high)
-        jobs += [(victim, defence) for defence in defences]
+        jobs += [(victim, defence, method) for defence in defences for method in ATTACKS]
     return tuple(
-        _attacked(victim, defence, target.classes, name, options, tell)
-        for victim, defence in jobs
-        for name in ATTACKS
+        _attacked(victim, defence, target.classes, method, options, tell)
+        for victim, defence, method in jobs
     )
 
 
