@@ -1,6 +1,7 @@
 # make demo   compile, train, evaluate and predict on the photos under examples/
 # make test   lint, types and tests (make check is the same)
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
+# make test-fleet  a fleet of real processes on loopback, killed and gone on with: docs/fleet.md
 # make fuzz   mutated bundles, personal models and photos, and kills: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make docs   the documentation as a site, build/site/index.html
@@ -14,7 +15,7 @@ venv := .venv
 bin := $(venv)/bin
 installed := $(venv)/.installed
 
-.PHONY: demo test check lint types tests test-device docs fuzz clean
+.PHONY: demo test check lint types tests test-device test-fleet docs fuzz clean
 
 demo: $(installed)
 	PATH="$(abspath $(bin)):$$PATH" examples/demo.sh
@@ -37,6 +38,9 @@ tests: $(installed)
 test-device: $(installed)
 	$(bin)/python tests/emulated/arm64.py
 	$(bin)/pytest -n $(JOBS) --dist loadgroup -m emulated tests/emulated
+
+test-fleet: $(installed)
+	$(bin)/pytest -m superlink tests/fleet
 
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build

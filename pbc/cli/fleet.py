@@ -46,8 +46,8 @@ def fleet() -> None:
 @click.option("--epochs", type=int, default=1, show_default=True, help="Of a client a round.")
 @click.option("--alpha", type=float, default=0.3, show_default=True,
               help="Of the Dirichlet distribution of classes; small is uneven.")  # fmt: skip
-@click.option("--strategy", default="fedavg", show_default=True,
-              help="fedavg, fedavgm, fedprox or fedadam.")  # fmt: skip
+@click.option("--strategy", default="fedavgm", show_default=True,
+              help="fedavgm, fedavg, fedprox or fedadam.")  # fmt: skip
 @click.option("--fraction", type=float, default=1.0, show_default=True,
               help="Of the clients that train in a round.")  # fmt: skip
 @click.option("--mu", type=float, default=0.01, show_default=True, help="Of fedprox.")
@@ -88,7 +88,7 @@ def simulate(
 
     Killed at any moment, the same command with --resume goes on from the last round.
     """
-    from pbc.fleet.rounds import FleetOptions
+    from pbc.fleet.rounds import FleetOptions, pace
     from pbc.fleet.simulate import Simulation, SimulationOptions
 
     if FleetState.exists(out) and not resume:
@@ -108,12 +108,17 @@ def simulate(
 
     simulation = Simulation(bundle, photos, options, test=test, tell=tell)
     simulation.run(out)
+    lines = metrics(out)
+    took = pace(lines)
+    tell(
+        f"a round takes {took['round_seconds']:.2f} s ({took['round_cpu_seconds']:.2f} CPU s): "
+        f"{took['rounds_per_minute']:.0f} a minute"
+    )
     compared = simulation.compared() if compare else {}
     for name, accuracy in compared.items():
         tell(f"{name} training for as many epochs: {100 * accuracy:.2f} %")
-    lines = metrics(out)
     if as_json:
-        click.echo(json.dumps({"rounds": lines, "compared": compared}, indent=1))
+        click.echo(json.dumps({"rounds": lines, "pace": took, "compared": compared}, indent=1))
     if html_out is not None:
         write(html_out, html(f"pbc fleet: {clients} clients", lines, compared), quiet=as_json)
     tell(f"next: pbc fleet adopt {out} -o mine")

@@ -30,6 +30,9 @@ FLEET = tuple(name for name in FleetOptions.__dataclass_fields__ if name != "pro
 PROTECTION = tuple(Protection.__dataclass_fields__)
 """What a run's configuration may say beside `bundle`, `out` and `classes`."""
 
+_OUTLIVED_SECONDS = 60.0
+"""In which a run that outlived its SuperLink finds out, and leaves the folder."""
+
 
 def client_app() -> ClientApp:
     """Return the app of a node; where its process stays, so does its trainer."""
@@ -72,8 +75,7 @@ def server_app() -> ServerApp:
             protection=Protection(**{n: given[n] for n in PROTECTION if given.get(n)}),
             **{n: given[n] for n in FLEET if n in given},
         )
-        # A run that outlived its SuperLink may still be there.
-        with Output(root).locked():
+        with Output(root).locked(wait_seconds=_OUTLIVED_SECONDS):
             run(grid, bundle, numbered_classes(bundle, names), options, root, tell=_say)
 
     return app

@@ -92,19 +92,27 @@ class Attendance:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.missed: Counter[int] = Counter()
-        # A strategy asks for the nodes more than once a round: it is to be told the same.
-        self._drawn: dict[int, float] = {}
+        self._listed: list[int] = []
 
-    def next_round(self) -> None:
-        """Draw anew who is listed."""
-        self._drawn = {}
+    def begin_round(self, least: int = 1, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Wait until so many nodes are there, and draw which of them are listed this round.
+
+        Flower's strategies count the nodes, and then wait for as many: a list that changed in
+        between, or was shorter than what they wait for, would be waited for without end.
+        """
+        said = -1
+        while len(nodes := list(self._grid.get_node_ids())) < least:
+            if len(nodes) != said:
+                said = len(nodes)
+                tell(f"waiting for {least} nodes, {said} here")
+            sleep(_POLL_SECONDS)
+        # Who went away and comes back begins anew.
+        self.missed = Counter({node: self.missed[node] for node in nodes})
+        here = [node for node in nodes if random.random() < 0.5 ** self.missed[node]]
+        self._listed = here or nodes
 
     def get_node_ids(self) -> list[int]:
-        nodes = list(self._grid.get_node_ids())
-        for node in nodes:
-            self._drawn.setdefault(node, random.random())
-        here = [node for node in nodes if self._drawn[node] < 0.5 ** self.missed[node]]
-        return here or nodes
+        return self._listed
 
     def ask(
         self,
@@ -118,7 +126,8 @@ class Attendance:
         accept: of a node's reply; raises PbcError for one that is none.
         """
         messages = list(messages)
-        self.next_round()
+        for message in messages:  # a node that takes one up later would answer no round
+            message.metadata.ttl = timeout
         waiting = {message.metadata.dst_node_id for message in messages}
         taken = []
         for node, reply in self._replies(messages, timeout):

@@ -107,7 +107,6 @@ def ask(
     context.state.array_records[MAIN_PARAMS_RECORD] = compat.parameters_to_arrayrecord(
         parameters, keep_input=True
     )
-    attendance.next_round()
     SecAggPlusWorkflow(
         1.0,
         _THRESHOLD,

@@ -29,7 +29,7 @@ STRATEGIES = ("fedavg", "fedavgm", "fedprox", "fedadam")
 _MOMENTS = ("m_t", "v_t")
 _VELOCITY = "momentum_vector"
 # Those may differ when a fleet goes on.
-_FREE = ("rounds", "timeout_seconds")
+_FREE = ("rounds", "nodes", "timeout_seconds")
 
 Evaluate = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
@@ -47,7 +47,7 @@ class FleetOptions:
 
     rounds: int = 10
     epochs: int = 1
-    strategy: str = "fedavg"
+    strategy: str = "fedavgm"
     fraction: float = 1.0
     nodes: int = 1
     mu: float = 0.01
@@ -87,7 +87,7 @@ class FleetOptions:
             "fraction_train": self.fraction,
             "fraction_evaluate": 0.0,
             "min_train_nodes": 1,
-            "min_available_nodes": self.nodes,
+            "min_available_nodes": 1,
             "arrayrecord_key": ARRAYS,
         }
         if self.strategy == "fedavgm":
@@ -130,6 +130,7 @@ def run(
     _set_moments(strategy, state)
     kind = np.float16 if options.protection.float16 else np.float32
     while state.round < options.rounds:
+        attendance.begin_round(options.nodes, tell)
         begun, begun_cpu = perf_counter(), process_time()
         number = state.round + 1
         given = {name: value.astype(kind) for name, value in state.theta.items()}
@@ -170,14 +171,24 @@ def run(
             "asked": len(messages),
             **_summary(answers),
             "down_bytes": down,
+            **evaluate(state.theta),
             "seconds": perf_counter() - begun,
             "cpu_seconds": process_time() - begun_cpu,
-            **evaluate(state.theta),
         }
         append_metrics(root, line)
         state.save(root)
         tell(round_line(line, options.rounds))
     return state
+
+
+def pace(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what a round takes on average, of this process alone, and how many a minute are."""
+    seconds, cpu = (sum(line[key] for line in lines) for key in ("seconds", "cpu_seconds"))
+    return {
+        "round_seconds": seconds / len(lines),
+        "round_cpu_seconds": cpu / len(lines),
+        "rounds_per_minute": 60 * len(lines) / seconds,
+    }
 
 
 def _moments(strategy: Any, names: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:

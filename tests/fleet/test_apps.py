@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,25 @@ def test_nodes_and_server_train_and_go_on(
     assert (tmp_path / "node1" / "fleet" / "unsent.f32").exists()
     assert not (tmp_path / "node3").exists()
     assert adopt(tmp_path / "fleet", tmp_path / "mine", bundle=tmp_path / "m.pbc") == 3
-    with Output(tmp_path / "fleet").locked(), pytest.raises(PbcError, match="another"):
-        server_app()(Apps(configs), context(0, {}, {**given, "rounds": 4}))
-    assert FleetState.load(tmp_path / "fleet").round == 3
+
+
+def test_a_server_waits_for_the_run_that_outlived_its_superlink(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write(tmp_path / "m.pbc", classes=["blue", "green", "red"])
+    given = {"bundle": str(tmp_path / "m.pbc"), "out": str(tmp_path / "fleet"), "rounds": 1}
+    run = context(0, {}, given)
+    nobody = Apps({1: {}})
+    with ThreadPoolExecutor() as pool:
+        with Output(tmp_path / "fleet").locked():
+            waiting = pool.submit(server_app(), nobody, run)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+        waiting.result(timeout=30)
+    assert FleetState.load(tmp_path / "fleet").round == 1
+    monkeypatch.setattr("pbc.fleet.apps._OUTLIVED_SECONDS", 0.0)
+    with Output(tmp_path / "fleet").locked(), pytest.raises(PbcError, match="another run"):
+        server_app()(nobody, run)
 
 
 def test_a_run_of_the_example_can_change_every_option(root: Path) -> None:

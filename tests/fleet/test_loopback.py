@@ -28,7 +28,7 @@ def fleet(tmp_path: Path) -> Iterator[superlink.Fleet]:
 @pytest.mark.superlink
 def test_a_fleet_goes_on_when_a_node_and_the_server_are_killed(fleet: superlink.Fleet) -> None:
     out = fleet.root / "out"
-    config = {"bundle": fleet.root / "m.pbc", "out": out, "timeout_seconds": 5.0}
+    config = {"bundle": fleet.root / "m.pbc", "out": out}
 
     def round_of(nodes: int, after: int = 0) -> None:
         fleet.wait(
@@ -37,8 +37,9 @@ def test_a_fleet_goes_on_when_a_node_and_the_server_are_killed(fleet: superlink.
         )
 
     link = fleet.superlink()
+    fleet.register("first", "second")
     nodes = {name: fleet.node(name, "--lr", "0.1") for name in ("first", "second")}
-    fleet.run(rounds=100, **config)
+    fleet.run(rounds=100, nodes=1, **config)
     round_of(2)
     listening, talking = fleet.sockets()
     assert listening == talking == {superlink.LOOPBACK}
@@ -48,9 +49,9 @@ def test_a_fleet_goes_on_when_a_node_and_the_server_are_killed(fleet: superlink.
 
     fleet.kill(link)
     kept = FleetState.load(out)
+    fleet.node("second", "--lr", "0.1")  # which finds no server yet
     fleet.superlink()
-    fleet.node("second", "--lr", "0.1")
-    fleet.run(rounds=100, **config)
+    fleet.run(rounds=100, nodes=2, **config)
     round_of(2, after=kept.round)
     assert "joining the fleet" in fleet.said("second")
     lines = metrics(out)

@@ -63,7 +63,7 @@ def test_a_fleet_learns(fleet: Fleet, strategy: str) -> None:
 
 def test_one_round_is_the_mean_by_photos(fleet: Fleet) -> None:
     """Compared with what the clients themselves send, averaged here."""
-    simulation = fleet.simulation(rounds=1)
+    simulation = fleet.simulation(rounds=1, strategy="fedavg")
     state = simulation.run(fleet.root / "out")
     from pbc.runtime.parameters import initial_parameters
 
@@ -151,7 +151,8 @@ def test_dead_and_refusing_nodes_are_said_and_the_fleet_goes_on(
 ) -> None:
     monkeypatch.setattr("pbc.fleet.simulate.LocalGrid", Flaky)
     told: list[str] = []
-    simulation = fleet.simulation(told.append, rounds=6, timeout_seconds=0.05)
+    # All three have to be there, not to be asked: that would be waited for without end.
+    simulation = fleet.simulation(told.append, rounds=6, nodes=3, timeout_seconds=0.05)
     state = simulation.run(fleet.root / "out")
     lines = metrics(fleet.root / "out")
     assert state.round == 6
@@ -168,14 +169,49 @@ def test_who_does_not_answer_is_asked_less(fleet: Fleet) -> None:
     attendance.missed.update({1: 3})
     listed = []
     for _ in range(400):
+        attendance.begin_round()
         listed.append(attendance.get_node_ids())
         assert attendance.get_node_ids() == listed[-1]
-        attendance.next_round()
     assert all({2, 3} <= set(nodes) for nodes in listed)
     assert 20 < sum(1 in nodes for nodes in listed) < 90
     attendance.missed.update({2: 60, 3: 60, 1: 60})
-    attendance.next_round()
+    attendance.begin_round()
     assert attendance.get_node_ids() == [1, 2, 3]
+
+
+def test_who_comes_back_begins_anew(fleet: Fleet) -> None:
+    here = dict.fromkeys((1, 2, 3))
+    attendance = Attendance(LocalGrid(here))  # type: ignore[arg-type]
+    attendance.missed.update({1: 60})
+    del here[1]
+    attendance.begin_round()
+    here[1] = None
+    attendance.begin_round()
+    assert attendance.get_node_ids() == [2, 3, 1]
+
+
+class Late(LocalGrid):
+    """Another node is there each time that anybody looks."""
+
+    looked = 0
+
+    def get_node_ids(self) -> list[int]:
+        self.looked += 1
+        return [1, 2, 3][: self.looked]
+
+
+def test_the_first_round_waits_for_as_many_nodes_as_it_is_to_have(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pbc.fleet.simulate.LocalGrid", Late)
+    monkeypatch.setattr("pbc.fleet.grid._POLL_SECONDS", 0.01)
+    told: list[str] = []
+    fleet.simulation(told.append, rounds=1, nodes=3).run(fleet.root / "out")
+    assert metrics(fleet.root / "out")[0]["nodes"] == [1, 2, 3]
+    assert [line for line in told if "waiting" in line] == [
+        "waiting for 3 nodes, 1 here",
+        "waiting for 3 nodes, 2 here",
+    ]
 
 
 class Other(LocalGrid):
@@ -219,13 +255,16 @@ def test_the_commands(fleet: Fleet) -> None:
     )
     assert shown.exit_code == 0, shown.output
     assert "round 2/2  3 of 3 nodes  loss" in shown.output
+    assert "a round takes " in shown.output
     assert "central training for as many epochs:" in shown.output
     assert "By client" in (fleet.root / "f.html").read_text()
     again = CliRunner().invoke(main, [*args, "3"], standalone_mode=False)
     assert isinstance(again.exception, UsageError)
     assert "--resume goes on" in str(again.exception)
     resumed = CliRunner().invoke(main, [*args, "3", "--resume", "--json"])
-    assert len(json.loads(resumed.stdout)["rounds"]) == 3
+    shown_json = json.loads(resumed.stdout)
+    assert len(shown_json["rounds"]) == 3
+    assert shown_json["pace"]["rounds_per_minute"] > 0
     adopted = CliRunner().invoke(main, ["fleet", "adopt", str(out), "-o", str(mine)])
     assert adopted.exit_code == 0, adopted.output
     assert "of 3 rounds" in adopted.output

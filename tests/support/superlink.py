@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic, sleep
@@ -59,12 +60,23 @@ class Fleet:
         self.wait(lambda: self._answers(started), "the SuperLink answers")
         return started
 
+    def register(self, *names: str) -> None:
+        """Make keys for nodes, and let the server know them."""
+        for name in names:
+            _write_node_key(self.root / f"{name}.key")
+        with ThreadPoolExecutor() as pool:
+            for done in [
+                pool.submit(
+                    self.flwr, "supernode", "register", f"{self.root}/{name}.key.pub", "here"
+                )
+                for name in names
+            ]:
+                done.result()
+
     def node(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         """Start `pbc fleet join` on the photos in `name`-photos."""
-        if not (key := self.root / f"{name}.key").exists():
-            _write_node_key(key)
-            self.flwr("supernode", "register", f"{key}.pub", "here")
-        link = ["--superlink", f"{LOOPBACK}:{self.port}", "--private-key", str(key)]
+        link = ["--superlink", f"{LOOPBACK}:{self.port}"]
+        link += ["--private-key", f"{self.root}/{name}.key"]
         link += ["--root-certificates", f"{self.root}/ca.pem"]
         photos, out = self.root / f"{name}-photos", self.root / name
         words = ["fleet", "join", f"{self.root}/m.pbc", str(photos), "-o", str(out)]
@@ -91,7 +103,7 @@ class Fleet:
         path = self.root / f"{name}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, until: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait(self, until: Callable[[], bool], what: str, seconds: float = 300) -> None:
         """Wait for something; fails with what everybody said."""
         end = monotonic() + seconds
         while not until():

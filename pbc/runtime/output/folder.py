@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.util.atomic import cannot_write, replacing, sync_folder
 from pbc.util.files import opened
+
+_LOCK_POLL_SECONDS = 0.2
 
 _CHUNK_BYTES = 1 << 20
 
@@ -75,9 +78,10 @@ class Output:
         return self.root / "tensorboard"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, wait_seconds: float = 0.0) -> Iterator[None]:
         """Create the folder and keep every other run out of it; a killed run's lock is free.
 
+        wait_seconds: for a run that is there to end; raises PbcError where it does not.
         Whatever the system refuses to do in the folder meanwhile becomes a PbcError.
         """
         lock = self.root / ".lock"
@@ -89,7 +93,7 @@ class Output:
             raise PbcError(cannot_write(lock, error)) from error
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle, wait_seconds)
             except BlockingIOError as error:
                 raise PbcError(f"another run is training in {self.root}; wait for it") from error
             except OSError as error:
@@ -197,6 +201,17 @@ class Output:
         if model and self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
         return gone
+
+
+def _lock(handle: int, wait_seconds: float) -> None:
+    """Lock an open file; raises BlockingIOError where another has it all that time."""
+    until = monotonic() + wait_seconds
+    while monotonic() < until:
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        sleep(_LOCK_POLL_SECONDS)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove(path: Path) -> None:
