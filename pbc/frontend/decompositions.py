@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbc.ir import borders
+
 aten = torch.ops.aten
 
 
@@ -15,6 +17,7 @@ def table() -> dict[Any, Callable[..., Any]]:
     """For each operator, a function of the same arguments that calls smaller ones."""
     return {
         **torch.export.default_decompositions(),
+        **borders.TABLE,
         aten.instance_norm.default: _instance_norm,
         aten.linalg_vector_norm.default: _vector_norm,
     }

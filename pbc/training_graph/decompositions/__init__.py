@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions
 
+from pbc.ir import borders
 from pbc.training_graph.decompositions.activations import (
     gelu_backward,
     hardsigmoid_backward,
@@ -81,6 +82,7 @@ _BACKWARD: dict[Any, Callable[..., Any]] = {
 }
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    **borders.TABLE,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     aten.avg_pool3d.default: avg_pool3d,
     aten.batch_norm.default: batch_norm,
