@@ -17,7 +17,7 @@ from pbc import plugins
 from pbc.deploy.requirements import own_requirements, requirement_name
 from pbc.errors import PbcError
 from pbc.target import load_target
-from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, missing
+from pbc.util.extras import DEVICE_EXTRAS, EXTRAS, install, missing
 from pbc.util.processor import cpu_name
 
 # Extras for work on pbc itself.
@@ -91,7 +91,7 @@ def _extra(name: str, requirements: Sequence[str]) -> Check:
             lacking.append(package)
     if lacking:
         reason = f"{', '.join(lacking)} not installed"
-        return Check(name, False, reason, f"pip install 'pbc[{name}]'")
+        return Check(name, False, reason, install(name))
     return Check(name, True, ", ".join(f"{name} {known}" for name, known in versions.items()))
 
 

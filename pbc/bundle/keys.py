@@ -11,12 +11,13 @@ from typing import Any
 from pbc.bundle.signature import Signature, identity, message
 from pbc.errors import PbcError
 from pbc.util.atomic import replace_bytes
+from pbc.util.extras import install
 from pbc.util.files import read_bytes
 
 PUBLIC_SUFFIX = ".pub"
 PRIVATE_SUFFIX = ".key"
 _MOST_BYTES = 1 << 14
-_MISSING = "signatures need cryptography, which is not installed: pip install 'pbc[trust]'"
+_MISSING = f"signatures need cryptography, which is not installed: {install('trust')}"
 
 
 @dataclass(frozen=True)

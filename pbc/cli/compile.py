@@ -228,7 +228,7 @@ def _show_plan(plan: compiler.Forecast, as_json: bool) -> None:
     show_levels(plan.ladder.to_json(), plan.ladder.cost_model)
     for name, size in plan.file_bytes.items():
         click.echo(f"{name}: {size_text(size)} expected")
-    click.echo(f"training takes: {memory_words(plan.memory)}")
+    click.echo(f"training takes: {memory_words(plan.memory, plan.engine)}")
     _show_notes(plan.notes)
     click.echo("dry run: nothing was tried or written")
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pbc.bundle import Bundle, trust
 from pbc.bundle.ladder import MACS
-from pbc.cli.tables import console
+from pbc.cli.tables import show
 from pbc.data import InputSpec
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
@@ -57,13 +57,14 @@ def inspect(bundle: Path, dims: bool, as_json: bool) -> None:
 def _show_personal(root: Path, model: dict[str, Any]) -> None:
     """Print what training added to the bundle, which is shown below it."""
     accuracy = model["metrics"].get("val_accuracy")
+    epochs = model["metrics"].get("epochs", 0)
     usual = TrainOptions().to_json()
     chosen = [
         f"{name} {value}" for name, value in model["options"].items() if usual.get(name) != value
     ]
     rows = {
         "personal model": str(root),
-        "trained on": f"{model['samples']} photos, {model['metrics'].get('epochs', 0)} epochs",
+        "trained on": f"{model['samples']} photos, {epochs} epoch{'s' if epochs != 1 else ''}",
         "classes": f"{len(model['classes'])}: {', '.join(model['classes'])}",
         "accuracy": "not measured" if accuracy is None else f"{accuracy:.2%} on held-out photos",
         "options": ", ".join(chosen) or "the defaults",
@@ -77,7 +78,7 @@ def _show_rows(rows: dict[str, str]) -> None:
     grid = Table.grid(padding=(0, 2))
     for key, value in rows.items():
         grid.add_row(Text(key, style="bold"), Text(value))
-    console().print(grid)
+    show(grid)
 
 
 def _show_manifest(manifest: dict[str, Any], signed_by: str) -> None:
@@ -90,17 +91,19 @@ def _show_manifest(manifest: dict[str, Any], signed_by: str) -> None:
     count = manifest.get("class_count")
     likely = count or len(names or ()) or None
     trained = sum(_elements(size, likely) for size in manifest["parameters"].values())
+    each = "" if likely else " for one class"
+    command = f": {provenance['command']}" if provenance["command"] else ""
     rows = {
         "model": f"{manifest['model']} (weights: {provenance['weights']})",
         "input": f"{shape}: photos are {InputSpec.from_json(manifest['input']).words()}",
-        "strategy": f"{manifest['strategy']}: {trained:,} trainable values in "
+        "strategy": f"{manifest['strategy']}: {trained:,} trainable values{each} in "
         f"{len(manifest['parameters'])} tensors",
         "prefix sends": "the images themselves (no prefix)" if list(frozen) == ["x"] else sent,
         "classes": _classes(names, count),
         "target": f"{manifest['target']['name']} (engine {manifest['engine']})",
         "requires": requirements(manifest),
-        "memory": memory_words(manifest.get("memory")),
-        "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}: {provenance['command']}",
+        "memory": memory_words(manifest.get("memory"), manifest["engine"]),
+        "made by": f"pbc {provenance['pbc']}, torch {provenance['torch']}{command}",
         "digest": manifest["digest"],
         "signed by": signed_by,
     }
@@ -113,7 +116,7 @@ def _show_manifest(manifest: dict[str, Any], signed_by: str) -> None:
     files.columns[1].justify = "right"
     for name, facts in manifest["files"].items():
         files.add_row(name, f"{facts['size_bytes']:,}", facts["sha256"][:16] + "…")
-    console().print(files)
+    show(files)
     for note in manifest.get("notes", []):
         click.echo(f"{click.style('note:', fg='yellow')} {note}")
 
@@ -190,10 +193,10 @@ def requirements(manifest: dict[str, Any]) -> str:
     return "; ".join(f"{name} {text}" for name, text in wanted.items())
 
 
-def memory_words(memory: Mapping[str, Mapping[str, int]] | None) -> str:
+def memory_words(memory: Mapping[str, Mapping[str, int]] | None, engine: str) -> str:
     """Say in a line what training holds beside the loaded network, with each optimizer."""
     if memory is None:
-        return "not known: the engine differentiates by itself"
+        return f"not counted for the engine {engine}"
     alike: dict[str, list[str]] = {}
     for optimizer, sizes in memory.items():
         parts = [
@@ -222,7 +225,7 @@ def show_blocks(blocks: list[dict[str, Any]]) -> None:
         values, trained = block["values"], block["trained"]
         train = "all" if trained == values > 0 else f"{trained:,}" if trained else "-"
         table.add_row(block["name"], f"{values:,}", train)
-    console().print(table)
+    show(table)
 
 
 def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:
@@ -245,7 +248,7 @@ def show_levels(levels: list[dict[str, Any]], cost_model: str) -> None:
             row["precision"],
             _gives_up(row),
         )
-    console().print(table)
+    show(table)
 
 
 def _gives_up(row: dict[str, Any]) -> str:
@@ -268,7 +271,7 @@ def _show_dims(table: dict[str, Any]) -> None:
             row["name"], str(row["size"]), row["kind"], "yes" if row["independent"] else "no",
             str(row["tensors"]), row["reason"] or "",
         )  # fmt: skip
-    console().print(shown)
+    show(shown)
     click.echo(
         f"{len(free)} of {len(rows)} dimensions are trainable-independent; they scale "
         f"{table['prunable_share']:.1%} of {table['macs'] / 1e6:.1f} M multiply-accumulates"

@@ -22,7 +22,7 @@ from pbc.cli.display import TrainDisplay
 from pbc.cli.number_or_auto import NumberOrAuto
 from pbc.cli.objective import objective_options
 from pbc.cli.options import batch_or_auto, learning_rate, threads
-from pbc.cli.tables import console
+from pbc.cli.tables import show
 from pbc.cli.unsigned import unsigned
 from pbc.cli.verdict import accuracy_line, next_commands, verdict
 from pbc.data import ImageFolder, Samples, read_image
@@ -40,6 +40,8 @@ from pbc.util.terminal import one_line
 _PATH = click.Path(path_type=Path)
 _NONE = "none"
 _DEFAULTS = TrainOptions()
+# Of what is likelier than this a prediction tells, beside the likeliest: 0.0% says nothing.
+_LEAST_TOLD = 0.0005
 
 
 class _Val(click.ParamType[Any]):
@@ -355,10 +357,11 @@ def _show_predictions(found: dict[str, list[tuple[str, float]]], as_json: bool) 
         return
     table = Table("image", "class", "probability", box=None, pad_edge=False, header_style="bold")
     for image, best in found.items():
-        for rank, (name, share) in enumerate(best):
+        told = [one for rank, one in enumerate(best) if rank == 0 or one[1] >= _LEAST_TOLD]
+        for rank, (name, share) in enumerate(told):
             table.add_row(Text("" if rank else image), Text(name), f"{share:.1%}")
     if found:
-        console().print(table)
+        show(table)
 
 
 @click.command()

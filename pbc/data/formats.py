@@ -8,6 +8,8 @@ from pathlib import PurePosixPath
 
 from PIL import Image, ImageFile, features
 
+from pbc.util.extras import install
+
 HEAD_BYTES = 64
 """So many bytes from the start of a file are enough for `identify`."""
 
@@ -15,7 +17,6 @@ _BMP_HEADER_BYTES = frozenset((12, 16, 40, 52, 56, 64, 108, 124))
 _HEIF_BRANDS = frozenset(
     (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
 )
-_INSTALL_HEIC = "pip install 'pbc[heic]'"
 _EXPORT = "no format that pbc reads, export it as JPEG or PNG"
 
 Opener = Callable[[object, str], ImageFile.ImageFile]
@@ -43,7 +44,7 @@ class Format:
 JPEG = Format("JPEG", (".jpg", ".jpeg", ".jfif", ".jpe", ".jif", ".mpo"), "JPEG")
 PNG = Format("PNG", (".png", ".apng"), "PNG")
 TIFF = Format("TIFF", (".tif", ".tiff"), "TIFF")
-HEIC = Format("HEIC", (".heic", ".heif", ".hif"), "HEIF", decoder_bytes=8, hint=_INSTALL_HEIC)
+HEIC = Format("HEIC", (".heic", ".heif", ".hif"), "HEIF", decoder_bytes=8, hint=install("heic"))
 RAW = Format(
     "raw",
     (".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"),

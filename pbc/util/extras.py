@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 EXTRAS: Mapping[str, str] = {
     "torch": "compile",
@@ -42,4 +46,24 @@ def missing(error: ModuleNotFoundError, extras: Mapping[str, str] = EXTRAS) -> s
     package = (error.name or "").partition(".")[0]
     if package not in extras:
         return None
-    return f"{package}, which is not installed: pip install 'pbc[{extras[package]}]'"
+    return f"{package}, which is not installed: {install(extras[package])}"
+
+
+def install(*extras: str) -> str:
+    """Return the command that adds extras to this installation, from where it came."""
+    return f"pip install '{_origin()}[{','.join(extras)}]'"
+
+
+def _origin() -> str:
+    """Return the folder or wheel that pip installed pbc from (PEP 610), else its name."""
+    try:
+        noted = metadata.distribution("pbc").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        noted = None
+    if noted is None:
+        return "pbc"
+    address = urlsplit(json.loads(noted)["url"])
+    path = Path(unquote(address.path))
+    if address.scheme != "file" or not path.exists():
+        return "pbc"
+    return "." if path == Path.cwd() else str(path)

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 import pbc
 from pbc import bundle, cli
 from pbc.errors import PbcError, UsageError
+from pbc.util.extras import install
 
 
 def run(*args: str, columns: int | None = None) -> Result:
@@ -98,7 +99,7 @@ def test_a_missing_extra_is_named(
     package = module.partition(".")[0]
     assert result.exit_code == 1
     assert result.stderr.strip() == (
-        f"error: this needs {package}, which is not installed: pip install 'pbc[{extra}]'"
+        f"error: this needs {package}, which is not installed: {install(extra)}"
     )
 
 

@@ -13,6 +13,7 @@ from guarded import ALLOWED, imported, third_party
 
 from pbc import plugins
 from pbc.cli import main
+from pbc.util.extras import install
 
 BOARD = """
 from pbc.target import Target
@@ -66,7 +67,7 @@ def test_what_is_missing_is_named_with_what_to_install(
         "name": "models",
         "works": False,
         "detail": "timm not installed",
-        "remedy": "pip install 'pbc[models]'",
+        "remedy": install("models"),
     }
     assert not by_name(found["engines"])["acme"]["works"]
     assert "a_package_that_does_not_exist" in by_name(found["engines"])["acme"]["detail"]
@@ -74,7 +75,7 @@ def test_what_is_missing_is_named_with_what_to_install(
     assert target["detail"] == "none of acme can be compiled for here"
     text = CliRunner().invoke(main, ["doctor"]).stdout
     assert "  not acme-one: none of acme can be compiled for here" in text
-    assert "  pip install 'pbc[models]'" in text
+    assert f"  {install('models')}" in text
     assert "  apt install openssh-client" in text
 
 

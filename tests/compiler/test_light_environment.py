@@ -28,7 +28,7 @@ EPOCHS = 3
 _IMPORT = re.compile(r"import time: +\d+ \| +\d+ \| +([\w.]+)")
 _LEFT_OUT = (
     "full, pet, pet-bf16, pet-cache, pet-cache-closed are left out: "
-    "they need torch, which is not installed: pip install 'pbc[compile]'"
+    "they need torch, which is not installed: pip install '{wheel}[compile]'"
 )
 
 
@@ -38,6 +38,7 @@ class Device:
 
     environment: Path
     work: Path
+    wheel: Path
 
     def run(
         self, *args: object, fails: int = 0, tries: frozenset[str] = frozenset()
@@ -97,7 +98,7 @@ def device(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Device:
     assert installed.returncode == 0, installed.stderr
     work = folder / "work"
     work.mkdir()
-    return Device(environment, work)
+    return Device(environment, work, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +135,14 @@ def test_what_is_missing_is_named_with_its_extra(
 ) -> None:
     photos = examples / "photos" / "train"
     _, stderr = device.run("compile", "resnet50", fails=1)
-    assert stderr == ("error: this needs torch, which is not installed: pip install 'pbc[compile]'")
+    assert stderr == (
+        f"error: this needs torch, which is not installed: pip install '{device.wheel}[compile]'"
+    )
     of_torch = tiny.write(tmp_path / "torch.pbc").path
     _, stderr = device.run("train", of_torch, photos, "-o", "other", fails=1)
     assert stderr == (
-        "error: this needs torch, which is not installed: pip install 'pbc[device-torch]'"
+        "error: this needs torch, which is not installed: "
+        f"pip install '{device.wheel}[device-torch]'"
     )
 
 
@@ -147,8 +151,8 @@ def test_a_rival_that_is_asked_for_by_name_is_missed(
 ) -> None:
     _, stderr = device.run("bench", bundle, examples, "--rivals", "pbc,pet", fails=1)
     assert stderr == (
-        "error: rival pet needs torch, which is not installed: pip install 'pbc[compile]', "
-        "or leave it out of --rivals"
+        "error: rival pet needs torch, which is not installed: "
+        f"pip install '{device.wheel}[compile]', or leave it out of --rivals"
     )
 
 
@@ -227,12 +231,13 @@ def test_bench_plays_without_the_rivals_of_torch(
         "-o", "r.json", "--html", "r.html", "--csv", "r.csv",
         tries=frozenset(("torch",)),  # to learn who can play
     )  # fmt: skip
-    assert stderr.splitlines().count(_LEFT_OUT) == 1
-    assert out.count(_LEFT_OUT) == 1
+    left_out = _LEFT_OUT.format(wheel=device.wheel)
+    assert stderr.splitlines().count(left_out) == 1
+    assert out.count(left_out) == 1
     results = json.loads((device.work / "r.json").read_text())
     assert set(results["rivals"]) == {"piebridge", "pbc-nocache", "pbc"}
     assert all(cell["loss"] > 0 for cell in results["cells"])
-    assert results["notes"].count(_LEFT_OUT) == 1
+    assert results["notes"].count(left_out) == 1
 
 
 def test_forget(device: Device, bundle: Path, trained: Path, examples: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pbc.cli import main
 from pbc.data import ImageFolder, Inventory
+from pbc.data.formats import HEIC
 from pbc.errors import PbcError
 from pbc.ir.calibration import Calibration
 from pbc.util.progress import telling
@@ -65,7 +66,7 @@ def clutter(photos: Path) -> None:
 
 LINES = [
     "skipped 1 broken images of 17: red/000.png (cannot identify an image in it)",
-    "skipped 3 .heic files: pip install 'pbc[heic]'",
+    f"skipped 3 .heic files: {HEIC.hint}",
     "ignored 3 files: 2 left by a system or program (@eaDir, Thumbs.db), 1 no photo (.txt)",
     "1 photos of more than 8 bits, mapped to 8; 1 photos transparent, laid on white",
 ]
@@ -98,7 +99,7 @@ def test_nothing_is_said_of_plain_photos(run: Run) -> None:
 def test_strict_stops_at_anything_skipped(run: Run) -> None:
     heic(Path("photos/red/a.heic"))
     stopped = run("train", "b.pbc", "photos", "-o", "mine", "--strict", fails=1).stderr
-    assert "red/a.heic of photos cannot be read: pip install 'pbc[heic]'" in stopped
+    assert f"red/a.heic of photos cannot be read: {HEIC.hint}" in stopped
     Path("photos/red/a.heic").unlink()
     Path("photos/red/Thumbs.db").write_bytes(b"")
     run("train", "b.pbc", "photos", "-o", "mine", "--strict")

@@ -15,7 +15,7 @@ def copy_sources(root: Path, copy: Path) -> Path:
     for folder in ("pbc", "passes", "targets"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(root / folder, copy / folder, symlinks=True, ignore=ignore)
-    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(root / file, copy / file)
     return copy
 

@@ -20,6 +20,7 @@ import numpy as np
 from pbc.errors import PbcError
 from pbc.runtime.engines.alignment import aligned
 from pbc.runtime.engines.tvm.devices import CPU, Device, in_numpy
+from pbc.util.extras import install
 
 RUNTIME_VARIABLE = "PBC_TVM_RUNTIME"
 _ANY_CORE = 1
@@ -44,7 +45,7 @@ def runtime() -> Any:
             import tvm_ffi
     except ImportError as error:
         raise PbcError(
-            "the tvm engine needs tvm_ffi, which is not installed: pip install 'pbc[device-tvm]'"
+            f"the tvm engine needs tvm_ffi, which is not installed: {install('device-tvm')}"
         ) from error
     try:
         ctypes.CDLL(path, ctypes.RTLD_GLOBAL)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbc.errors import PbcError
+from pbc.util.extras import install
 
 LIBRARY_VARIABLE = "PBC_NVRTC"
 """The environment variable that names the libnvrtc.so to use before any other."""
@@ -121,7 +122,7 @@ class Nvrtc:
             known[nvrtc.words] = f"{nvrtc.words} knows {', '.join(map(str, architectures))}"
         if not known:
             raise PbcError(
-                f"no NVRTC found to compile CUDA kernels with: pip install 'pbc[cuda]', "
+                f"no NVRTC found to compile CUDA kernels with: {install('cuda')}, "
                 f"or let {LIBRARY_VARIABLE} name a libnvrtc.so"
             )
         raise PbcError(
@@ -154,7 +155,7 @@ class Nvrtc:
         if not self.makes_cubins:
             raise PbcError(
                 f"{self.words} makes PTX only, and machine code needs 11.2 or newer: "
-                f"pip install 'pbc[cuda]', or let {LIBRARY_VARIABLE} name a newer libnvrtc.so"
+                f"{install('cuda')}, or let {LIBRARY_VARIABLE} name a newer libnvrtc.so"
             )
         return self._compile(source, f"sm_{sm}", "CUBIN")
 
