@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -45,12 +46,16 @@ def reason_of_failure(attempt: Callable[[], object], *refusals: type[Exception])
     passes: an interruption, lack of memory, a fault of pbc's own.
     """
     foreseen: tuple[type[Exception], ...] = (*_FORESEEN, *refusals)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch logs a trace of what it raises
     try:
         attempt()
     except foreseen as error:
         if isinstance(error, _OTHERS) or _NO_MEMORY in str(error):
             raise
         return reason_of(error)
+    finally:
+        logging.disable(disabled)
     return ""
 
 
