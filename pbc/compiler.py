@@ -170,7 +170,7 @@ def forecast(model: str, options: CompileOptions = CompileOptions()) -> Forecast
     elsewhere = replace(program.request.target, local=False)
     program = replace(program, request=replace(program.request, target=elsewhere))
     planning = [p for p in passes.passes if STAGES.index(p[1].stage) <= UP_TO_PLAN]
-    program = pipeline.PassPipeline(tuple(planning)).run(program)
+    program = pipeline.PassPipeline(tuple(planning)).run(program, compared=False)
     planned = ladder((*program.levels, *program.plans), program.cost_model)
     dims, sizes = dims_of(program), [{}, *(plan.sizes for plan in program.plans)]
     expected = {f"level {level}": dims.bytes(shrunk) for level, shrunk in enumerate(sizes)}
@@ -280,7 +280,7 @@ def _memory(program: Program, passes: pipeline.PassPipeline) -> dict[str, dict[s
     if not backend(program.request.engine).derives_steps:
         return None
     derive = tuple(p for p in passes.passes if p[1].stage in ("fold", "derive"))
-    return manifest.training_memory(pipeline.PassPipeline(derive).run(program))
+    return manifest.training_memory(pipeline.PassPipeline(derive).run(program, compared=False))
 
 
 def _classes(options: CompileOptions) -> tuple[tuple[str, ...] | None, int | None]:

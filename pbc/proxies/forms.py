@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -99,6 +100,11 @@ class Forms:
         self._tried: dict[Form, str] = {}
         # What the engine was asked to convert: another width is converted alike.
         self._converted: set[Kind] = set()
+
+    @functools.cached_property
+    def _frozen_macs(self) -> list[float]:
+        """Multiply-accumulates of the original's prefix, if it has one, and body."""
+        return [macs(graph) for graph in self._original.frozen]
 
     @property
     def frozen(self) -> bool:
@@ -254,16 +260,14 @@ class Forms:
         """Multiply-accumulates of one sample."""
         prefix = self._original.prefix
         if form.resolution not in self._pixels and form.resolution and prefix is not None:
-            before, after = macs(prefix), macs(prefix, form.resolution)
+            before, after = self._frozen_macs[0], macs(prefix, form.resolution)
             # Only the prefix shrinks: what it sends has its full size again.
             self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
         if form.merges not in self._tokens:
             level = replace(self._original, merges=form.merges)
-            fewer = with_merges(level, self._original, self._dims)
-            before, after = (
-                sum(macs(graph) for graph in one.frozen) for one in (self._original, fewer)
-            )
-            self._tokens[form.merges] = after / before
+            fewer = with_merges(level, self._original, self._dims, shapes=False)
+            after = sum(macs(graph) for graph in fewer.frozen)
+            self._tokens[form.merges] = after / sum(self._frozen_macs)
         pixels, tokens = self._pixels[form.resolution], self._tokens[form.merges]
         return self._dims.macs(self.sizes(form)) * pixels * tokens
 

@@ -90,18 +90,20 @@ def tokens_of(level: LevelGraphs, dims: Dims) -> Tokens | None:
     return max(found, key=lambda tokens: len(tokens.sums), default=None)
 
 
-def merged(level: LevelGraphs, tokens: Tokens, dims: Dims) -> LevelGraphs:
+def merged(level: LevelGraphs, tokens: Tokens, dims: Dims, *, shapes: bool = True) -> LevelGraphs:
     """Return a level whose tokens are merged as its `merges` say; others as they are.
 
     dims: of level 0. Nodes keep their names. Where a graph needs all tokens again, such as for what
     it returns, every token gets the value of what it was merged into. Raises ValueError where a
-    node cannot be found again.
+    node cannot be found again. shapes: as `slice_graph` has it.
     """
     if not any(level.merges):
         return level
     graph = level.prefix if tokens.role == PREFIX else level.body
     assert graph is not None
     graph = _Merging(copy_graph(graph), tokens, dims).run(level.merges)
+    if shapes:
+        refresh_shapes(graph)
     return replace(level, prefix=graph) if tokens.role == PREFIX else replace(level, body=graph)
 
 
@@ -295,7 +297,6 @@ class _Merging:
                 state = self.merge(node, self.by_name[key], gone, state)
         self.graph.graph.lint()
         self.graph.recompile()
-        refresh_shapes(self.graph)
         return self.graph
 
     # ---- one node -------------------------------------------------------------------------------

@@ -91,13 +91,18 @@ def rounded(level: LevelGraphs, images: Tensor) -> LevelGraphs:
     return replace(level, prefix=quantized(level.prefix, images))
 
 
-def with_merges(level: LevelGraphs, original: LevelGraphs, dims: Dims) -> LevelGraphs:
-    """Return a level with its tokens merged as it says; any other as it is."""
+def with_merges(
+    level: LevelGraphs, original: LevelGraphs, dims: Dims, *, shapes: bool = True
+) -> LevelGraphs:
+    """Return a level with its tokens merged as it says; any other as it is.
+
+    shapes: as `slice_graph` has it.
+    """
     if not any(level.merges):
         return level
     tokens = tokens_of(original, dims)
     assert tokens is not None, "tokens are planned where there are some"
-    return merged(level, tokens, dims)
+    return merged(level, tokens, dims, shapes=shapes)
 
 
 def trial(program: Program, plan: LevelPlan, dims: Dims) -> LevelGraphs:
