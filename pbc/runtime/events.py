@@ -17,6 +17,11 @@ class Note:
 
 
 @dataclass(frozen=True)
+class SoFar(Note):
+    """A note on the model that the run has left on its way; the next one makes it old."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How many epochs the run is going to have, decided before the first of them."""
 

@@ -19,7 +19,7 @@ from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, start_epochs, stratified, told
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.evaluation import Evaluation
-from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, StepReport
+from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, SoFar, StepReport
 from pbc.runtime.growing_model import GrowingModel
 from pbc.runtime.loop import DivergedError, Learner, Steps, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
@@ -383,7 +383,7 @@ class Trainer:
         self._stop(self._growing.reason_to_stop())
         if judged is None:
             return
-        self._report(Note(f"after {visited} of {len(self._samples)} photos: {judged}"))
+        self._report(SoFar(f"after {visited} of {len(self._samples)} photos: {judged}"))
         self._leave_model(visited)
 
     def _leave_what_there_is(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pbc.bench.rival import Arrays, EpochTimes, RivalSetting
 from pbc.data import Samples
-from pbc.runtime.events import Event, Note, StepReport
+from pbc.runtime.events import Event, Note, SoFar, StepReport
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.output.folder import Output
 from pbc.util.atomic import replace_bytes
@@ -79,7 +79,8 @@ class Pbc:
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Note):
-            self._notes.append(event.text)
+            if not isinstance(event, SoFar):
+                self._notes.append(event.text)
         elif isinstance(event, StepReport) and self._marks.due(event.samples / self._samples):
             with self._trainer.unmeasured():
                 seconds = sum(self._counted(self._trainer.stage_seconds).values())
