@@ -200,7 +200,8 @@ def show(console: Console, results: Results, with_budgets: bool) -> None:
     console.print(
         f"{data['train_samples']} photos of {data['classes']} classes, tested on "
         f"{data['test_samples']}; {protocol['epochs']} epochs in turn, "
-        f"{protocol['seeds']} seed{'s' if protocol['seeds'] > 1 else ''}, batch {protocol['batch']}, {protocol['optimizer']} at "
+        f"{protocol['seeds']} seed{'s' if protocol['seeds'] > 1 else ''}, "
+        f"batch {protocol['batch']}, {protocol['optimizer']} at "
         f"{protocol['learning_rate']:g}, one process, "
         f"peak memory of the process {memory(results.peak_memory_bytes)}",
         soft_wrap=True,
