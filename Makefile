@@ -2,7 +2,7 @@
 # make test   lint, types and tests (make check is the same)
 # make test-device  bundles on an emulated arm64 board: docs/devices.md
 # make test-fleet  a fleet of real processes on loopback, killed and gone on with: docs/fleet.md
-# make fuzz   mutated bundles, personal models and photos, and kills: docs/trust.md
+# make fuzz   mutated bundles, personal models and photos, kills, failing disks: docs/trust.md
 # make zoo    networks of libraries beside plain torch, for hours: docs/zoo.md (ZOO="--sample 5")
 # make docs   the documentation as a site, build/site/index.html
 # make clean  remove what they made
@@ -52,6 +52,7 @@ fuzz: $(installed)
 	for engine in pytorch onnxruntime tvm; do \
 	    $(bin)/python tests/fuzz/campaign.py --engine $$engine $(FUZZ) || exit 1; \
 	    $(bin)/python tests/fuzz/kills.py --engine $$engine $(KILLS) || exit 1; \
+	    $(bin)/python tests/fuzz/disk.py --engine $$engine || exit 1; \
 	done
 
 $(installed): Makefile setup.cfg pyproject.toml

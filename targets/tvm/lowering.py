@@ -21,7 +21,7 @@ from pbc.ir.runner import Values
 from pbc.lower.lowering import Lowering
 from pbc.lower.weights import TensorStore, weight_file
 from pbc.runtime.engines.tvm.cuda_kernels import unpack
-from pbc.runtime.engines.tvm.library import Graph, Library, use_threads
+from pbc.runtime.engines.tvm.library import Graph, Library, loaded, use_threads
 from pbc.target import Target
 from pbc.targets.tvm.build import (
     Platform,
@@ -109,7 +109,7 @@ class TvmLowering(Lowering):
         with tempfile.TemporaryDirectory(prefix="pbc-") as folder:
             path = Path(folder) / "library.so"
             path.write_bytes(content)
-            library = Library(path)
+            library = Library(loaded(path))
         use_threads(cores())
         return {
             name: library.graph(

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import subjects
+from tqdm import tqdm
 
 import forked  # isort: skip  # of tests/support, which subjects puts on the path
 import tiny  # isort: skip
@@ -97,7 +98,8 @@ def compile_(engine: str, kills: int, killer: Killer) -> tuple[int, int]:
     net = subjects.network(folder)
     whole, path = folder / "whole.pbc", folder / "killed.pbc"
     words = subjects.compile_words(net, engine, "linear-probe", whole)
-    killer.whole(words)
+    tqdm.monitor_interval = 0  # its thread would be lost in a fork
+    subjects.warm([words])
     seconds = killer.whole(words)
     rounds = different = 0
     while killer.deaths < kills:
@@ -125,6 +127,8 @@ def main() -> int:
         ("compilations", options.compile, compile_),
         ("trainings", options.train, train),
     ):
+        if not kills:
+            continue
         folder = Path(tempfile.mkdtemp(prefix="pbc-kills-"))
         subjects.environment(folder)
         killer = Killer(folder, random.Random(f"{what} {options.engine} {options.seed}"))

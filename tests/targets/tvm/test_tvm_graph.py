@@ -23,6 +23,7 @@ from pbc.ir.graph import get_tensor, graph_inputs, output_names
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.runtime.engines.tvm.library import Graph as Runner
 from pbc.runtime.engines.tvm.library import Library
+from pbc.runtime.engines.tvm.library import loaded as executable_of
 from pbc.targets.tvm.build import build, this_machine
 from pbc.targets.tvm.convert import convert
 from pbc.targets.tvm.operators import TABLE
@@ -448,7 +449,7 @@ def loaded(graphs: dict[str, GraphModule], **options: Any) -> dict[str, Runner]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.so"
         path.write_bytes(build(module, this_machine()))
-        library = Library(path)
+        library = Library(executable_of(path))
 
     def arrays(graph: GraphModule, names: tuple[str, ...]) -> list[np.ndarray]:
         return [get_tensor(graph, name).detach().numpy() for name in names]

@@ -32,6 +32,7 @@ from pbc.runtime.engines.tvm.library import (
     Graph,
     Library,
     Tensor,
+    loaded,
     runtime,
     runtime_identity,
     runtime_path,
@@ -67,6 +68,9 @@ _CALLS = record(
 _T = TypeVar("_T")
 
 _log = logging.getLogger("pbc")
+
+# By what is in them. The runtime does not give back all that loading one takes.
+_executables: dict[str, Any] = {}
 
 
 class TvmEngine:
@@ -236,9 +240,9 @@ class _Loader:
         sha256 = self._bundle.sha256(file)
         if sha256 not in self._libraries:
             try:
-                self._libraries[sha256] = self._unpacked(
-                    file, lambda path: Library(path, self.device)
-                )
+                if sha256 not in _executables:
+                    _executables[sha256] = self._unpacked(file, loaded)
+                self._libraries[sha256] = Library(_executables[sha256], self.device)
             except (RuntimeError, OSError, AttributeError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise PbcError(

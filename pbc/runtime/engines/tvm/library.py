@@ -117,11 +117,15 @@ def use_threads(count: int) -> None:
     _pools.threads = count
 
 
-class Library:
-    """A loaded library; its file is needed no longer."""
+def loaded(path: Path) -> Any:
+    """Load a library's file, which is needed no longer then."""
+    return runtime().load_module(str(path))
 
-    def __init__(self, path: Path, device: Device = CPU) -> None:
-        executable = runtime().load_module(str(path))
+
+class Library:
+    """A loaded library, ready to run on a device."""
+
+    def __init__(self, executable: Any, device: Device = CPU) -> None:
         self._device = device
         self._machine = executable["vm_load_executable"]()
         self._machine["vm_initialization"](*device.initialization())
