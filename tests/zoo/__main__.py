@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from catalogue import Network, networks
+from catalogue import Network, networks, of_operators
 from cell import Cell
 from processes import results
 from records import Record, append, read
@@ -52,7 +52,8 @@ def main() -> int:
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
     """What the arguments choose, network by network."""
-    chosen = [n for n in networks() if re.search(arguments.only, n.name)]
+    known = of_operators() if arguments.operators else networks()
+    chosen = [n for n in known if re.search(arguments.only, n.name)]
     if arguments.sample is not None:
         chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
     if arguments.order == "random":
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--strategies", type=listed, default=STRATEGIES)
     parser.add_argument("--only", default="", help="a pattern that the names of networks hold")
+    parser.add_argument(
+        "--operators",
+        action="store_true",
+        help="networks of one operator each, in place of libraries'",
+    )
     parser.add_argument("--sample", type=int, help="so many networks, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import operators
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +51,24 @@ def networks() -> list[Network]:
     return [Network(name, int(size), int(parameters)) for name, size, parameters in rows]
 
 
+def of_operators() -> list[Network]:
+    """Return the networks of one operator each, by the file and function that make them."""
+    file = operators.__file__
+    return [
+        Network(f"{file}:{name}", operators.SIZE_PIXELS, _count(getattr(operators, name)()))
+        for name in operators.OPERATORS
+    ]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def build(name: str, size_pixels: int) -> nn.Module:
     """Make the eager module as its library's documentation says, with 1000 classes."""
     library, _, model = name.partition(":")
+    if library == operators.__file__:
+        return _module(getattr(operators, model)())
     torchvision = import_torchvision()  # timm imports it, which fails beside a CPU build of torch
     if library == "torchvision":
         options: dict[str, Any] = {}
@@ -87,7 +103,7 @@ def main() -> None:
     """Print the smallest network of every family, with its smallest input and its parameters."""
     families: dict[tuple[str, str], list[tuple[int, str, int]]] = {}
     for name, module, own_pixels in _classifiers():
-        count = sum(parameter.numel() for parameter in module.parameters())
+        count = _count(module)
         if count <= _LARGEST:
             families.setdefault(_family(name, module), []).append((count, name, own_pixels))
     for variants in families.values():

@@ -8,9 +8,11 @@ from pathlib import Path
 import cell
 import numpy as np
 import pytest
-from catalogue import Network, networks
+import torch
+from catalogue import Network, build, networks, of_operators
 from cell import Cell, Result, run
 from eager import Trained
+from operators import OPERATORS, SIZE_PIXELS
 from processes import results
 from records import Record, append, read
 from table import table
@@ -43,6 +45,15 @@ def test_a_network_trains_as_in_torch(
     network: Network, strategy: str, engine: str, levels: int
 ) -> None:
     assert run(Cell(network, strategy, engine, levels)) == Result("right")
+
+
+def test_networks_of_operators_are_made_by_their_names() -> None:
+    made = {network.name: build(network.name, network.size_pixels) for network in of_operators()}
+    assert len(made) == len(OPERATORS)
+    for name, module in made.items():
+        scores = module.eval()(torch.randn(2, 3, SIZE_PIXELS, SIZE_PIXELS))
+        assert scores.shape == (2, 10), name
+        assert scores.isfinite().all(), name
 
 
 def test_a_request_that_cannot_be_met_is_refused_with_its_reason() -> None:
