@@ -40,6 +40,8 @@ _EPSILON = eager.STEPS * float(np.finfo(np.float32).eps)
 # A ReLU or a maximum of inputs that are equal but for rounding goes either way, and moves all that
 # is before it: a fault shows on every batch, a tie on one.
 _BATCHES = 3
+# What torch and engines raise under a limit.
+_NO_MEMORY = ("allocate memory", "out of memory", "not enough memory", "bad_alloc")
 # Where float32 itself is worse than the tolerances, an engine may be this much worse than torch.
 _ROUNDING_FACTOR = 10.0
 
@@ -114,7 +116,7 @@ def run(cell: Cell, subject: Subject | None = None) -> Result:
         return Result("refused", str(error))
     except Exception as error:
         reason = _described(error)
-        if isinstance(error, MemoryError) or "memory" in reason or "bad_alloc" in reason:
+        if isinstance(error, MemoryError) or any(words in reason for words in _NO_MEMORY):
             return Result("limit", f"memory: {reason}")
         return Result("traceback", reason, traceback.format_exc())
     return Result("wrong", reason) if reason else Result("right")
