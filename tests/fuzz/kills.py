@@ -100,7 +100,9 @@ def compile_(engine: str, kills: int, killer: Killer) -> tuple[int, int]:
     net = subjects.network(folder)
     whole, path = folder / "whole.pbc", folder / "killed.pbc"
     words = subjects.compile_words(net, engine, "linear-probe", whole)
-    tqdm.monitor_interval = 0  # its thread would be lost in a fork
+    # Threads would be lost in a fork: tqdm's, and those of an engine that finds several cores.
+    tqdm.monitor_interval = 0
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     subjects.warm([words])
     seconds = killer.whole(words)
     rounds = different = 0
@@ -137,8 +139,8 @@ def main() -> int:
     options = parser.parse_args()
     different = 0
     for what, kills, run in (
-        ("compilations", options.compile, compile_),
         ("trainings", options.train, train),
+        ("compilations", options.compile, compile_),
     ):
         if not kills:
             continue
