@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from pbc.bundle.optimizers import OPTIMIZERS
@@ -20,6 +18,7 @@ from pbc.training_graph.autodiff import differentiate
 from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import (
     TOLERANCE,
+    doubled,
     in_float64,
     random_batches,
     starting_parameters,
@@ -92,9 +91,9 @@ class DeriveTrainStep:
             # One ReLU whose input is zero but for rounding does that. Or the derivation is wrong:
             # float64, which takes its time, knows.
             exact = _step_in_float64(level)
-            exact_batches = [(_in_float64(features), labels) for features, labels in batches]
+            exact_batches = [(doubled(features), labels) for features, labels in batches]
             errors = worst(
-                step_errors(exact.body, _in_float64(theta), exact_batches, TorchRunner(exact))
+                step_errors(exact.body, doubled(theta), exact_batches, TorchRunner(exact))
             )
         for name, error in errors.items():
             if not error <= TOLERANCE:
@@ -112,10 +111,6 @@ def _step_in_float64(level: LevelGraphs) -> LevelGraphs:
         forward=in_float64(level.forward),
         updates={name: in_float64(graph) for name, graph in level.updates.items()},
     )
-
-
-def _in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def same(one: GraphModule, other: GraphModule) -> bool:

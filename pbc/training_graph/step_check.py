@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -21,9 +23,10 @@ from pbc.training_graph.names import LABELS, LOSSES
 STEPS = 5
 TOLERANCE = 1e-4
 # A lowered step has float32 alone, in which one ReLU whose input is zero but for rounding may be
-# on in one engine and off in another: more than TOLERANCE is told, more than this in most steps,
-# as a wrong kernel has it, is refused.
+# on in one engine and off in another: more than TOLERANCE is told. More than this in most steps, as
+# a wrong kernel has it, is refused, unless torch's own float32 is nearly as far from float64.
 LOWERED_TOLERANCE = 1e-2
+OWN_ROUNDING = 10.0
 
 # Neither zero nor one, so that every term shows.
 MOMENTUM, SMOOTHING_SHARE = 0.9, 0.1
@@ -130,6 +133,41 @@ def usual(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
         name: float(torch.tensor(found, dtype=torch.float64).median())
         for name, found in errors.items()
     }
+
+
+class _InFloat32:
+    """Has a runner compute in float32 what is given and wanted in float64."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return self._runner.inputs(role)
+
+    def run(self, role: GraphName, values: Mapping[str, Any]) -> dict[str, Any]:
+        single = {
+            name: value.astype(np.float32) if value.dtype == np.float64 else value
+            for name, value in values.items()
+        }
+        found = {name: tensor(value) for name, value in self._runner.run(role, single).items()}
+        return {n: v.double() if v.dtype == torch.float32 else v for n, v in found.items()}
+
+
+def errors_beside_float64(
+    body: GraphModule,
+    parameters: Tensors,
+    batches: Sequence[tuple[Tensors, Tensor]],
+    runner: Runner,
+) -> float:
+    """Return what most steps of a runner in float32 are off from torch's in float64."""
+    exact = [(doubled(features), labels) for features, labels in batches]
+    found = step_errors(in_float64(body), doubled(parameters), exact, _InFloat32(runner))
+    return max(usual(found).values())
+
+
+def doubled(tensors: Tensors) -> dict[str, Tensor]:
+    """Return the tensors in float64."""
+    return {name: value.double() for name, value in tensors.items()}
 
 
 def _state(

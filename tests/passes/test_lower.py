@@ -221,6 +221,18 @@ def test_a_step_that_one_mini_batch_tells_apart_is_noted(monkeypatch: pytest.Mon
     assert lowered.checks["lowered_train_step"]["0"]["adam"] == pytest.approx(0.05, rel=0.01)
 
 
+def test_rounding_that_the_network_amplifies_is_not_the_engine_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch's own float32 is as far from float64 there; what is wrong is much farther."""
+    monkeypatch.setattr("pbc.passes.lower.LOWERED_TOLERANCE", 1e-9)
+    program = DeriveTrainStep()(with_request(pruned(ConvNet, "norm"), engine="onnxruntime"))
+    Lower()(program)
+    shifted(monkeypatch, [update("sgd")], 1e-3)
+    with pytest.raises(PbcError, match="the training step that onnxruntime runs at level 0"):
+        Lower()(program)
+
+
 @pytest.mark.parametrize(("role", "level"), [(PREFIX, 0), (PREFIX, 2), (BODY, 0)])
 def test_a_wrong_lowered_graph_is_refused(
     monkeypatch: pytest.MonkeyPatch, role: GraphName, level: int
