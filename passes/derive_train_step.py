@@ -12,6 +12,7 @@ from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.ir.graph import get_tensor, graph_text, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
+from pbc.ir.rewrite import in_float64
 from pbc.ir.runner import TorchRunner
 from pbc.lower.backend import backend
 from pbc.training_graph.autodiff import differentiate
@@ -19,7 +20,6 @@ from pbc.training_graph.optimizers import with_update
 from pbc.training_graph.step_check import (
     TOLERANCE,
     doubled,
-    in_float64,
     random_batches,
     starting_parameters,
     step_errors,

@@ -21,8 +21,7 @@ from pbc.errors import PbcError, reason_of
 from pbc.frontend.gradient_stops import without_checkpoints
 from pbc.frontend.user_code import where_called
 from pbc.ir.graph import origin, output_node
-from pbc.ir.rewrite import ancestors
-from pbc.training_graph.step_check import in_float64
+from pbc.ir.rewrite import ancestors, in_float64
 
 TOLERANCE = 1e-4
 """Largest difference, relative to a tensor's largest value."""

@@ -265,3 +265,13 @@ def _fuse(graph: GraphModule, layer: Node, norm: Node) -> None:
 def _delete_tensor(graph: GraphModule, name: str) -> None:
     owner, _, leaf = name.rpartition(".")
     delattr(graph.get_submodule(owner), leaf)
+
+
+def in_float64(graph: GraphModule) -> GraphModule:
+    """Return a copy that computes in float64, with the constants that it makes."""
+    graph = copy.deepcopy(graph).double()
+    for node in graph.graph.nodes:
+        if node.kwargs.get("dtype") == torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+    graph.recompile()
+    return graph

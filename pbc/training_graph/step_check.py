@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 from pbc.ir.graph import graph_inputs, parameter_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
+from pbc.ir.rewrite import in_float64
 from pbc.ir.runner import Runner, tensor
 from pbc.training_graph.names import LABELS, LOSSES
 
@@ -247,16 +247,6 @@ def _run(runner: Runner, role: GraphName, values: Tensors) -> dict[str, Tensor]:
     arrays = {name: value.detach().numpy() for name, value in values.items()}
     # A copy: an engine may use its memory again.
     return {name: tensor(v).clone() for name, v in runner.run(role, arrays).items()}
-
-
-def in_float64(graph: GraphModule) -> GraphModule:
-    """A copy that computes in float64, with the constants that it makes."""
-    graph = copy.deepcopy(graph).double()
-    for node in graph.graph.nodes:
-        if node.kwargs.get("dtype") == torch.float32:
-            node.kwargs = {**node.kwargs, "dtype": torch.float64}
-    graph.recompile()
-    return graph
 
 
 def starting_parameters(program: Program, level: LevelGraphs) -> dict[str, Tensor]:

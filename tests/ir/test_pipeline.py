@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from networks import ConvNet, analysed, captured, pruned, split
+from networks import AttentionNet, ConvNet, Kind, analysed, captured, pruned, split
 
 from pbc import plugins
 from pbc.errors import PbcError, UsageError
@@ -18,6 +18,7 @@ from pbc.ir.program import Program
 from pbc.ir.rewrite import copy_graph
 from pbc.ir.stages import order
 from pbc.passes.align import Align
+from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
@@ -192,6 +193,18 @@ def test_a_pass_with_a_bug_is_named(how: str, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         PassPipeline((("break", Break(how)),)).run(program)
     assert_same(program, split(ConvNet))
+
+
+@pytest.mark.parametrize("kind", [ConvNet, AttentionNet])
+def test_what_a_network_amplifies_of_rounding_is_no_bug(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "EQUIVALENCE", 0.0)
+    own = pipeline.float32_error(split(kind))
+    assert 0 < own < 1e-5
+    PassPipeline((("fold-batch-norm", FoldBatchNorm()),)).run(split(kind))
+    with pytest.raises(RuntimeError, match="pass break changed level 0"):
+        PassPipeline((("break", Break("values")),)).run(split(kind))
 
 
 def test_a_proxy_that_sends_something_else_is_its_pass_s_bug() -> None:

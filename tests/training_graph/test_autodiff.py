@@ -31,14 +31,13 @@ from pbc.ir.graph import (
     tensor_names,
 )
 from pbc.ir.program import Program
-from pbc.ir.rewrite import copy_graph
+from pbc.ir.rewrite import copy_graph, in_float64
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.targets.onnxruntime.convert import Converter
 from pbc.testing import graph_of, make_program, retarget, run_passes
 from pbc.training_graph.autodiff import Gradient, differentiate
 from pbc.training_graph.names import LABELS, LOGITS, LOSS, LOSSES, SAVED, SMOOTHING
-from pbc.training_graph.step_check import in_float64
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from torch.fx import Graph, GraphModule
 
 from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
 from pbc.ir.graph import NAME, graph_inputs, graph_outputs, output_node, placeholders
+from pbc.ir.rewrite import in_float64
 from pbc.training_graph.optimizers import with_update
-from pbc.training_graph.step_check import in_float64
 
 STEPS = 5
 Shape = tuple[int, ...]
