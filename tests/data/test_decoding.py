@@ -251,9 +251,9 @@ def test_files_that_are_no_photos() -> None:
 def test_formats_that_are_not_read_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif.as_plugin", None)
-    with pytest.raises(UnsupportedImageError, match=r"^HEIC: pip install 'pbc\[heic\]'$"):
+    with pytest.raises(UnsupportedImageError, match=r"^HEIC: pip install '.*\[heic\]'$"):
         SPEC.decode(b"\0\0\0\x18ftypheic" + bytes(200))
-    with pytest.raises(UnsupportedImageError, match=r"^pip install 'pbc\[heic\]'$"):
+    with pytest.raises(UnsupportedImageError, match=r"^pip install '.*\[heic\]'$"):
         SPEC.photo(b"\0\0\0\x18ftypheic" + bytes(200), "IMG_1.HEIC")
     with pytest.raises(UnsupportedImageError, match="JPEG XL: no format that pbc reads, export it"):
         SPEC.decode(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40))

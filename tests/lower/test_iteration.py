@@ -86,7 +86,8 @@ def test_a_step_that_is_not_derived_is_the_body(program: Program) -> None:
 def test_a_busy_machine_is_measured_until_the_fastest_rounds_agree(
     program: Program, monkeypatch: pytest.MonkeyPatch, busy_rounds: int, told: bool
 ) -> None:
-    clock, heard = [0.0], []
+    clock: list[float] = [0.0]
+    heard: list[str] = []
     monkeypatch.setattr(iteration.time, "perf_counter", lambda: clock[0])  # type: ignore[attr-defined]
     level = LevelGraphs(program.levels[0].body)
     runner = Recorder(level, clock, {BODY: 1e-3})

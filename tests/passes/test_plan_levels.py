@@ -26,10 +26,11 @@ from pbc.lower.cost_profile import CostProfile, rising
 from pbc.passes import plan_levels
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
-from pbc.passes.plan_levels import INT8_COST, PlanLevels
+from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
 from pbc.proxies.fidelity import precision_of
+from pbc.proxies.forms import INT8_COST
 from pbc.testing import (
     assert_equivalent,
     assert_gradients,

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pbc.proxies.use import BOUNDS, LEAST_SAVED, used
+from pbc.proxies.use import LEAST_SAVED, used
+from pbc.runtime.routing.outlook import BOUNDS
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 

@@ -135,7 +135,7 @@ def test_the_variable_decides_which_nvrtc(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_any_nvrtc_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc, "_SONAMES", ("libabsent.so",))
-    with pytest.raises(PbcError, match=r"pip install 'pbc\[cuda\]'"):
+    with pytest.raises(PbcError, match=r"pip install '.*\[cuda\]'"):
         Nvrtc.load(62)
 
 

@@ -147,7 +147,7 @@ def test_a_compiler_without_nvrtc_refuses_before_anything_takes_long(
 ) -> None:
     monkeypatch.setattr(nvrtc, "_SONAMES", ("libabsent.so",))
     options = compiler.CompileOptions(target="jetson-tx2", weights="random", shape=(3, 16, 16))
-    with pytest.raises(PbcError, match=r"pip install 'pbc\[cuda\]'"):
+    with pytest.raises(PbcError, match=r"pip install '.*\[cuda\]'"):
         compiler.start("no model is looked at", options)
     pi = replace(options, target="raspberry-pi-4b", engine="tvm")
     assert compiler.start(f"{source(tmp_path)}:factory", pi).request.engine == "tvm"
