@@ -9,6 +9,7 @@ from typing import ClassVar
 from pbc.bundle.graph_name import FORWARD
 from pbc.bundle.ladder import LATENCY, PROFILE
 from pbc.errors import PbcError
+from pbc.ir.pipeline import OWN_ROUNDING
 from pbc.ir.program import Program
 from pbc.ir.runner import Runner, TorchRunner
 from pbc.lower.backend import backend
@@ -18,7 +19,6 @@ from pbc.proxies import parallel
 from pbc.proxies.fidelity import precision_of
 from pbc.training_graph.step_check import (
     LOWERED_TOLERANCE,
-    OWN_ROUNDING,
     TOLERANCE,
     errors_beside_float64,
     random_batches,

@@ -26,7 +26,6 @@ TOLERANCE = 1e-4
 # on in one engine and off in another: more than TOLERANCE is told. More than this in most steps, as
 # a wrong kernel has it, is refused, unless torch's own float32 is nearly as far from float64.
 LOWERED_TOLERANCE = 1e-2
-OWN_ROUNDING = 10.0
 
 # Neither zero nor one, so that every term shows.
 MOMENTUM, SMOOTHING_SHARE = 0.9, 0.1
