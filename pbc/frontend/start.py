@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pbc.errors import PbcError, reason_of
@@ -49,13 +49,13 @@ def begin(
     graph = capture(source.module, source.input.shape, trainable, operators)
     graph = fold_constants(graph, trainable)
     unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
-    graph, fixed, bound = _with_open_classes(graph, source.head, request.class_count)
+    graph, fixed, bound = _with_open_classes(graph, traced.head, request.class_count)
     network = Network(
         name=source.name,
         weights=source.weights,
         weights_sha256=source.weights_sha256,
         input=source.input,
-        head=replace(source.head, fixed=fixed),
+        head=replace(traced.head, fixed=fixed),
         example=example,
         reference=reference,
         blocks=traced.described(trainable),
@@ -99,12 +99,16 @@ def prepared(
 
     def read() -> TracedNetwork:
         network = TracedNetwork.of(source.module, source.head, example, blocks)
-        before = dict(source.module.named_parameters()).keys()
+        before = _shapes(source.module)
         chosen.insert(network, example)
-        inserted = dict(source.module.named_parameters()).keys() != before
+        inserted = _shapes(source.module) != before
         return network.again(example) if inserted else network
 
     return models.run(read, source.name, source.input.shape)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.named_parameters()}
 
 
 def _resize(source: models.Source, count: int, example: Tensor) -> None:

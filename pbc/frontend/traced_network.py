@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from pbc.errors import PbcError
+from pbc.frontend import head
 from pbc.frontend.blocks import blocks, matching
 from pbc.frontend.trace import Trace, trace
 from pbc.ir.program import Block, Head
@@ -38,8 +39,17 @@ class TracedNetwork:
         return cls(module, head, run, found)
 
     def again(self, example: Tensor) -> TracedNetwork:
-        """The same network after something was inserted into it, with the blocks that it had."""
-        return replace(self, trace=trace(self.module, example))
+        """The same network after something was inserted into it, with the blocks that it had.
+
+        The head's parameters are the same; what they read may be wider.
+        """
+        run = trace(self.module, example)
+        found = head.find(run)
+        same = (
+            isinstance(found, head.Found)
+            and found.head.parameters.keys() == self.head.parameters.keys()
+        )
+        return replace(self, trace=run, head=found.head if same else self.head)
 
     def last_blocks(self, count: int) -> tuple[str, ...]:
         """Names of the last blocks to run; raises PbcError when there are fewer."""
