@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from time import monotonic
 
 import numpy as np
 
@@ -23,6 +25,8 @@ _LEAST_PER_CLASS = 4
 # Heads for the time being come with so many more samples each time.
 _GROWTH = 1.6
 _FIRST = 64
+# They are for whoever stops early: the next one comes no sooner than this.
+PAUSE_SECONDS = 1.0
 
 
 class ClosedHead:
@@ -40,9 +44,15 @@ class ClosedHead:
         classes: int,
         *,
         complete: bool,
+        pause_seconds: float,
     ) -> None:
-        """Take a head's inputs, the parameters it starts from, and those options that count."""
+        """Take a head's inputs, the parameters it starts from, and those options that count.
+
+        pause_seconds: the least time between two heads on the way.
+        """
         self.complete = complete
+        self._pause_seconds = pause_seconds
+        self._made_at = monotonic()
         self.head: Head | None = None
         self._inputs = inputs
         self._executable = executable
@@ -75,7 +85,18 @@ class ClosedHead:
         inputs = HeadInputs.find(bundle, executable, theta)
         complete = set(bundle.manifest["parameters"]) == set(bundle.manifest["head"])
         if inputs is not None and (complete or samples is not None):
-            return cls(inputs, executable, theta, options, classes, complete=complete)
+            pause = PAUSE_SECONDS if options.stop is None else 0.0  # which each may decide
+            if samples is None:
+                pause = math.inf  # nobody sees a model before the stream's end
+            return cls(
+                inputs,
+                executable,
+                theta,
+                options,
+                classes,
+                complete=complete,
+                pause_seconds=pause,
+            )
         if options.head == "auto":
             return None
         reason = (
@@ -102,7 +123,8 @@ class ClosedHead:
         """
         self.add(batch.level, features, labels)
         meter.lap("forward")
-        if self.complete and self._statistics.count >= self._next:
+        due = self.complete and self._statistics.count >= self._next
+        if due and monotonic() - self._made_at >= self._pause_seconds:
             self.settle(last=False)
             meter.lap("backward")
         return None if self.head is None else self.head.loss, True
@@ -132,6 +154,7 @@ class ClosedHead:
         self._theta = dict(theta)
         self._executable.start(self._theta, self._objective)
         self._next = next_head(self._statistics.count, self._classes)
+        self._made_at = monotonic()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the sums, for a checkpoint; none before the first sample."""

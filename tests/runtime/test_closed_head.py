@@ -15,6 +15,7 @@ from test_stream import CLASSES, frames
 
 from pbc.data import ImageFolder
 from pbc.errors import UsageError
+from pbc.runtime import closed_head
 from pbc.runtime.closed_head import stratified
 from pbc.runtime.events import EpochReport, Event, Note, Plan, StepReport
 from pbc.runtime.head_inputs import HeadInputs
@@ -200,7 +201,8 @@ def test_ctrl_c_leaves_a_model_that_works_and_resuming_ends_at_the_same_bits(
     assert model["metrics"]["final"] is True
 
 
-def test_a_model_grows_while_photos_come(tmp_path: Path) -> None:
+def test_a_model_grows_while_photos_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closed_head, "PAUSE_SECONDS", 0.0)
     case = Case(tmp_path, per_class=40)
     seen: list[str] = []
     stored: list[bytes] = []
