@@ -37,7 +37,7 @@ class Side:
         taps = Taps.of(network, "side")
         widths = [tap.width for tap in taps.taps]
         taps.head.add_module("side", Ladder(widths, taps.head.in_features, self.reduction))
-        taps.connect(network, lambda layer, x, tapped: x + layer.side(tapped))
+        taps.connect(network, lambda layer, x, tapped: x + layer.get_submodule("side")(tapped))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
         return frozenset(

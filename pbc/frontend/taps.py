@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -129,9 +129,10 @@ def _is_pooled(value: Value, output: Value) -> bool:
 
 
 def _mean(value: Tensor, axis: int) -> Tensor:
-    others: Sequence[int] = [other for other in range(1, value.dim()) if other != axis]
+    others = [other for other in range(1, value.dim()) if other != axis]
     return value.mean(others) if others else value
 
 
 def _scaled(rows: Tensor) -> Tensor:
-    return functional.normalize(rows, dim=1) * rows.shape[1] ** 0.5
+    scaled: Tensor = functional.normalize(rows, dim=1) * float(rows.shape[1] ** 0.5)
+    return scaled

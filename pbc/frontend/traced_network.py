@@ -45,11 +45,10 @@ class TracedNetwork:
         """
         run = trace(self.module, example)
         found = head.find(run)
-        same = (
-            isinstance(found, head.Found)
-            and found.head.parameters.keys() == self.head.parameters.keys()
-        )
-        return replace(self, trace=run, head=found.head if same else self.head)
+        names = self.head.parameters.keys()
+        if isinstance(found, head.Found) and found.head.parameters.keys() == names:
+            return replace(self, trace=run, head=found.head)
+        return replace(self, trace=run)
 
     def last_blocks(self, count: int) -> tuple[str, ...]:
         """Names of the last blocks to run; raises PbcError when there are fewer."""

@@ -74,7 +74,7 @@ def test_a_head_reads_the_means_of_blocks_scaled() -> None:
     assert program.network.head.parameters == {"fc.weight": 48, "fc.bias": 48}
     plain, x = settled(ResidualNet()), program.network.example
     maps, expected = plain.get_submodule("stem")(x), []
-    for block in plain.get_submodule("blocks"):
+    for block in plain.get_submodule("blocks").children():
         maps = block(maps)
         expected.append(maps.mean((2, 3)))
     expected[:2] = [e / e.pow(2).mean(1, keepdim=True).sqrt() for e in expected[:2]]
