@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pbc.bundle.ladder import LATENCY
+from pbc.ir.pipeline import PlanAgain
 from pbc.ir.program import Program
 from pbc.lower.backend import backend
 from pbc.proxies import parallel
@@ -23,10 +24,14 @@ class ChooseLevels:
     `fit-accuracy-map`; on this machine's own target by their latency, measured anew, since planning
     measured them before they were. A note says what was dropped and why.
 
+    Where a precision is no faster than level 0 as it will run, what gives up more in that precision
+    was planned by a cost that is not so: PlanAgain is raised, once for each.
+
     Does nothing where no level was judged, or where even steps were asked for.
     """
 
     ladder: str = USED
+    slow_precisions: tuple[str, ...] = ()
     stage: ClassVar[str] = "route"
     after: ClassVar[tuple[str, ...]] = ("fit-accuracy-map",)
     before: ClassVar[tuple[str, ...]] = ("learn-policy",)
@@ -37,6 +42,7 @@ class ChooseLevels:
             return program
         if program.cost_model == LATENCY:
             program = _measured(program)
+            self._require_faster_precisions(program)
         costs = [level.cost for level in program.levels[1:]]
         losses = [
             [
@@ -60,6 +66,15 @@ class ChooseLevels:
             mixes=_renumbered(program.mixes, {old: new for new, old in enumerate(kept, 1)}),
             notes=(*program.notes, *notes),
         )
+
+    def _require_faster_precisions(self, program: Program) -> None:
+        """Raise PlanAgain where a level of nothing but a precision is slower than level 0."""
+        for level in program.levels[1:]:
+            precision = level.precision
+            alone = not (level.keep or level.resolution or level.merges)
+            others = sum(other.precision == precision for other in program.levels) > 1
+            if alone and others and level.cost >= 1 and precision not in self.slow_precisions:
+                raise PlanAgain(precision, level.cost)
 
 
 def _measured(program: Program) -> Program:

@@ -62,6 +62,7 @@ class PlanLevels:
     axes: those that may be used, of "precision", "resolution", "tokens", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options. trials: False
     plans forms untried, in seconds; of those that fail, a compilation makes no level.
+    slow_precisions: those that turned out to be no faster, of an earlier plan.
     """
 
     levels: int = 4
@@ -71,6 +72,7 @@ class PlanLevels:
     cost: Path | None = None
     trials: bool = True
     ladder: str = USED
+    slow_precisions: tuple[str, ...] = ()
     stage: ClassVar[str] = "plan"
 
     def __post_init__(self) -> None:
@@ -92,7 +94,8 @@ class PlanLevels:
         precision = FLOAT32
         levels = self.levels if forms.frozen else 0
         if levels and PRECISION in self.axes:
-            for form in forms.runnable(forms.precisions()):
+            fast = [f for f in forms.precisions() if f.precision not in self.slow_precisions]
+            for form in forms.runnable(fast):
                 cost = float(forms.costs([form])[0])
                 if cost <= WORTHWHILE:  # not if it is NaN
                     precision = form.precision

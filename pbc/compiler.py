@@ -250,7 +250,12 @@ def lowered(program: Program, options: CompileOptions) -> Program:
     if options.calibration is not None:
         data = Calibration.open(options.calibration, program.network.input, options.seed)
         program = replace(program, calibration=data)
-    program = _passes(options).run(program, options.dump_ir)
+    try:
+        program = _passes(options).run(program, options.dump_ir)
+    except pipeline.PlanAgain as found:
+        tell(f"{found}: planning again without")
+        again = _passes(options, slow_precisions=(found.precision,))
+        program = again.run(program, options.dump_ir)
     notes = (*program.notes, *_without_calibration(options, len(program.levels)))
     return replace(program, notes=notes)
 
@@ -271,8 +276,11 @@ def package(program: Program) -> tuple[dict[str, Any], dict[str, bytes]]:
 # ---- what these need -----------------------------------------------------------------------
 
 
-def _passes(options: CompileOptions, *, trials: bool = True) -> pipeline.PassPipeline:
-    return pipeline.build({**vars(options), "trials": trials}, options.passes, options.without)
+def _passes(
+    options: CompileOptions, *, trials: bool = True, slow_precisions: tuple[str, ...] = ()
+) -> pipeline.PassPipeline:
+    given = {**vars(options), "trials": trials, "slow_precisions": slow_precisions}
+    return pipeline.build(given, options.passes, options.without)
 
 
 def _memory(program: Program, passes: pipeline.PassPipeline) -> dict[str, dict[str, int]] | None:

@@ -25,6 +25,14 @@ EQUIVALENCE = 1e-4
 OWN_ROUNDING = 10.0
 
 
+class PlanAgain(PbcError):
+    """Levels were planned in a precision that is no faster as they will run: plan without it."""
+
+    def __init__(self, precision: str, cost: float) -> None:
+        super().__init__(f"{precision} takes {cost:.2f} of level 0's time as it will run")
+        self.precision = precision
+
+
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options; entry point group `pbc.passes`.
 

@@ -21,6 +21,7 @@ import safetensors.numpy
 import torch
 from click.testing import CliRunner, Result
 from killing import Killed
+from networks import ConvNet
 
 from pbc import cli, compiler
 from pbc.bundle import Bundle
@@ -35,7 +36,7 @@ from pbc.proxies import distillation
 from pbc.runtime.engines.pytorch.engine import PyTorchEngine
 from pbc.runtime.objective import Objective
 from pbc.target import load_target
-from pbc.testing import graph_of, rungs
+from pbc.testing import graph_of, make_program, rungs
 from pbc.util.progress import reporting_to
 from pbc.util.sizes import memory_text
 
@@ -479,3 +480,27 @@ def test_what_alignment_learned_is_what_is_shipped(compiled: Run) -> None:
     stem = next(name for name in tensor_names(original) if name.startswith("features.0.0.weight"))
     whole, trained = get_tensor(original, stem), get_tensor(proxy, stem)
     assert not any(torch.equal(row, other) for row in trained for other in whole)
+
+
+def test_a_precision_that_is_slower_as_it_runs_is_planned_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow: list[Any] = []
+
+    def run(self: PassPipeline, program: Program, dump: Path | None = None) -> Program:
+        chosen = dict(self.passes)
+        assert (
+            vars(chosen["plan-levels"])["slow_precisions"]
+            == vars(chosen["choose-levels"])["slow_precisions"]
+        )
+        slow.append(vars(chosen["plan-levels"])["slow_precisions"])
+        if len(slow) == 1:
+            raise pipeline.PlanAgain("int8", 1.22)
+        return program
+
+    monkeypatch.setattr(PassPipeline, "run", run)
+    told: list[str] = []
+    monkeypatch.setattr(compiler, "tell", told.append)
+    compiler.lowered(make_program(ConvNet()), CompileOptions(levels=2))
+    assert slow == [(), ("int8",)]
+    assert told == ["int8 takes 1.22 of level 0's time as it will run: planning again without"]

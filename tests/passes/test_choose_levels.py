@@ -7,8 +7,9 @@ import pytest
 from networks import ConvNet, pruned
 
 from pbc import plugins
-from pbc.bundle.ladder import ALIGNED, LATENCY
+from pbc.bundle.ladder import ALIGNED, INT8, LATENCY
 from pbc.ir.levels import LevelGraphs
+from pbc.ir.pipeline import PlanAgain
 from pbc.ir.program import Program
 from pbc.passes.choose_levels import ChooseLevels
 from pbc.testing import (
@@ -82,3 +83,30 @@ def test_on_this_machine_they_are_measured_as_they_will_run(
     after = ChooseLevels()(before)
     assert [level.cost for level in rungs(after).levels] == pytest.approx([1.0, 0.4])
     assert "(cost 1.22, 0.1 points lost)" in after.notes[-2]
+
+
+def test_a_precision_that_is_no_faster_after_all_is_planned_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slower:
+        """An engine that gains nothing by int8."""
+
+        def lowering(self) -> Slower:
+            return self
+
+        def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+            return [10.0, 12.2, 4.0, 3.0][: len(levels)]
+
+    monkeypatch.setattr(plugins, "load", lambda group, name: Slower())
+    before = replace(judged((0.6, FREE), (0.5, FREE), (0.4, FREE)), cost_model=LATENCY)
+    alone, *narrower = before.levels[1:]
+    rounded = replace(alone, keep={}, precision=INT8)
+    narrow = [replace(level, precision=INT8) for level in narrower]
+    with pytest.raises(PlanAgain, match=r"int8 takes 1\.22 of level 0's time") as found:
+        ChooseLevels()(replace(before, levels=(before.levels[0], rounded, *narrow)))
+    assert found.value.precision == INT8
+    # Nothing was planned by the wrong cost where no other level is in it, or where it is known.
+    ChooseLevels()(replace(before, levels=(before.levels[0], rounded, *narrower)))
+    ChooseLevels(slow_precisions=(INT8,))(
+        replace(before, levels=(before.levels[0], rounded, *narrow))
+    )

@@ -161,6 +161,14 @@ def test_a_faster_precision_is_given_up_first(monkeypatch: pytest.MonkeyPatch) -
     assert {level.precision for level in rungs(without).levels} == {"float32"}
 
 
+def test_a_precision_that_an_earlier_plan_was_wrong_about_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = measured_as(monkeypatch, bfloat16=0.8)
+    plan = PlanLevels(levels=2, min_cost=0.7, rounding=1, slow_precisions=("bfloat16",))
+    assert {level.precision for level in rungs(plan(before)).levels} == {"float32"}
+
+
 def test_fewer_pixels_come_before_fewer_channels() -> None:
     source = make_program(ConvNet(), shape=(3, 64, 64))
     before = run_passes(source, MarkTrainable(), SplitPrefix(), IndependentDims())
