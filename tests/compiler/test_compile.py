@@ -486,6 +486,7 @@ def test_a_precision_that_is_slower_as_it_runs_is_planned_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slow: list[Any] = []
+    program = make_program(ConvNet())
 
     def run(self: PassPipeline, program: Program, dump: Path | None = None) -> Program:
         chosen = dict(self.passes)
@@ -501,6 +502,6 @@ def test_a_precision_that_is_slower_as_it_runs_is_planned_without(
     monkeypatch.setattr(PassPipeline, "run", run)
     told: list[str] = []
     monkeypatch.setattr(compiler, "tell", told.append)
-    compiler.lowered(make_program(ConvNet()), CompileOptions(levels=2))
+    compiler.lowered(program, CompileOptions(levels=2))
     assert slow == [(), ("int8",)]
     assert told == ["int8 takes 1.22 of level 0's time as it will run: planning again without"]
