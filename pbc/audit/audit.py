@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from pbc.audit import attack
-from pbc.audit.network import Network, features_of
+from pbc.audit.network import Network
 from pbc.audit.options import AuditOptions
 from pbc.data import ImageFolder, Samples
 from pbc.errors import PbcError
 from pbc.fleet.protection import Protection
 from pbc.fleet.vector import places
+from pbc.runtime.engines import guarded
+from pbc.runtime.features.table import features_of
 from pbc.runtime.parameters import initial_parameters, labelled_for
 from pbc.runtime.runtime import Runtime
 
@@ -99,12 +101,12 @@ def audit(
     samples = labelled_for(runtime.bundle, ImageFolder.open(photos, runtime.spec))
     chosen = chosen_photos(samples, options)
     tell(f"computing the features of {len(chosen)} photos")
-    executable = runtime.engine.load(runtime.bundle, threads=options.threads)
+    executable = guarded.load(runtime.engine, runtime.bundle, threads=options.threads)
     part = samples.subset(chosen)
     manifest = runtime.bundle.manifest
     network = Network(
         executable,
-        features_of(executable, part),
+        features_of(runtime.bundle, executable, part),
         part.labels,
         len(samples.classes),
         initial_parameters(runtime.bundle, len(samples.classes), options.seed),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pbc.audit.options import AuditOptions
-from pbc.data import Samples
 from pbc.fleet.protection import Protection
 from pbc.fleet.vector import flatten, unflatten
 from pbc.runtime.engines import Executable
@@ -102,12 +101,3 @@ class Network:
 
     def _of(self, photos: np.ndarray) -> dict[str, np.ndarray]:
         return {name: value[photos] for name, value in self.features.items()}
-
-
-def features_of(executable: Executable, samples: Samples) -> dict[str, np.ndarray]:
-    """Return the level-0 features of all samples, f32[n, …] each."""
-    parts = [
-        executable.prefix(0, samples.images(np.arange(begin, min(begin + _CHUNK, len(samples)))))
-        for begin in range(0, len(samples), _CHUNK)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

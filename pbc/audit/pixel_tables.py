@@ -67,23 +67,25 @@ def rows(found: Sequence[Reconstruction]) -> list[list[str]]:
 
 
 def findings(rows: Sequence[Reconstruction]) -> list[str]:
-    """Say of each attack whether it works at all, and what it makes of the network's photos."""
+    """Say of each attack and size of batch whether it works at all, and what it makes of photos."""
     lines = []
-    for name in dict.fromkeys(row.attack for row in rows):
-        mine = [row for row in rows if row.attack == name]
+    for name, photos in dict.fromkeys((row.attack, row.photos) for row in rows):
+        mine = [row for row in rows if (row.attack, row.photos) == (name, photos)]
         control = next(row for row in mine if row.network == CONTROLS[name])
+        what = f"{name}, {photos} photo{'s'[: photos != 1]}"
         if control.psnr < CONTROL_DB:
             lines.append(
-                f"{name}: the control reaches {control.psnr:.1f} dB of {CONTROL_DB:g}, so this "
+                f"{what}: the control reaches {control.psnr:.1f} dB of {CONTROL_DB:g}, so this "
                 "attack's low figures prove nothing here"
             )
             continue
-        others = [row for row in mine if row is not control]
-        best = max(others, key=lambda row: row.psnr - row.flat_psnr)
+        best = max(
+            (row for row in mine if row is not control), key=lambda row: row.psnr - row.flat_psnr
+        )
         over = best.psnr - best.flat_psnr
         compared = f"{abs(over):.1f} dB {'above' if over > 0 else 'below'} a flat colour"
         lines.append(
-            f"{name}: the control shows its photo ({control.psnr:.1f} dB); here at best "
-            f"{best.psnr:.1f} dB, {compared} ({best.photos} photos, defence {best.defence})"
+            f"{what}: the control shows its photo ({control.psnr:.1f} dB); here at best "
+            f"{best.psnr:.1f} dB, {compared} (defence {best.defence})"
         )
     return lines

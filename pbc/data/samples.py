@@ -25,6 +25,9 @@ from pbc.util.files import read_bytes
 
 UNLABELLED = -1
 
+# Decoded photos that wait for those before them.
+_WINDOW, _WINDOW_BYTES = 256, 128 << 20
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -237,7 +240,8 @@ def _load(
 
     if progress is not None:
         progress(0, len(names))
-    for index, result in enumerate(_ordered_map(load, names)):
+    window = max(1, min(_WINDOW, _WINDOW_BYTES // (height * width * channels)))
+    for index, result in enumerate(_ordered_map(load, names, window)):
         if progress is not None:
             progress(index + 1, len(names))
         if isinstance(result, Exception):
@@ -286,10 +290,9 @@ def _reason(error: Exception) -> str:
 
 
 def _ordered_map(
-    load: Callable[[str], tuple[bytes, Photo | None] | Exception], names: Sequence[str]
+    load: Callable[[str], tuple[bytes, Photo | None] | Exception], names: Sequence[str], window: int
 ) -> Iterable[tuple[bytes, Photo | None] | Exception]:
-    """Map on all cores (PIL and hashlib release the GIL), holding only a window of results."""
-    window = 256
+    """Map on all cores (PIL and hashlib release the GIL), holding at most `window` results."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for start in range(0, len(names), window):
             yield from pool.map(load, names[start : start + window])

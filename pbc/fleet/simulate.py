@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pbc.data import ImageFolder, Samples
+from pbc.data import ImageFolder
 from pbc.data.held_out import DEFAULT_SHARE, hold_out
 from pbc.errors import PbcError
 from pbc.fleet.client import Client
@@ -19,7 +19,8 @@ from pbc.fleet.learner import TableLearner, Theta
 from pbc.fleet.partition import dirichlet
 from pbc.fleet.rounds import FleetOptions, run
 from pbc.fleet.state import FleetState
-from pbc.runtime.engines import Executable
+from pbc.runtime.engines import guarded
+from pbc.runtime.features.table import features_of
 from pbc.runtime.objective import Objective
 from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import initial_parameters, labelled_as, labelled_for
@@ -79,8 +80,12 @@ class Simulation:
             raise PbcError("no class has enough photos to hold some out; name others with --test")
         self.classes = tuple(samples.classes)
         tell(f"computing the features of {len(samples)} photos, and of {len(held)} to test on")
-        self._executable = self._runtime.engine.load(self._runtime.bundle, threads=options.threads)
-        self._train, self._test = (_table(self._executable, part) for part in (samples, held))
+        opened, threads = self._runtime.bundle, options.threads
+        self._executable = guarded.load(self._runtime.engine, opened, threads=threads)
+        self._train, self._test = (
+            _Table(features_of(opened, self._executable, part), part.labels)
+            for part in (samples, held)
+        )
         seed = options.fleet.seed
         self._dealt = dirichlet(self._train.labels, options.clients, options.alpha, seed)
 
@@ -161,12 +166,3 @@ class Simulation:
             for i in starts
         ]
         return np.asarray(np.concatenate(logits).argmax(axis=1) == self._test.labels)
-
-
-def _table(executable: Executable, samples: Samples) -> _Table:
-    parts = [
-        executable.prefix(0, samples.images(np.arange(i, min(i + _CHUNK, len(samples)))))
-        for i in range(0, len(samples), _CHUNK)
-    ]
-    features = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return _Table(features, samples.labels)

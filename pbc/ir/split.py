@@ -14,6 +14,9 @@ from pbc.ir.graph import PARAMETER, name_outputs, output_nodes, placeholders
 from pbc.ir.rewrite import extract, rename_input
 
 LOGITS = "logits"
+FEATURE = "feature_"
+"""In front of the number of a feature."""
+
 LEAST_SHARE = 0.05
 """Of the layers; with fewer before anything trainable, a prefix does not pay."""
 
@@ -48,7 +51,7 @@ def split_at_parameters(
     if not any(node.op == "call_function" for node in cut):
         return None, body
     prefix = extract(model, [x], in_prefix | {x}, cut)
-    features = [f"feature_{number}" for number in range(len(cut))]
+    features = [f"{FEATURE}{number}" for number in range(len(cut))]
     name_outputs(prefix, features)
     received = [node for node in placeholders(body) if PARAMETER not in node.meta]
     for node, name in zip(received, features, strict=True):

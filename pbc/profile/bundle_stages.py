@@ -20,6 +20,7 @@ from pbc.profile.task import Task, level_name
 from pbc.profile.turns import Call, Side, milliseconds
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.engines import Engine, Executable, guarded
+from pbc.runtime.engines.bounds import check_mini_batch
 from pbc.runtime.parameters import body_inputs, initial_parameters
 
 
@@ -40,6 +41,7 @@ def engine_of(bundle: Bundle) -> Engine:
 def started(task: Task, bundle: Bundle, engine: Engine) -> Executable:
     """Load the bundle, ready for the first step."""
     executable = guarded.load(engine, bundle, threads=task.threads)
+    check_mini_batch(bundle.manifest, task.batch)
     executable.foresee(body_inputs(bundle, task.classes))
     executable.start(initial_parameters(bundle, task.classes, 0), task.objective)
     return executable

@@ -17,6 +17,7 @@ from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, told
 from pbc.runtime.engines import Engine, Executable, guarded
+from pbc.runtime.engines.bounds import check_mini_batch
 from pbc.runtime.events import EpochReport, Note, Progress, Report, silent
 from pbc.runtime.frames import Stream, blocks
 from pbc.runtime.loop import DivergedError, Steps, Totals, finite_parameters, train
@@ -121,6 +122,7 @@ class StreamTraining:
     def _prepared(self, block: Samples, before: Prepared | None) -> Prepared:
         """Decide about a block: all on the first one, then only where its own samples run."""
         if before is None:
+            check_mini_batch(self._bundle.manifest, min(self._batch, len(block)))
             self._executable.foresee(body_inputs(self._bundle, len(block.classes)))
         theta = initial_parameters(self._bundle, len(block.classes), self._options.seed)
         if before is None:

@@ -18,6 +18,7 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, start_epochs, stratified, told
 from pbc.runtime.engines import Engine, Executable, guarded
+from pbc.runtime.engines.bounds import check_mini_batch
 from pbc.runtime.evaluation import Evaluation
 from pbc.runtime.events import EpochReport, Note, Plan, Progress, Report, SoFar, StepReport
 from pbc.runtime.growing_model import GrowingModel
@@ -173,6 +174,7 @@ class Trainer:
         self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
         self._resumption = Resumption(self._output.checkpoint, self._identity(), options.epochs)
+        check_mini_batch(self._bundle.manifest, min(self.batch, len(self._samples)))
         self._executable.foresee(body_inputs(self._bundle, len(self._samples.classes)))
         parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
         checkpoint = self._resumable() if resume else None

@@ -21,10 +21,11 @@ from pbc.ir.graph import (
     shape_of,
     tensor_names,
 )
-from pbc.ir.levels import LevelGraphs
+from pbc.ir.levels import IMAGES, LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import in_sequence, with_tensor_names
 from pbc.ir.runner import Values
+from pbc.ir.split import FEATURE
 from pbc.lower.lowering import Lowering
 from pbc.lower.merge_low_rank import merge_low_rank
 from pbc.lower.weights import Stored, TensorStore, byte_ranges, unused, weight_file
@@ -40,12 +41,15 @@ from pbc.targets.onnxruntime.convert import (
     unresolved,
     with_tensors,
 )
+from pbc.training_graph.names import LABELS
 
 # One folder for all: a model may not name a file of weights outside its own.
 FOLDER = "onnx"
 # Smaller tensors stay in the model: most are scales, shifts and biases of a few numbers.
 INLINE_BYTES = 1024
 THETA = "θ"
+# Inputs that have a photo in each row, as features have.
+_BATCHED = (IMAGES, LABELS, "view")
 
 # Planning, trying and lowering meet graphs of the same structure, and exporting takes seconds.
 _convert = Converter()
@@ -165,7 +169,9 @@ class OnnxRuntimeLowering(Lowering):
         frozen = zip(tensors, tensor_names(graph), strict=True)
         inputs |= {new: tuple(get_tensor(graph, old).shape) for new, old in frozen}
         # A device refuses what it cannot foresee, or what would take too much there.
-        Bounds(model.SerializeToString(), f"graph {name}").check(inputs)
+        rows = [given for given in inputs if given in _BATCHED or given.startswith(FEATURE)]
+        title = f"graph {name}"
+        Bounds(model.SerializeToString(), title, rows, trains=name.trains).check(inputs)
         return model
 
 

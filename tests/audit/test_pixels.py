@@ -60,8 +60,8 @@ def test_a_batch_has_no_order(examples: Path) -> None:
     assert torch.equal(likeness.matched(photos, photos[[2, 0, 1]]), photos)
 
 
-def row(network: str, psnr: float, flat: float = 12.0) -> Reconstruction:
-    return Reconstruction(network, "iDLG", "none", 1, psnr, 0.5, flat, 0.1, ())
+def row(network: str, psnr: float, flat: float = 12.0, photos: int = 1) -> Reconstruction:
+    return Reconstruction(network, "iDLG", "none", photos, psnr, 0.5, flat, 0.1, ())
 
 
 def test_a_failed_control_proves_nothing() -> None:
@@ -69,6 +69,19 @@ def test_a_failed_control_proves_nothing() -> None:
     assert line.endswith("this attack's low figures prove nothing here")
     (line,) = findings([row(LENET, 30.0), row("a net", 9.0), row("a net", 10.0)])
     assert "the control shows its photo (30.0 dB); here at best 10.0 dB, 2.0 dB below" in line
+
+
+def test_a_control_speaks_for_batches_of_its_size() -> None:
+    one, four = findings(
+        [
+            row(LENET, 30.0),
+            row("a net", 9.0),
+            row(LENET, 15.0, photos=4),
+            row("a net", 8.0, photos=4),
+        ]
+    )
+    assert one.startswith("iDLG, 1 photo: the control shows")
+    assert four.startswith("iDLG, 4 photos: the control reaches 15.0 dB")
 
 
 def test_hard_sigmoids_are_the_same_with_a_second_derivative() -> None:
@@ -85,13 +98,14 @@ def test_the_command(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, args)
     assert shown.exit_code == 0, shown.output
     assert "last-k:1" in shown.output
-    assert "cosine + TV: the control reaches" in shown.output
+    assert "cosine + TV, 1 photo: the control reaches" in shown.output
+    assert "cosine + TV, 2 photos: the control reaches" in shown.output
     assert "which shows photos" in shown.output
     page = (tmp_path / "a.html").read_text()
     assert "safe" not in page.lower()
-    # Of the control one pair for each attack, and of batches of one and two.
-    assert page.count("data:image/png;base64,") == 2 * 3 * (1 + 1 + 2)
+    # A pair for each attack and photo: of batches of one and two, and of controls of as many.
+    assert page.count("data:image/png;base64,") == 2 * 3 * 2 * (1 + 2)
     assert (tmp_path / "a.html").stat().st_mode & 0o077 == 0
     found = json.loads(CliRunner().invoke(main, [*args, "--json"]).stdout)["pixels"]
-    assert [each["photos"] for each in found] == [1] * 6 + [2] * 3
+    assert [each["photos"] for each in found] == [1] * 6 + [2] * 6
     assert replace(row(LENET, 1.0), psnr=2.0).to_json()["psnr"] == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +9,7 @@ import bench_net
 import pytest
 import tiny
 import tiny_onnx
-
-# What makes a file, a folder or a link, or reaches another machine.
-CALLS = "socket,connect,open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat"
-
-MADE = re.compile(r"(?:mkdir(?:at)?|creat|rename(?:at2?)?|link(?:at)?)\(|O_CREAT")
-PATH = re.compile(r'"([^"]*)"')
+import traced
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +38,17 @@ def test_nothing_is_left_elsewhere_and_no_socket_is_opened(folder: Path) -> None
         "PBC_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
     for command in COMMANDS:
-        log = folder / "calls"
         program = f"import sys; from pbc.cli import main; main.main({list(command)!r}, 'pbc')"
-        result = subprocess.run(
-            ["strace", "-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", f"trace={CALLS}",
-             "-o", str(log), sys.executable, "-c", program],
-            cwd=folder / "work", env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        result, trace = traced.run(
+            [sys.executable, "-c", program],
+            folder / "calls",
+            cwd=folder / "work",
+            environment=environment,
+        )
         assert result.returncode == 0, result.stderr
-        calls = [line for line in log.read_text().splitlines() if "ENOENT" not in line]
-        # A name service of this machine may be asked who the user is.
-        reached = [line for line in calls if re.search(r"\b(socket|connect)\(", line)]
-        assert not [line for line in reached if "AF_UNIX" not in line]
-        made = {PATH.search(line) for line in calls if MADE.search(line) and "EEXIST" not in line}
-        places = {match[1] for match in made if match}
-        allowed = (str(folder / "tmp"), str(folder / "cache"), str(folder / "work"), "/dev/")
-        assert not [p for p in places if p.startswith("/") and not p.startswith(allowed)]
+        assert trace.made
+        assert not trace.reached_by()
+        own = (folder / name for name in ("tmp", "cache", "work"))
+        assert not trace.made_outside(*own, "/dev/")
         assert not list((folder / "home").iterdir())
         assert not list((folder / "tmp").iterdir())
-        log.unlink()

@@ -116,7 +116,7 @@ def test_level_0_is_timed_in_the_larger_calls_too() -> None:
 
     measured = CostProfiler(
         executable=cast(Executable, Sleeps()), images=images, labels=np.zeros(64, np.int64),
-        ladder=ladder, levels=[0, 1], batch=4, chunk=None, computed=10000, epochs=10000,
+        ladder=ladder, levels=[0, 1], batch=4, chunk=None, most=1000, computed=10000, epochs=10000,
         prefix=True, bodies=False, width=3,
     ).measure()  # fmt: skip
     first, proxy = measured.levels
@@ -160,8 +160,8 @@ def test_measuring_takes_a_twentieth_of_the_run_and_keeps_its_first_chunk(
     costs = CostProfiler(
         executable=cast(Executable, device), labels=np.zeros(count, np.int64),
         images=lambda number: np.zeros((number, 3, 2, 2), np.float32),
-        ladder=ladder, levels=[0, 1, 2, 3], batch=batch, chunk=None, computed=1, epochs=epochs,
-        prefix=True, bodies=False, width=3, kept=kept,
+        ladder=ladder, levels=[0, 1, 2, 3], batch=batch, chunk=None, most=1000,
+        computed=1, epochs=epochs, prefix=True, bodies=False, width=3, kept=kept,
     ).measure()  # fmt: skip
     ((level, rows),) = kept
     chunk = len(np.frombuffer(rows, np.int64))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,18 @@ from pbc.bundle.shape import check_manifest
 from pbc.data import ImageFolder
 from pbc.errors import PbcError
 from pbc.runtime.closed_form import MOST_WIDTH
+from pbc.runtime.engines import bounds
+from pbc.runtime.engines.bounds import (
+    check_mini_batch,
+    check_table,
+    photos_at_once,
+    training_bytes,
+)
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.parameters import parameter_shapes, with_head
 from pbc.runtime.runtime import Runtime
+from pbc.util.memory import available_bytes
 from pbc.util.shapes import ShapeError
 
 CONTENTS = {"pytorch": tiny.contents, "onnxruntime": tiny_onnx.contents}
@@ -108,3 +119,41 @@ def test_a_head_of_too_many_inputs_has_no_closed_form(tmp_path: Path) -> None:
     }
     # It is known by the shape alone: nothing is run.
     assert HeadInputs.find(made, None, theta) is None  # type: ignore[arg-type]
+
+
+def test_images_and_features_count_however_large_a_mini_batch_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"input": {"shape": [3, 4096, 4096]}, "features": {"flat": [1 << 24]}}
+    assert photos_at_once(shapes) == 1
+    assert photos_at_once({"input": {"shape": [3, 224, 224]}, "features": {"f": [1280]}}) > 600
+    with pytest.raises(PbcError, match="images and features of 4096 photos would take 1048576 MiB"):
+        check_mini_batch(shapes, 4096)
+    with pytest.raises(PbcError, match="the features of 4194304 photos would take"):
+        check_table(shapes, 1 << 22)
+    manifest, files = tiny.contents(batch=1 << 20)
+    change = {"input": {**manifest["input"], "shape": [3, 4096, 4096]}}
+    bundle.write(tmp_path / "m.pbc", {**manifest, **change}, files)
+    runtime = Runtime.open(tmp_path / "m.pbc")
+    samples = ImageFolder.open(tiny.photos(tmp_path / "photos", 1), runtime.spec)
+    monkeypatch.setattr(bounds, "available_bytes", lambda: 0)
+    training_bytes.cache_clear()
+    try:
+        with pytest.raises(PbcError, match=r"of 3 photos would take 576 MiB.* a smaller --batch"):
+            runtime.fit(samples, TrainOptions(), tmp_path / "mine")
+    finally:
+        training_bytes.cache_clear()
+
+
+def test_memory_that_is_left_is_that_of_the_least_limit() -> None:
+    free = available_bytes()
+    assert free > 0
+    code = "from pbc.util.memory import available_bytes as free; print(free())"
+    limit = 1 << 30
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert 0 < int(told.stdout) < min(limit, free)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,13 @@ class Board:
 
 
 @contextmanager
-def board(folder: Path) -> Iterator[Board]:
-    """Start sshd in a folder of its own, and end it with the block."""
+def board(
+    folder: Path, *, under: Sequence[str] = (), settings: Mapping[str, str] | None = None
+) -> Iterator[Board]:
+    """Start sshd in a folder of its own, and end it with the block.
+
+    under: words in front of its command. settings: of the environment of those who log in.
+    """
     assert SSHD is not None
     host_key, user_key = folder / "host_key", folder / "user_key"
     for key in (host_key, user_key):
@@ -56,25 +62,34 @@ def board(folder: Path) -> Iterator[Board]:
     public = host_key.with_suffix(".pub").read_text()
     known_hosts.write_text(f"[127.0.0.1]:{port} {public}")
     config = folder / "sshd_config"
-    path = f"{folder}/bin:{Path(sys.executable).parent}:/usr/bin:/bin"
+    given = {
+        "PATH": f"{folder}/bin:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PBC_CACHE": f"{folder}/cache",
+        "OMP_NUM_THREADS": "1",
+        **(settings or {}),
+    }
+    environment = " ".join(f"{name}={value}" for name, value in given.items())
     config.write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nPidFile {folder}/pid\n"
         f"AuthorizedKeysFile {user_key}.pub\nStrictModes no\nUsePAM no\n"
         "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPermitRootLogin yes\n"
-        f"SetEnv PATH={path} PBC_CACHE={folder}/cache OMP_NUM_THREADS=1\n"
+        f"SetEnv {environment}\n"
     )
     (folder / "bin").mkdir()
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where root's sshd separates its privileges
     log = (folder / "sshd.log").open("wb")
     process = subprocess.Popen(
-        [SSHD, "-D", "-e", "-f", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        [*under, SSHD, "-D", "-e", "-f", str(config)],
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
     )
     try:
         _wait_for(port, process, folder / "sshd.log")
         yield Board(folder, port, known_hosts, user_key)
     finally:
-        process.terminate()
+        os.kill(int((folder / "pid").read_text()), signal.SIGTERM)  # not who it runs under
         process.wait()
         log.close()
 

@@ -89,26 +89,30 @@ def reconstruct(
     options: PixelOptions,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Reconstruction, ...]:
-    """Attack gradients of the target's first photos under each defence, and of the controls."""
+    """Attack gradients of the target's first photos under each defence, and of the controls.
+
+    A control has as many photos: what shows one may show none of eight.
+    """
     manifest, images, labels = target.bundle.manifest, target.images, target.labels
     spec = InputSpec.from_json(manifest["input"])
     low, high = (_colours(spec, value) for value in (0.0, 1.0))
     pictures = ((torch.from_numpy(images) - low) / (high - low)).clamp(0, 1)
-    small = interpolate(pictures[:1], networks.CONTROL_PIXELS, mode="area")
+    small = interpolate(pictures, networks.CONTROL_PIXELS, mode="area")
     black, white = torch.zeros_like(low), torch.ones_like(high)
     controls = {
-        name: _Victim(
-            name, made(len(small[0]), target.classes, options.seed),
-            small, small, labels[:1], black, white,
-        )
+        name: made(small.shape[1], target.classes, options.seed)
         for name, made in networks.CONTROLS.items()
-    }  # fmt: skip
+    }
     network = networks.of_bundle(target.bundle, options.weights, target.theta, target.bias)
     name = f"{manifest['model']}, {manifest['strategy']}"
-    jobs = [(controls[CONTROLS[method]], Protection(), method) for method in ATTACKS]
+    jobs: list[tuple[_Victim, Protection, str]] = []
     for size in dict.fromkeys(min(size, len(images)) for size in options.batches):
+        few, known = small[:size], labels[:size]
+        for method, control in CONTROLS.items():
+            victim = _Victim(control, controls[control], few, few, known, black, white)
+            jobs.append((victim, Protection(), method))
         inputs = torch.from_numpy(images[:size])
-        victim = _Victim(name, network, inputs, pictures[:size], labels[:size], low, high)
+        victim = _Victim(name, network, inputs, pictures[:size], known, low, high)
         jobs += [(victim, defence, method) for defence in defences for method in ATTACKS]
     return tuple(
         _attacked(victim, defence, target.classes, method, options, tell)

@@ -2,12 +2,13 @@
 
 Graphs are content from elsewhere: an operator given too few arguments, or shapes that do not meet,
 fail in the engine, deep inside a framework. What comes out is compared with what the manifest says
-before anything else reads it.
+before anything else reads it. A call that only infers, and would take too much memory, is made in
+halves: no result depends on the photos beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,10 +17,13 @@ from pbc.bundle import Bundle, trust
 from pbc.bundle.graph_name import PREFIX
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes, Shapes
+from pbc.runtime.engines.bounds import TooManyPhotosError
 from pbc.runtime.engines.forwarding import ForwardingExecutable
 from pbc.runtime.objective import Objective
 
 _LONGEST = 200
+# The name of a result that has none.
+_ONE = ""
 
 
 def load(engine: Engine, bundle: Bundle, *, threads: int | None = None) -> Executable:
@@ -45,13 +49,17 @@ class GuardedExecutable(ForwardingExecutable):
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with _saying(self._bundle, "its policy cannot be run"):
-            fidelity = super().policy(views)
+            fidelity = _in_parts(
+                lambda part: {_ONE: self._executable.policy(views[part])}, 0, len(views)
+            )[_ONE]
         self._expect("its policy returns", fidelity, (len(views), self._proxies))
         return fidelity
 
     def prefix(self, level: int, images: np.ndarray) -> dict[str, np.ndarray]:
         with _saying(self._bundle, f"the prefix of level {level} cannot be run"):
-            features = super().prefix(level, images)
+            features = _in_parts(
+                lambda part: self._executable.prefix(level, images[part]), 0, len(images)
+            )
         if self._bundle.has_graph(PREFIX.at(level)):
             missing = self._features.keys() - features.keys()
             if missing:
@@ -66,7 +74,11 @@ class GuardedExecutable(ForwardingExecutable):
 
     def logits(self, level: int, features: Arrays) -> np.ndarray:
         with _saying(self._bundle, f"the body of level {level} cannot be run"):
-            logits = super().logits(level, features)
+            logits = _in_parts(
+                lambda part: {_ONE: self._executable.logits(level, _rows(features, part))},
+                0,
+                _count(features),
+            )[_ONE]
         self._expect_logits(level, features, logits)
         return logits
 
@@ -109,9 +121,9 @@ class GuardedExecutable(ForwardingExecutable):
             return super().node_times()
 
     def _expect_logits(self, level: int, features: Arrays, logits: np.ndarray) -> None:
-        batch = len(next(iter(features.values()))) if features else len(logits)
         classes = self._classes or logits.shape[-1]
-        self._expect(f"the body of level {level} returns logits", logits, (batch, classes))
+        what = f"the body of level {level} returns logits"
+        self._expect(what, logits, (_count(features), classes))
 
     def _expect(self, what: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
         if value.shape != shape or value.dtype.kind != "f":
@@ -119,6 +131,26 @@ class GuardedExecutable(ForwardingExecutable):
                 f"{self._bundle.path}: {what} of {value.dtype} {list(value.shape)}; "
                 f"expected float32 {list(shape)}"
             )
+
+
+def _count(features: Arrays) -> int:
+    return len(next(iter(features.values())))
+
+
+def _rows(features: Arrays, part: slice) -> dict[str, np.ndarray]:
+    return {name: value[part] for name, value in features.items()}
+
+
+def _in_parts(
+    call: Callable[[slice], dict[str, np.ndarray]], begin: int, end: int
+) -> dict[str, np.ndarray]:
+    """Make a call of the photos from `begin` to `end`, or of halves where it takes too much."""
+    try:
+        return call(slice(begin, end))
+    except TooManyPhotosError:
+        middle = (begin + end) // 2
+    parts = [_in_parts(call, begin, middle), _in_parts(call, middle, end)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @contextmanager

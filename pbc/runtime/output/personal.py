@@ -19,6 +19,7 @@ from pbc.bundle.trust import open_trusted
 from pbc.data import InputSpec, Samples
 from pbc.errors import PbcError
 from pbc.runtime.engines import Executable, guarded
+from pbc.runtime.engines.bounds import photos_at_once
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
 from pbc.runtime.output.folder import Output
@@ -84,7 +85,8 @@ class Personal:
     def evaluate(self, samples: Samples, *, level: int | None = None) -> Evaluation:
         """Accuracy and loss on labelled samples, which need not cover every class."""
         labelled = labelled_as(self.classes, samples)
-        return evaluate(self.executable, labelled, self._checked(level), self.model["batch"])
+        batch = min(self.model["batch"], photos_at_once(self.bundle.manifest))
+        return evaluate(self.executable, labelled, self._checked(level), batch)
 
     def predict(
         self, image: np.ndarray, *, top: int = 5, level: int | None = None

@@ -11,6 +11,7 @@ from pbc.bundle import Bundle
 from pbc.bundle.ladder import SGD, Ladder
 from pbc.data import Samples
 from pbc.runtime.engines import Engine, Executable
+from pbc.runtime.engines.bounds import photos_at_once
 from pbc.runtime.events import Note, Report
 from pbc.runtime.features.source import Made
 from pbc.runtime.features.views import Views
@@ -46,6 +47,11 @@ class RunContext:
     def ladder(self) -> Ladder:
         """The bundle's levels."""
         return self.bundle.ladder
+
+    @functools.cached_property
+    def photos_at_once(self) -> int:
+        """The photos that a call of a prefix has at most, whatever was measured or asked for."""
+        return photos_at_once(self.bundle.manifest)
 
     @functools.cached_property
     def routes(self) -> Routes:

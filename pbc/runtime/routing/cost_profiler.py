@@ -40,9 +40,10 @@ class CostProfiler:
 
     images: number to f32[number, 3, H, W], views as the run's epochs show them. labels: int64[n].
     levels: those the run may use. batch: samples per mini-batch. chunk: samples per prefix call,
-    None to choose. computed: how often the run would make a sample's features. epochs: how often it
-    would learn from a sample. prefix, bodies: whether there is a prefix, one body per level.
-    width: values in a sample's features. kept: takes the features of the first chunk, see Features.
+    None to choose; at most `most`. computed: how often the run would make a sample's features.
+    epochs: how often it would learn from a sample. prefix, bodies: whether there is a prefix, one
+    body per level. width: values in a sample's features. kept: takes the features of the first
+    chunk, see Features.
     """
 
     executable: Executable
@@ -52,6 +53,7 @@ class CostProfiler:
     levels: Sequence[int]
     batch: int
     chunk: int | None
+    most: int
     computed: int
     epochs: int
     prefix: bool
@@ -65,9 +67,8 @@ class CostProfiler:
         The executable's parameters change.
         """
         count = len(self.labels)
-        usual = (
-            evened(self.chunk or _USUAL_AHEAD * self.batch, count) if self.prefix else self.batch
-        )
+        wanted = min(self.chunk or _USUAL_AHEAD * self.batch, self.most)
+        usual = evened(wanted, count) if self.prefix else self.batch
         begin = perf_counter()
         images = self.images(max(usual, self.batch))
         decode_ms = (perf_counter() - begin) * 1e3 / len(images)
@@ -185,7 +186,7 @@ class CostProfiler:
         if self.chunk is not None or not self.prefix:
             return []
         chunks = (ahead * self.batch for ahead in _OTHER_AHEAD)
-        return [chunk for chunk in chunks if chunk != usual and chunk <= count]
+        return [chunk for chunk in chunks if chunk != usual and chunk <= min(count, self.most)]
 
     def _ratio(self, level: int) -> float:
         return self.ladder.levels[level].cost / self.ladder.levels[0].cost

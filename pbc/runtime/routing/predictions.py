@@ -11,9 +11,6 @@ from pbc.data import Samples, pooled_view
 from pbc.runtime.engines import Executable
 from pbc.runtime.meter import Meter
 
-# The policy is so small that what surrounds a call would cost more than the call.
-_BATCH = 64
-
 
 def means(ladder: Ladder, samples: int) -> np.ndarray:
     """Return f32[n, N]: what to predict for n samples where nothing tells them apart."""
@@ -32,11 +29,11 @@ def predict(
 ) -> np.ndarray:
     """Ask the policy about every sample: f32[n, N], the fidelity of levels 1…N.
 
-    view: height and width of what the policy looks at. progress: called with (done, total).
+    view: height and width of what the policy looks at. batch: photos per call.
+    progress: called with (done, total).
     """
     count = len(samples)
     predicted = []
-    batch = max(batch, _BATCH)
     for start in range(0, count, batch):
         indices = np.arange(start, min(start + batch, count))
         images = samples.images(indices)

@@ -111,7 +111,8 @@ class Preparation:
     def _chunk(self, costs: Costs | None, level: int) -> int:
         if costs is None:
             return self.context.batch
-        return self.context.options.prefix_batch or costs.chunk(level)
+        wanted = self.context.options.prefix_batch or costs.chunk(level)
+        return min(wanted, self.context.photos_at_once)
 
     def _cached(self, cache: FeatureCache | None) -> np.ndarray | None:
         """Return bool[n]: of which samples the cache has a row for every view."""

@@ -16,6 +16,9 @@ from pbc.runtime.routing.decisions import Decisions
 from pbc.runtime.routing.predictions import means, predict
 from pbc.util.processor import cores
 
+# The policy is so small that what surrounds a call would cost more than the call.
+_POLICY_BATCH = 64
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -65,7 +68,7 @@ class Survey:
             context.samples,
             context.executable,
             (height, width),
-            context.batch,
+            min(max(context.batch, _POLICY_BATCH), context.photos_at_once),
             context.meter,
             functools.partial(context.progress, "routing"),
         )
@@ -96,6 +99,7 @@ class Survey:
             levels=context.routes.levels_in_use(),
             batch=min(context.batch, len(context.samples)),
             chunk=options.prefix_batch,
+            most=context.photos_at_once,
             computed=min(options.views, options.epochs) if keeps else options.epochs,
             epochs=options.epochs,
             prefix=prefix,

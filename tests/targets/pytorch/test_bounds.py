@@ -140,4 +140,5 @@ def test_results_that_nothing_reads_are_freed_at_once() -> None:
 def test_only_memory_counts_and_that_once() -> None:
     x = torch.empty((1000, 10), device="meta")
     views = [x, x.t(), x.expand(5, 1000, 10), [x[:1]]]
-    assert bounds.live_bytes(views) == 40_000
+    assert bounds.Memory(()).bytes_with(views) == 40_000
+    assert bounds.Memory([x]).bytes_with([*views, torch.empty(3, device="meta")]) == 12

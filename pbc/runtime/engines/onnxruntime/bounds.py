@@ -12,8 +12,9 @@ from math import prod
 
 import numpy as np
 
+from pbc.bundle.graph_name import SAVED
 from pbc.errors import PbcError, reason_of
-from pbc.runtime.engines.bounds import SAMPLES, TOUCH, check_bytes, check_work
+from pbc.runtime.engines.bounds import MOST_BYTES, SAMPLES, TOUCH, Calls
 from pbc.runtime.engines.onnxruntime.declared import MOST_KNOWN, Node, Shape, parse
 from pbc.runtime.engines.onnxruntime.sizes import RULES, Call, Unknown
 from pbc.runtime.engines.onnxruntime.small_values import constant, value
@@ -27,12 +28,21 @@ _MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, AttributeErro
 class Bounds:
     """Sizes of a model's values; title: names the graph in what a user reads.
 
-    batched: the inputs that have a photo in each row.
+    batched: the inputs that have a photo in each row. trains: whether it is a half of a training
+    step, of which all photos of a mini-batch are one call.
     """
 
-    def __init__(self, model: bytes, title: str, batched: Collection[str] = ("x",)) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        title: str,
+        batched: Collection[str] = ("x",),
+        *,
+        trains: bool = False,
+    ) -> None:
         self._title = title
         self._batched = frozenset(batched)
+        self._trains = trains
         try:
             self._graph = parse(model)
         except _MALFORMED as error:
@@ -51,22 +61,50 @@ class Bounds:
         for name, number in last.items():
             if name not in kept:
                 self._dead[number].append(name)
-        self._check({}, SAMPLES)
+        self._check({}, Calls())
+
+    def photos(self, shapes: Mapping[str, Shape]) -> int:
+        """Return how many photos inputs of these shapes have."""
+        given = [shapes[name] for name in self._batched & shapes.keys()]
+        return max((shape[0] for shape in given if shape), default=1)
+
+    def grows(self, name: str) -> bool:
+        """Return whether an input is the larger the more photos a call has."""
+        return name in self._batched or name.startswith(SAVED)
 
     def check(self, shapes: Mapping[str, Shape]) -> None:
-        """Refuse inputs of these shapes, for which the graph would take too much.
+        """Refuse a graph that no device is to run: one that takes too much for few photos.
 
-        Raises PbcError.
+        shapes: of its inputs, for any number of photos. Raises PbcError.
         """
-        given = {name: shapes[name] for name in self._graph.inputs if name in shapes}
-        photos = (given[name][0] for name in self._batched & given.keys() if given[name])
-        self._check(given, max([SAMPLES, *photos]), complete=True)
+        if self._trains:
+            photos = max(self.photos(shapes), SAMPLES)
+            granted = MOST_BYTES * photos // SAMPLES
+            self._check(shapes, Calls(photos, granted), complete=True)
+            return
+        few = {
+            name: (SAMPLES, *shape[1:]) if name in self._batched and shape else shape
+            for name, shape in shapes.items()
+        }
+        self._check(few, Calls(), complete=True)
 
-    def _check(self, given: Mapping[str, Shape], samples: int, *, complete: bool = False) -> None:
+    def check_call(self, shapes: Mapping[str, Shape]) -> None:
+        """Refuse inputs of these very shapes, for which a call would take too much.
+
+        Raises PbcError; TooManyPhotosError, where fewer photos may fit.
+        """
+        photos = self.photos(shapes)
+        if self._trains or photos > SAMPLES:
+            calls = Calls.training(photos) if self._trains else Calls(photos)
+            self._check(shapes, calls, complete=True)
+
+    def _check(self, inputs: Mapping[str, Shape], calls: Calls, *, complete: bool = False) -> None:
+        given = {name: inputs[name] for name in self._graph.inputs if name in inputs}
         shapes: dict[str, Shape] = {**self._graph.shapes, **given}
         values: dict[str, np.ndarray] = dict(self._graph.values)
         held: dict[str, int] = {}
-        live = work = 0
+        live = sum(_VALUE_BYTES * prod(shape) for name, shape in given.items() if self.grows(name))
+        work = 0
         for node, dead in zip(self._graph.nodes, self._dead, strict=True):
             where = f"{self._title}: {(node.outputs or ('',))[0][:80]!r}"
             try:
@@ -81,10 +119,10 @@ class Bounds:
                 shapes[name] = shape
                 held[name] = _VALUE_BYTES * prod(_laid_out(node.op, shape))
                 live += held[name]
-            check_bytes(live, where, samples)
+            calls.check_bytes(live, where)
             read = sum(prod(shapes[name]) for name in node.inputs if name in shapes)
             work += products + TOUCH * (read + sum(map(prod, made)))
-            check_work(work, self._title, samples)
+            calls.check_work(work, self._title)
             live -= sum(held.pop(name, 0) for name in dead)
 
 

@@ -97,7 +97,8 @@ class GraphLoader:
     def bounds(self, name: str) -> Bounds:
         """Return the bounds of a graph that need not be loaded."""
         self.require(name)
-        return Bounds(self._model(name), self._title(name), self._batched)
+        trains = GraphName.parse(name).trains
+        return Bounds(self._model(name), self._title(name), self._batched, trains=trains)
 
     def outputs(self, name: str) -> list[str]:
         """Return the names of all that a graph of the bundle returns."""

@@ -14,6 +14,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as failures
 from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.engines.alignment import aligned
+from pbc.runtime.engines.bounds import CheckedCalls
 from pbc.runtime.engines.onnxruntime.bounds import Bounds
 from pbc.runtime.engines.onnxruntime.declared import Shape
 from pbc.util.processor import cores
@@ -37,13 +38,15 @@ ERRORS = (
 class SessionGraph:
     """A session, called by names; `title` names its graph in what a user reads.
 
-    bounds: of its graph, checked once, with the shapes that it is first given.
+    bounds: of its graph, checked before calls of more photos than there were before.
     """
 
     def __init__(self, session: Any, title: str, bounds: Bounds) -> None:
         self._session = session
         self._title = title
-        self._bounds: Bounds | None = bounds
+        self._bounds = bounds
+        self._calls = CheckedCalls()
+        self._growing = [entry.name for entry in session.get_inputs() if bounds.grows(entry.name)]
         self._inputs = [entry.name for entry in session.get_inputs()]
         self._outputs = [entry.name for entry in session.get_outputs()]
 
@@ -56,9 +59,7 @@ class SessionGraph:
             raise PbcError(
                 f"{self._title} reads {unknown[0]!r}, which this pbc does not know: upgrade pbc"
             )
-        if self._bounds is not None:
-            self._bounds.check({name: _shape(values[name]) for name in self._inputs})
-            self._bounds = None
+        self._require(values)
         binding = self._session.io_binding()
         held = []  # a bound array is read where it is
         for name in self._inputs:
@@ -82,6 +83,17 @@ class SessionGraph:
         # had saved, until the next step is over.
         binding.clear_binding_inputs()
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    def _require(self, values: Mapping[str, Any]) -> None:
+        """Raise PbcError where the call would take too much."""
+
+        def check() -> None:
+            shapes = {name: _shape(values[name]) for name in self._inputs}
+            self._bounds.check(shapes)
+            self._bounds.check_call(shapes)
+
+        rows = (_shape(values[name])[:1] for name in self._growing)
+        self._calls.require(sum(map(sum, rows)), check)
 
 
 def _shape(value: Any) -> Shape:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pbc.runtime.engines.bounds import SAMPLES, TOUCH, check_bytes, check_work
+from pbc.runtime.engines.bounds import TOUCH, Calls
 
 _POOLS = ("aten::avg_pool", "aten::max_pool")
 _DISTANCES = ("aten::_cdist_forward", "aten::_pdist_forward")
@@ -24,12 +24,13 @@ _META = torch.device("meta")
 
 def without_memory(value: Tensor) -> Tensor:
     """Return a tensor of the same shape, strides and type that has no values."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+    found = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
+    return found.requires_grad_(value.requires_grad)
 
 
-def of_samples(value: Tensor) -> Tensor:
-    """Return `without_memory` of a batch, with SAMPLES on its first axis."""
-    return torch.empty((SAMPLES, *value.shape[1:]), dtype=value.dtype, device=_META)
+def of_photos(value: Tensor, photos: int) -> Tensor:
+    """Return `without_memory` of a batch, with so many photos on its first axis."""
+    return torch.empty((photos, *value.shape[1:]), dtype=value.dtype, device=_META)
 
 
 def of_shape(shape: tuple[int, ...]) -> Tensor:
@@ -37,22 +38,33 @@ def of_shape(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=_META)
 
 
-def live_bytes(values: Iterable[Any]) -> int:
-    """Return the size of all memory that these values share."""
-    storages = {}
-    for tensor in _tensors(values):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
+class Memory:
+    """All memory that values share, and what a backward would read."""
+
+    def __init__(self, uncounted: Iterable[Any]) -> None:
+        """Take values whose memory does not count, such as frozen tensors."""
+        self._uncounted = _storages(uncounted)
+        self._saved: dict[int, UntypedStorage] = {}
+
+    def save(self, value: Tensor) -> Tensor:
+        """Count a tensor from now on: a backward reads it."""
+        self._saved.update(_storages([value]))
+        return value
+
+    def bytes_with(self, values: Iterable[Any]) -> int:
+        """Return what these values and all that is saved take."""
+        counted = {**self._saved, **_storages(values)}
+        return sum(s.nbytes() for at, s in counted.items() if at not in self._uncounted)
 
 
 class Bounded(TorchDispatchMode):
     """Inside, calls of torch on the meta device are counted; a graph's `where` names them."""
 
-    def __init__(self, graph: str) -> None:
+    def __init__(self, graph: str, calls: Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.where = graph
         self._graph = graph
+        self._calls = calls
         self._work = 0
 
     def __torch_dispatch__(
@@ -70,7 +82,7 @@ class Bounded(TorchDispatchMode):
             keywords["device"] = _META
         result = self._result(function, args, keywords)
         self._count(packet, args, keywords, result)
-        check_bytes(live_bytes([result]), self.where)
+        self._calls.check_bytes(Memory(()).bytes_with([result]), self.where)
         return result
 
     def _result(self, function: Any, args: Any, keywords: Mapping[str, Any]) -> Any:
@@ -94,7 +106,7 @@ class Bounded(TorchDispatchMode):
             self._work += made * (math.prod(kernel) if len(kernel) > 1 else kernel[0] ** axes)
         elif name in _DISTANCES:
             self._work += made * args[0].shape[-1]
-        check_work(self._work, self._graph)
+        self._calls.check_work(self._work, self._graph)
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:
@@ -103,6 +115,12 @@ def _places(index: Tensor | None) -> list[Tensor | None]:
         return [index]
     positions = torch.empty(index.numel(), dtype=torch.int64, device=_META)
     return [positions] * index.dim()
+
+
+def _storages(values: Iterable[Any]) -> dict[int, UntypedStorage]:
+    """Return the memory of all tensors among these, each once."""
+    found = (tensor.untyped_storage() for tensor in _tensors(values))
+    return {storage._cdata: storage for storage in found}
 
 
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -50,7 +50,10 @@ class PyTorchExecutable:
         self._selected: Collection[str] | None = None
 
     def foresee(self, inputs: Shapes) -> None:
-        self._graph(BODY.at(0)).foresee(inputs)
+        own = self._bundle.manifest["parameters"]
+        parameters = {name: shape for name, shape in inputs.items() if name in own}
+        batch = {name: shape for name, shape in inputs.items() if name not in own}
+        self._graph(BODY.at(0)).foresee(batch, parameters)
 
     def policy(self, views: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

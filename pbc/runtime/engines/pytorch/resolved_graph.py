@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines import Shapes
-from pbc.runtime.engines.bounds import check_bytes
+from pbc.runtime.engines.bounds import SAMPLES, Calls, CheckedCalls
 from pbc.runtime.engines.pytorch import arithmetic, bounds
 from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
 
@@ -49,7 +49,8 @@ class ResolvedGraph:
         self, graph: DeclaredGraph, tensor: Callable[[str, str], Tensor], where: str
     ) -> None:
         self._where = where
-        self._bounded = False
+        # By whether they keep what a backward reads.
+        self._checked = {False: CheckedCalls(), True: CheckedCalls()}
         weights = {
             call.args[1]
             for call in graph.calls
@@ -81,11 +82,11 @@ class ResolvedGraph:
         """
         inputs = {**batch, **parameters}
         self._require(inputs)
-        if not self._bounded:
-            given = {name: bounds.of_samples(value) for name, value in batch.items()}
-            given |= {name: bounds.without_memory(value) for name, value in parameters.items()}
-            self._check_bounds(given)
-            self._bounded = True
+        photos = max((len(value) for value in batch.values()), default=0)
+        trains = torch.is_grad_enabled() and any(v.requires_grad for v in parameters.values())
+        self._checked[trains].require(
+            photos, lambda: self._check_calls(batch, parameters, photos, trains=trains)
+        )
         values = self._initial.copy()
         for name, index in self._inputs:
             values[index] = _rounded(self._lower, inputs[name])
@@ -101,10 +102,32 @@ class ResolvedGraph:
             return {name: values[index] for name, index in self._outputs}
         return {name: values[index].float() for name, index in self._outputs}
 
-    def foresee(self, inputs: Shapes) -> None:
-        """Raise PbcError where the graph cannot take reals of these shapes, or takes too much."""
-        self._require(inputs)
-        self._check_bounds({name: bounds.of_shape(shape) for name, shape in inputs.items()})
+    def foresee(self, batch: Shapes, parameters: Shapes) -> None:
+        """Raise PbcError where the graph cannot take reals of these shapes, or takes too much.
+
+        batch: of as many photos as bounds are for.
+        """
+        self._require({**batch, **parameters})
+        given = {name: bounds.of_shape(shape) for name, shape in batch.items()}
+        theta = {name: bounds.of_shape(shape) for name, shape in parameters.items()}
+        self._check_bounds(given, theta, Calls())
+
+    def _check_calls(
+        self,
+        batch: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        photos: int,
+        *,
+        trains: bool,
+    ) -> None:
+        """Raise PbcError where calls of so many photos, or those of few, take too much."""
+        theta = {name: bounds.without_memory(value) for name, value in parameters.items()}
+        sizes = [Calls.training(photos)] if trains else [Calls()]
+        if not trains and photos > SAMPLES:
+            sizes.append(Calls(photos))
+        for calls in sizes:
+            given = {n: bounds.of_photos(value, calls.photos) for n, value in batch.items()}
+            self._check_bounds(given, theta, calls)
 
     def _require(self, inputs: Collection[str]) -> None:
         for name, _ in self._inputs:
@@ -113,25 +136,29 @@ class ResolvedGraph:
                     f"{self._where} reads {name!r}, which this pbc does not know: upgrade pbc"
                 )
 
-    def _check_bounds(self, inputs: Mapping[str, Tensor]) -> None:
+    def _check_bounds(
+        self, batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor], calls: Calls
+    ) -> None:
         """Run once without memory; raises PbcError for too much of it, or of work."""
         values = [
             None if value is None else bounds.without_memory(value) for value in self._initial
         ]
-        frozen_bytes = bounds.live_bytes(values)
+        inputs = {**batch, **parameters}
+        memory = bounds.Memory([*values, *parameters.values()])
         at = 0
         try:
             with (
                 torch.inference_mode(False),
-                torch.no_grad(),
-                bounds.Bounded(self._where) as bounded,
+                torch.set_grad_enabled(calls.trains),
+                torch.autograd.graph.saved_tensors_hooks(memory.save, _as_saved),
+                bounds.Bounded(self._where, calls) as bounded,
             ):
                 for name, index in self._inputs:
                     values[index] = _rounded(self._lower, inputs[name])
                 for at, (function, fill, kwargs, output, dead) in enumerate(self._calls):
                     bounded.where = f"{self._where}: {self._titles[at]}"
                     values[output] = function(*fill(values), **kwargs)
-                    check_bytes(bounds.live_bytes(values) - frozen_bytes, bounded.where)
+                    calls.check_bytes(memory.bytes_with(values), bounded.where)
                     for index in dead:
                         values[index] = None
         except _MISFITS as error:
@@ -142,6 +169,10 @@ class ResolvedGraph:
 
     def _misfit(self, at: int, error: Exception) -> PbcError:
         return PbcError(f"{self._where}: {self._titles[at]} cannot run: {reason_of(error)}")
+
+
+def _as_saved(value: Tensor) -> Tensor:
+    return value
 
 
 def _rounded(precision: torch.dtype | None, value: Tensor) -> Tensor:
