@@ -80,10 +80,10 @@ class Simulation:
             raise PbcError("no class has enough photos to hold some out; name others with --test")
         self.classes = tuple(samples.classes)
         tell(f"computing the features of {len(samples)} photos, and of {len(held)} to test on")
-        opened, threads = self._runtime.bundle, options.threads
-        self._executable = guarded.load(self._runtime.engine, opened, threads=threads)
+        made, threads = self._runtime.bundle, options.threads
+        self._executable = guarded.load(self._runtime.engine, made, threads=threads)
         self._train, self._test = (
-            _Table(features_of(opened, self._executable, part), part.labels)
+            _Table(features_of(made, self._executable, part), part.labels)
             for part in (samples, held)
         )
         seed = options.fleet.seed

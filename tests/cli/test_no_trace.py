@@ -47,7 +47,7 @@ def test_nothing_is_left_elsewhere_and_no_socket_is_opened(folder: Path) -> None
         )
         assert result.returncode == 0, result.stderr
         assert trace.made
-        assert not trace.reached_by()
+        assert not trace.reached()
         own = (folder / name for name in ("tmp", "cache", "work"))
         assert not trace.made_outside(*own, "/dev/")
         assert not list((folder / "home").iterdir())

@@ -11,16 +11,21 @@ from pathlib import Path
 # What makes a file, a folder or a link, or reaches another machine.
 _CALLS = (
     "socket,connect,open,openat,creat,mkdir,mkdirat,mknod,mknodat,rename,renameat,renameat2,link,"
-    "linkat,symlink,symlinkat"
+    "linkat,symlink,symlinkat,execve"
 )
 _MAKES = re.compile(r" (?:mkdir(?:at)?|mknod(?:at)?|creat|rename(?:at2?)?|(?:sym)?link(?:at)?)\(")
 _LINE = re.compile(r"(?P<pid>\d+)<(?P<program>[^>]*)> +(?P<call>.*)")
+# How pip is run: by itself, or as what a program imports.
+_PIP = re.compile(r'/pip"|pip\._internal')
 _PATHS = re.compile(r'"([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a program and all that it started asked the system for, by the names of programs."""
+    """What a program and all that it started asked the system for, by the names of programs.
+
+    pip, which Python runs, is a program of its own here.
+    """
 
     made: list[tuple[str, str]]
     sockets: list[tuple[str, str]]
@@ -34,12 +39,16 @@ class Trace:
             if path.startswith("/") and not path.startswith(allowed) and program not in but_by
         ]
 
-    def reached_by(self) -> set[str]:
-        """Return the programs that opened a socket to another machine.
+    def reached(self, *, but_by: Sequence[str] = ()) -> list[str]:
+        """Return the calls for sockets to another machine, by any other program than these.
 
         A name service of this one may be asked who the user is.
         """
-        return {program for program, call in self.sockets if "AF_UNIX" not in call}
+        return [
+            call
+            for program, call in self.sockets
+            if "AF_UNIX" not in call and program not in but_by
+        ]
 
 
 def command(log: Path) -> list[str]:
@@ -63,12 +72,16 @@ def read(log: Path) -> Trace:
     """Read the calls that did something."""
     made: list[tuple[str, str]] = []
     sockets: list[tuple[str, str]] = []
+    pips: set[str] = set()
     for line in log.read_text(errors="replace").splitlines():
         found = _LINE.match(line)
         if found is None or " = -1 E" in line:
             continue
-        program, call = found["program"], found["call"]
-        if re.match(r"(?:socket|connect)\(", call):
+        pid, call = found["pid"], found["call"]
+        program = "pip" if pid in pips else found["program"]
+        if call.startswith("execve("):
+            (pips.add if _PIP.search(call) else pips.discard)(pid)
+        elif re.match(r"(?:socket|connect)\(", call):
             sockets.append((program, call))
         elif _MAKES.match(f" {call}") or "O_CREAT" in call:
             made += [(program, path) for path in _PATHS.findall(call)]
