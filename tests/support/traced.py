@@ -84,5 +84,8 @@ def read(log: Path) -> Trace:
         elif re.match(r"(?:socket|connect)\(", call):
             sockets.append((program, call))
         elif _MAKES.match(f" {call}") or "O_CREAT" in call:
-            made += [(program, path) for path in _PATHS.findall(call)]
+            paths = _PATHS.findall(call)
+            if "link" in call.split("(")[0]:  # what it leads to is not made
+                del paths[:-1]
+            made += [(program, path) for path in paths]
     return Trace(made, sockets)
