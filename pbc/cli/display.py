@@ -90,7 +90,7 @@ class TrainDisplay:
         # Epochs visit different numbers of samples; in the bar all have the length of the fullest.
         self._longest = longest = max(self._longest, event.total)
         done = (event.epoch - 1) * longest + longest * event.samples // event.total
-        loss = "" if math.isnan(event.loss) else f"loss {event.loss:.3f}  "
+        loss = "" if math.isnan(event.loss) else f"loss {loss_text(event.loss, 3)}  "
         facts = f"{loss}{level_shares(event.levels)}"
         self._advance("training", done, self._epochs * longest, facts)
 
@@ -112,9 +112,15 @@ def epoch_line(report: EpochReport, epochs: int) -> str:
         share = report.skipped_samples / (report.skipped_samples + sum(report.levels))
         skipped += f"  skipped {share:.0%} of samples"
     return (
-        f"epoch {report.epoch}/{epochs}  loss {report.loss:.4f}  {level_shares(report.levels)}  "
+        f"epoch {report.epoch}/{epochs}  loss {loss_text(report.loss)}  "
+        f"{level_shares(report.levels)}  "
         f"{report.samples_per_second:.0f} samples/s{skipped}"
     )
+
+
+def loss_text(loss: float, digits: int = 4) -> str:
+    """Return a loss with so many digits behind the point; one of a run gone astray by its size."""
+    return f"{loss:.{digits}f}" if loss < 1e4 else f"{loss:.1e}"
 
 
 def level_shares(visits: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pbc.callbacks import together
 from pbc.cli.completion import plugins_of
-from pbc.cli.display import TrainDisplay
+from pbc.cli.display import TrainDisplay, loss_text
 from pbc.cli.number_or_auto import NumberOrAuto
 from pbc.cli.objective import objective_options
 from pbc.cli.options import batch_or_auto, learning_rate, threads
@@ -281,7 +281,7 @@ def evaluate(
         click.echo(json.dumps(facts))
         return
     at = f" at level {level}" if level else ""
-    click.echo(f"{accuracy_line(result)}, loss {result.loss:.4f}{at}")
+    click.echo(f"{accuracy_line(result)}, loss {loss_text(result.loss)}{at}")
 
 
 @click.command()

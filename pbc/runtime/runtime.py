@@ -95,12 +95,12 @@ class Runtime:
         Ctrl-C writes a checkpoint, then raises KeyboardInterrupt.
         """
         output = Output(Path(out))
-        trainer = self.trainer(samples, options, out, val=val, report=report)
+        trainer = Trainer(self.bundle, self.engine, samples, options, output, report, val=val)
         with output.locked(), deferred_interrupt() as interrupt:
             if not resume:
                 output.clear(overwrite=overwrite)
-            trainer.prepare(resume=resume, interrupt=interrupt)
             output.adopt(self.bundle)
+            trainer.prepare(resume=resume, interrupt=interrupt)
             while not trainer.finished:
                 trainer.run_epoch()
             result = trainer.finish()

@@ -171,6 +171,22 @@ def test_a_bundle_that_is_overwritten_in_place(
     Personal.open(tmp_path / "out")
 
 
+def test_no_model_is_made_of_a_damaged_bundle(
+    samples: Samples, options: TrainOptions, tmp_path: Path
+) -> None:
+    made = bundle.write(tmp_path / "m", *tiny.contents(), as_folder=True)
+    Runtime.open(made.path).fit(samples, options, tmp_path / "out")  # some of it is kept now
+    for number, name in enumerate(made.entries):
+        if name == "manifest.json":
+            continue
+        content = (made.path / name).read_bytes()
+        (made.path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(PbcError, match="damaged"):
+            Runtime.open(made.path).fit(samples, options, tmp_path / f"out-{number}")
+        assert not Output(tmp_path / f"out-{number}").bundle.exists()
+        (made.path / name).write_bytes(content)
+
+
 def test_a_bundle_folder_that_is_changed_in_place(
     samples: Samples, options: TrainOptions, tmp_path: Path
 ) -> None:

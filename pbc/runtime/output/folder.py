@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -19,6 +19,7 @@ from pbc.util.files import opened
 _LOCK_POLL_SECONDS = 0.2
 
 _CHUNK_BYTES = 1 << 20
+_BUNDLE = "bundle.pbc"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Output:
     """`OUT/`: the model to keep, and beside it what was derived from the user's photos."""
 
     root: Path
+    # Digests of the bundles whose copy was looked at already: that reads all of it.
+    _adopted: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @property
     def model(self) -> Path:
@@ -35,7 +38,7 @@ class Output:
     @property
     def bundle(self) -> Path:
         """The bundle that the model personalises, a copy."""
-        return self.root / "bundle.pbc"
+        return self.root / _BUNDLE
 
     @property
     def trainable(self) -> Path:
@@ -111,8 +114,10 @@ class Output:
             ) from error
         finally:
             with suppress(OSError):
-                if new and [path.name for path in self.root.iterdir()] == [lock.name]:
-                    lock.unlink()  # a run that failed before it had anything to keep
+                # A run that failed before it had anything to keep.
+                if new and {path.name for path in self.root.iterdir()} <= {lock.name, _BUNDLE}:
+                    _remove(self.bundle)
+                    lock.unlink()
                     self.root.rmdir()
             with suppress(OSError):
                 os.close(handle)
@@ -141,9 +146,17 @@ class Output:
         """Put a copy of the bundle beside the model.
 
         Not a link: where the bundle is overwritten in place, the model would be without its own.
+        Every file is read first: the run itself may not, where what it needs of one is kept on this
+        device, and the model would then have a damaged copy.
         """
-        if self._has(bundle):
+        if bundle.digest in self._adopted and self.bundle.exists():
             return
+        if not self._has(bundle):
+            bundle.verify()
+            self._copy(bundle)
+        self._adopted.add(bundle.digest)
+
+    def _copy(self, bundle: Bundle) -> None:
         try:
             _remove(self.bundle)
             if bundle.path.is_dir():
