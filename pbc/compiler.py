@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pbc.bundle import Bundle, write
 from pbc.bundle.ladder import Ladder
 from pbc.data import labelled
 from pbc.data.spec import RESIZES
 from pbc.errors import PbcError, UsageError, suggest
-from pbc.frontend import models
+from pbc.frontend import models, strategy
 from pbc.frontend.origin import Origin
-from pbc.frontend.start import begin
+from pbc.frontend.start import begin, loaded
+from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir import pipeline
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
@@ -48,7 +52,8 @@ class CompileOptions:
     """Everything that `pbc compile` takes besides the model.
 
     blocks: a glob over the names of the modules that the strategy counts; None takes what pbc finds
-    (see pbc.frontend.blocks).
+    (see pbc.frontend.blocks). contributions: what `pbc analyze` measured, for a strategy that
+    chooses within a budget.
     classes: how many are expected; `data` (class folders or a zip of them) names them. Training
     takes those of its photos. shape: channels, height, width; None is the model's own. resize:
     "crop" or "squash"; None is the way of the zoo that the model is from. levels counts proxies.
@@ -66,6 +71,7 @@ class CompileOptions:
     weights: str = models.DEFAULT
     strategy: str = "linear-probe"
     blocks: str | None = None
+    contributions: Path | None = None
     classes: int | None = None
     data: Path | None = None
     levels: int = 4
@@ -208,16 +214,11 @@ def start(model: str | models.Source, options: CompileOptions, work: Path | None
     """
     request, notes = requested(options)
     request = replace(request, work=work)
-    lowering = backend(request.engine).lowering()
-    program = begin(
-        model,
-        request,
-        weights=options.weights,
-        shape=options.shape,
-        resize=options.resize,
-        operators=lowering.operators() or OPS,
-    )
-    return replace(program, notes=(*notes, *program.notes))
+    operators = backend(request.engine).lowering().operators() or OPS
+    source = loaded(model, options.weights, options.shape, options.seed, options.resize)
+    request, decisions = _decided(source, request, options, operators)
+    program = begin(source, request, operators=operators)
+    return replace(program, notes=(*notes, *decisions, *program.notes))
 
 
 def requested(options: CompileOptions) -> tuple[Request, tuple[str, ...]]:
@@ -281,6 +282,30 @@ def _passes(
 ) -> pipeline.PassPipeline:
     given = {**vars(options), "trials": trials, "slow_precisions": slow_precisions}
     return pipeline.build(given, options.passes, options.without)
+
+
+def _decided(
+    source: models.Source, request: Request, options: CompileOptions, operators: Collection[str]
+) -> tuple[Request, tuple[str, ...]]:
+    """Return the request with a strategy that leaves nothing open, and notes why it is this one."""
+    chosen = strategy.parse(request.strategy)
+    if not isinstance(chosen, strategy.Undecided):
+        if options.contributions is not None:
+            raise UsageError(
+                f"--contributions is for a strategy of a budget, such as sparse:8MiB; "
+                f"{request.strategy!r} has none"
+            )
+        return request, ()
+    early = tuple(p for p in _passes(options).passes if p[1].stage in ("mark", "fold"))
+
+    def program(text: str) -> Program:
+        begun = begin(copy.deepcopy(source), replace(request, strategy=text), operators=operators)
+        return pipeline.PassPipeline(early).run(begun, compared=False)
+
+    example = torch.zeros(2, *source.input.shape)
+    network = TracedNetwork.of(source.module, source.head, example, request.blocks)
+    decision = chosen.decided(network, program, options.contributions, request.seed)
+    return replace(request, strategy=decision.strategy), (decision.note,)
 
 
 def _memory(program: Program, passes: pipeline.PassPipeline) -> dict[str, dict[str, int]] | None:

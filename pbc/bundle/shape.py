@@ -162,7 +162,7 @@ MANIFEST: Shape = record(
         "digest": _matching(_SHA256, "a sha256"),
         "files": _FILES,
         "model": text(),
-        "strategy": text(),
+        "strategy": text(1 << 16),  # that of sparse back-propagation names its layers
         "engine": _NAME,
         "target": _TARGET,
         "requires": dict_of(anything, most=256),

@@ -69,6 +69,12 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     help="The modules that the strategy counts, such as 'layers.*'; found by pbc by default.",
 )
 @click.option(
+    "--contributions",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `pbc analyze` measured, for a strategy of a budget such as sparse:8MiB.",
+)
+@click.option(
     "--classes", type=int, help="How many classes to expect; training takes those of its photos."
 )
 @click.option(

@@ -38,7 +38,7 @@ def begin(
     run, is damaged, or is no classifier.
     """
     chosen = strategy.parse(request.strategy)
-    source = _loaded(model, weights, shape, request.seed, resize)
+    source = loaded(model, weights, shape, request.seed, resize)
     torch.manual_seed(request.seed)
     example = torch.randn(2, *source.input.shape)
     if request.class_count is not None:
@@ -131,13 +131,14 @@ def _resize(source: models.Source, count: int, example: Tensor) -> None:
         ) from error
 
 
-def _loaded(
+def loaded(
     model: str | models.Source,
     weights: str,
     shape: tuple[int, int, int] | None,
     seed: int,
     resize: str | None,
 ) -> models.Source:
+    """Return a model's source, loaded if it is a name (see pbc.frontend.models.load)."""
     if isinstance(model, models.Source):
         return model
     return models.load(model, weights, shape, seed, resize)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pbc.errors import PbcError, UsageError
 from pbc.frontend.axes import channel_axis
 from pbc.frontend.head import append
 from pbc.frontend.traced_network import TracedNetwork
+from pbc.ir.program import Program
 
 
 class Strategy(Protocol):
@@ -34,6 +36,32 @@ class Strategy(Protocol):
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
         """The names of the module's parameters that train, besides the head's, which always do."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The text of a strategy that leaves nothing open, and a note why it is this one."""
+
+    strategy: str
+    note: str
+
+
+@runtime_checkable
+class Undecided(Protocol):
+    """A strategy, too, which leaves it to the compiler what exactly trains."""
+
+    def decided(
+        self,
+        network: TracedNetwork,
+        program: Callable[[str], Program],
+        contributions: Path | None,
+        seed: int,
+    ) -> Decision:
+        """Decide for a network.
+
+        program: of a strategy's text, the network captured for it, split, with norms folded.
+        contributions: a file of what parts of the network are worth to train.
+        """
 
 
 def parse(text: str) -> Strategy:

@@ -268,6 +268,11 @@ def _group_norm(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     return inputs[0]
 
 
+@rule("index_copy.default")
+def _index_copy(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
+    return inputs[0]  # what is written there trains: both stay whole
+
+
 @rule("linear.default")
 def _linear(analysis: Analysis, node: Node, inputs: list[Any]) -> Any:
     source, weight, *rest = inputs

@@ -36,12 +36,16 @@ def training_memory(program: Program) -> dict[str, dict[str, int]] | None:
 
     For the batch and the classes that are expected: as many as an added head has, if none are.
     """
-    level, request = program.levels[0], program.request
+    level = program.levels[0]
     if level.forward is None:
         return None
-    classes = program.network.head.fixed or request.class_count or OPEN_CLASSES
-    found = step_memory(level, request.batch, classes)
+    found = step_memory(level, program.request.batch, expected_classes(program))
     return {optimizer: memory.to_json() for optimizer, memory in found.items()}
+
+
+def expected_classes(program: Program) -> int:
+    """Return for how many classes memory is told."""
+    return program.network.head.fixed or program.request.class_count or OPEN_CLASSES
 
 
 def manifest(

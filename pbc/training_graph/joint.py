@@ -27,6 +27,7 @@ from pbc.training_graph.decompositions.slices import unbind
 from pbc.training_graph.fuse_norms import fuse_norms
 from pbc.training_graph.names import LABELS, SMOOTHING
 from pbc.training_graph.refusal import without_gradient
+from pbc.training_graph.select_channels import select_channels
 from pbc.training_graph.trace import traced
 
 aten = torch.ops.aten
@@ -126,7 +127,7 @@ def trace_joint(body: GraphModule, open_axes: Mapping[str, int]) -> Joint:
     batch = _symbol(mode, EXAMPLE_BATCH)
     values = _fake_inputs(mode, nodes, batch, open_axes)
     reached: list[str] = []
-    joined = fuse_norms(body)
+    joined = select_channels(fuse_norms(body))
 
     def step(inputs: list[Tensor], frozen: list[Tensor], labels: Tensor, smoothing: Tensor) -> Any:
         leaves = [

@@ -86,6 +86,11 @@ def step_memory(level: LevelGraphs, batch: int, classes: int) -> dict[str, StepM
     return found
 
 
+def tensor_bytes(graph: GraphModule, batch: int, classes: int) -> dict[str, int]:
+    """Return the sizes of what a graph returns, by the names that an engine knows."""
+    return _Walk(graph, batch, classes).results
+
+
 def _peak(forward: _Walk, update: _Walk, given: int) -> int:
     """Return what two steps hold in bytes, the first beside the parameters and state it was given.
 

@@ -39,6 +39,9 @@ _RECOMPUTED = frozenset(
     )
 )
 
+# Of what is frozen and of θ alone, too: a weight that is put together of both.
+_JOINED = frozenset((aten.cat.default, aten.index_select.default))
+
 
 def partition(
     joint: GraphModule, parameters: Sequence[str], names: Mapping[Node, str]
@@ -102,7 +105,10 @@ def _is_recomputed(node: Node) -> bool:
         return False
     if isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
-    return node.target in _RECOMPUTED or all(n.op != "placeholder" for n in ancestors([node]))
+    if node.target in _RECOMPUTED:
+        return True
+    given = [n for n in ancestors([node]) if n.op == "placeholder"]
+    return not given or (node.target in _JOINED and all(PARAMETER in n.meta for n in given))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

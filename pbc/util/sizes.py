@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _FILE_UNITS = ("bytes", "KB", "MB", "GB")
 _MEMORY_UNITS = ("bytes", "KiB", "MiB", "GiB")
 
@@ -22,6 +24,20 @@ def memory_text(count: int) -> str:
     '1.5 GiB'
     """
     return _text(count, 1024, _MEMORY_UNITS)
+
+
+def memory_bytes(text: str) -> int | None:
+    """Return the bytes that a text such as `8MiB`, `1.5 GiB` or `300KB` names; None if it is none.
+
+    >>> memory_bytes("1.5MiB")
+    1572864
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?)?B", text)
+    if found is None:
+        return None
+    number, unit = found.groups()
+    base = 1024 if (unit or "").endswith("i") else 1000
+    return round(float(number) * base ** " KMG".index((unit or " ")[0]))
 
 
 def _text(count: int, base: int, units: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pbc.ir.graph import placeholders
 from pbc.training_graph.decompositions.pooling import avg_pool3d
+from pbc.training_graph.decompositions.selected_channels import index_copy
 
 aten = torch.ops.aten
 
@@ -61,4 +62,5 @@ def _table() -> dict[Any, Callable[..., Any]]:
         **core_aten_decompositions(),
         **get_decompositions([aten.grid_sampler_2d]),
         aten.avg_pool3d.default: avg_pool3d,
+        aten.index_copy.default: index_copy,
     }

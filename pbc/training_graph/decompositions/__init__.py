@@ -39,6 +39,7 @@ from pbc.training_graph.decompositions.resizing import (
     upsample_bilinear2d_backward,
     upsample_nearest2d_backward,
 )
+from pbc.training_graph.decompositions.selected_channels import index_copy
 from pbc.training_graph.decompositions.selections import scatter_src, scatter_value
 from pbc.training_graph.decompositions.sums import index_add
 
@@ -73,6 +74,7 @@ _BACKWARD: dict[Any, Callable[..., Any]] = {
     aten.hardsigmoid_backward.default: hardsigmoid_backward,
     aten.hardswish_backward.default: hardswish_backward,
     aten.index_add.default: index_add,
+    aten.index_copy.default: index_copy,
     aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
     aten.scatter.src: scatter_src,
     aten.scatter.value: scatter_value,

@@ -53,7 +53,7 @@ def convolution_backward(
         )
     if wanted[1]:
         sides = (x, grad) if transposed else (grad, x)
-        grad_weight = _weight_gradient(*sides, layer)
+        grad_weight = weight_gradient(*sides, layer)
     if wanted[2]:
         grad_bias = grad.sum([0, *range(2, grad.dim())])
     return grad_x, grad_weight, grad_bias
@@ -97,7 +97,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, layer: ConvolutionLayer) -> Tensor:
+def weight_gradient(grad: Tensor, x: Tensor, layer: ConvolutionLayer) -> Tensor:
     """One product per tap of the kernel, or all in one over small feature maps (im2col)."""
     outputs, taps, groups = grad.shape[2:], layer.taps, layer.groups
     depthwise = groups > 1 and tuple(layer.weight[:2]) == (groups, 1)

@@ -90,7 +90,8 @@ _SHAPES = _aten(
     upsample_bilinear2d.vec upsample_bicubic2d.default upsample_bicubic2d.vec
     _upsample_bilinear2d_aa.default _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.default
     grid_sampler.default
-    grid_sampler_2d.default diagonal.default index_put.default masked_scatter.default
+    grid_sampler_2d.default diagonal.default index_copy.default
+    index_put.default masked_scatter.default
     nonzero.default scatter.src scatter.value scatter_add.default scatter_reduce.two
     clone.default contiguous.default alias.default detach.default lift_fresh_copy.default
     to.dtype _to_copy.default type_as.default sym_size.int sym_numel.default

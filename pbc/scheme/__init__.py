@@ -1,0 +1,1 @@
+"""Sparse back-propagation: what trains of each layer, what it takes, and what it is worth."""
