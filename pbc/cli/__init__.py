@@ -37,6 +37,7 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     "demo": Command("pbc.cli.demo", "demo", DEVICE_EXTRAS),
     "compile": Command("pbc.cli.compile", "compile"),
+    "analyze": Command("pbc.cli.analyze", "analyze"),
     "inspect": Command("pbc.cli.inspect", "inspect"),
     "train": Command("pbc.cli.train", "train", DEVICE_EXTRAS),
     "eval": Command("pbc.cli.train", "evaluate", DEVICE_EXTRAS),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from pbc.errors import PbcError, UsageError
@@ -125,11 +126,10 @@ def _corrected(
 def _last_first(problem: Problem, most_bytes: int) -> Choice | None:
     """The last layers, each with as much of its weight as still fits."""
     head, *bases = problem.bases
-    if head is None or head.size_bytes > most_bytes:
+    if head.size_bytes > most_bytes:
         return None
     spent, options = 0, list[int]()
     for base, layer in zip(bases, problem.layers, strict=True):
-        assert base is not None
         left = most_bytes - spent - base.size_bytes
         if left < 0:
             break
@@ -141,13 +141,10 @@ def _last_first(problem: Problem, most_bytes: int) -> Choice | None:
 
 def _problem(found: Sequence[Layer], costs: Costs, known: Contributions | None) -> Problem:
     """What can be chosen, the last layer first; without contributions nothing is worth anything."""
-    bases: list[Item | None] = []
-    for biases, size_bytes in enumerate(costs.bases):
-        if known is not None and biases and biases not in known.biases:
-            bases.append(None)
-        else:
-            value = 0.0 if known is None or not biases else known.biases[biases]
-            bases.append(Item(size_bytes, value))
+    bases = [
+        Item(size_bytes, 0.0 if known is None else _of_biases(known, biases))
+        for biases, size_bytes in enumerate(costs.bases)
+    ]
     return Problem(
         bases,
         [
@@ -158,6 +155,13 @@ def _problem(found: Sequence[Layer], costs: Costs, known: Contributions | None) 
             for layer in reversed(found)
         ],
     )
+
+
+def _of_biases(known: Contributions, count: int) -> float:
+    """What those of the last layers are worth: on a line between the numbers that were measured."""
+    counts = [0, *sorted(known.biases)]
+    values = [0.0, *(known.biases[measured] for measured in counts[1:])]
+    return float(np.interp(count, counts, values))
 
 
 def _value(known: Contributions | None, layer: Layer, number: int) -> float:

@@ -52,7 +52,6 @@ class _Search:
     def __init__(self, problem: Problem, most_bytes: int, chance: random.Random) -> None:
         self._problem = problem
         self._chance = chance
-        self._counts = [k for k, base in enumerate(problem.bases) if base is not None]
         self.most_bytes = most_bytes
 
     def child(self, population: list[Choice]) -> Choice | None:
@@ -62,7 +61,7 @@ class _Search:
             one, other = chance.choice(population), chance.choice(population)
             biases = chance.choice([one.biases, other.biases])
             if chance.random() < _MUTATED:
-                biases = chance.choice(self._counts)
+                biases = chance.randrange(len(self._problem.bases))
             options = [
                 chance.choice([_option(one, layer), _option(other, layer)])
                 if chance.random() >= _MUTATED
@@ -70,14 +69,12 @@ class _Search:
                 for layer in range(biases)
             ]
         else:
-            biases = chance.choice(self._counts)
+            biases = chance.randrange(len(self._problem.bases))
             options = [chance.randrange(NONE, len(layers[layer])) for layer in range(biases)]
         return self._fitted(biases, options)
 
     def _fitted(self, biases: int, options: list[int]) -> Choice | None:
-        base = self._problem.bases[biases]
-        assert base is not None
-        left = self.most_bytes - base.size_bytes
+        left = self.most_bytes - self._problem.bases[biases].size_bytes
         if left < 0:
             return None
         left -= sum(self._bytes(layer, option) for layer, option in enumerate(options))

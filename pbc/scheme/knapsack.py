@@ -36,8 +36,6 @@ def best(problem: Problem, budget_bytes: int) -> Choice | None:
     for biases, base in enumerate(problem.bases):
         if biases:
             fronts.append(_with_layer(fronts[-1], problem, biases - 1, budget_bytes))
-        if base is None:
-            continue
         front = fronts[-1]
         fitting = int(np.searchsorted(front.size_bytes, budget_bytes - base.size_bytes, "right"))
         if fitting and front.values[fitting - 1] + base.value > most:

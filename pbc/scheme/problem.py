@@ -29,19 +29,20 @@ class Problem:
     """Of the last k layers biases train, and of each of these one share of its weight at most.
 
     bases: for k = 0, 1, … what the biases of the last k layers take, with all that a gradient
-    needs on its way there; None where that many are no option. layers: the shares of the last
-    layer's weight, of the one before it and so on, beside that.
+    needs on its way there. layers: the shares of the last layer's weight, of the one before it and
+    so on, beside that.
     """
 
-    bases: Sequence[Item | None]
+    bases: Sequence[Item]
     layers: Sequence[Sequence[Item]]
 
     def items(self, choice: Choice) -> list[Item]:
         """Return what is chosen."""
-        base = self.bases[choice.biases]
-        assert base is not None
         chosen = zip(self.layers, choice.options, strict=False)
-        return [base, *(options[option] for options, option in chosen if option != NONE)]
+        return [
+            self.bases[choice.biases],
+            *(options[option] for options, option in chosen if option != NONE),
+        ]
 
     def size_bytes(self, choice: Choice) -> int:
         return sum(item.size_bytes for item in self.items(choice))

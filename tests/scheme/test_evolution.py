@@ -15,12 +15,10 @@ from pbc.scheme.problem import Choice, Item, Problem
 def network(seed: int, count: int = 24) -> Problem:
     """Layers as of a network: four shares each, which bring less and less."""
     chance = random.Random(seed)
-    bases: list[Item | None] = [Item(100, 0.0)]
-    layers = []
+    bases, layers = [Item(100, 0.0)], []
     for _ in range(count):
-        before = bases[-1]
-        assert before is not None
-        bases.append(Item(before[0] + chance.randrange(40), before[1] + chance.uniform(-0.1, 0.3)))
+        size, value = bases[-1]
+        bases.append(Item(size + chance.randrange(40), value + chance.uniform(-0.1, 0.3)))
         size, value = chance.randrange(8, 400), chance.uniform(-0.2, 3.0)
         layers.append([Item(size * k // 8, value * (k / 8) ** 0.5) for k in (1, 2, 4, 8)])
     return Problem(bases, layers)

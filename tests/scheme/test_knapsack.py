@@ -17,18 +17,14 @@ ITEMS = st.builds(Item, st.integers(0, 30), st.integers(-4, 20).map(float))
 def problems(draw: st.DrawFn, most: int = 5) -> Problem:
     layers = draw(st.lists(st.lists(ITEMS, max_size=3), max_size=most))
     sizes = sorted(draw(st.lists(st.integers(0, 40), min_size=len(layers), max_size=len(layers))))
-    bases: list[Item | None] = [Item(2, 0.0)]
-    for size in sizes:
-        value = draw(st.none() | st.integers(-5, 10).map(float))
-        bases.append(None if value is None else Item(2 + size, value))
-    return Problem(bases, layers)
+    bases = [Item(2 + size, float(draw(st.integers(-5, 10)))) for size in sizes]
+    return Problem([Item(2, 0.0), *bases], layers)
 
 
 def every(problem: Problem) -> list[Choice]:
     return [
         Choice(biases, options)
-        for biases, base in enumerate(problem.bases)
-        if base is not None
+        for biases in range(len(problem.bases))
         for options in itertools.product(
             *(range(NONE, len(layer)) for layer in problem.layers[:biases])
         )
