@@ -39,9 +39,6 @@ _RECOMPUTED = frozenset(
     )
 )
 
-# Of what is frozen and of θ alone, too: a weight that is put together of both.
-_JOINED = frozenset((aten.cat.default, aten.index_select.default))
-
 
 def partition(
     joint: GraphModule, parameters: Sequence[str], names: Mapping[Node, str]
@@ -107,8 +104,19 @@ def _is_recomputed(node: Node) -> bool:
         return True
     if node.target in _RECOMPUTED:
         return True
-    given = [n for n in ancestors([node]) if n.op == "placeholder"]
-    return not given or (node.target in _JOINED and all(PARAMETER in n.meta for n in given))
+    before = ancestors([node])
+    given = [n for n in before if n.op == "placeholder"]
+    return not given or (all(PARAMETER in n.meta for n in given) and _is_joined(node, before))
+
+
+def _is_joined(node: Node, before: Collection[Node]) -> bool:
+    """Whether it is a weight put together of a frozen one and θ, or made of one.
+
+    Both are there: keeping it would take as much as training all of it does.
+    """
+    return node.target is aten.cat.default or any(
+        source.target is aten.index_select.default for source in before
+    )
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:

@@ -86,7 +86,6 @@ def test_the_biases_of_the_last_layers_and_parts_of_weights_train(program: Progr
     biases = {"norm3.bias", "grouped.bias", "hidden.bias"}
     assert program.trainable == parts | biases | {"grouped.weight", "fc.weight", "fc.bias"}
     sizes = {name: list(program.parameters[name].shape) for name in parts}
-    assert list(sizes.values()) == [sizes[name] for name in sizes]
     assert sizes["widen.parametrizations.weight.original"] == [32, 4, 3, 3]
     assert sizes["depthwise.parametrizations.weight.original"] == [16, 1, 3, 3]
     assert sizes["narrow.parametrizations.weight.original"] == [24, 4, 1, 1]
@@ -171,8 +170,8 @@ def test_what_is_saved_of_an_input_is_counted_by_hand(share: str) -> None:
 
 
 def test_no_weight_is_saved() -> None:
-    one, other = memory("sparse:b3,three=1/4", 1), memory("sparse:b3,three=1/4", 2)
-    assert other.saved == 2 * one.saved
+    one, other = memory("sparse:b3,two=1/4", 1), memory("sparse:b3,two=1/4", 2)
+    assert 0 <= 2 * one.saved - other.saved <= 8  # a number or two of no batch
 
 
 def test_a_scheme_reads_as_it_is_written() -> None:
@@ -186,7 +185,7 @@ def test_a_scheme_reads_as_it_is_written() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sparse", "needs a scheme, such as sparse:b12,features.3.conv=1/4"),
+        ("sparse", "or a scheme, such as sparse:b12,features.3.conv=1/4"),
         ("sparse:conv=1/3", "'conv=1/3' of a sparse scheme is neither bK"),
         ("sparse:conv=1/2,b3", "'b3' of a sparse scheme is neither bK"),
         ("sparse:b1,conv=1/2,conv=1", "has layer 'conv' twice"),
