@@ -21,16 +21,15 @@ def evolve(
     and leaves it open: here the more valuable half of a population has children by uniform
     crossover and mutation, and what is beyond the bytes that add up gives up what is worth least of
     its bytes, and takes again what still fits. Measuring takes long, so only what would be the best
-    so far is measured; by what it is beyond the budget, the bytes that may add up are lowered.
+    so far is measured; by what it is beyond the budget, the bytes that may add up where a gradient
+    goes as far are lowered.
     """
     search = _Search(problem, budget_bytes, random.Random(seed))
     found: Choice | None = None
-    rejected: set[Choice] = set()
     population: list[Choice] = []
     for _ in range(GENERATIONS):
         children = [search.child(population) for _ in range(POPULATION)]
-        fitting = {c for c in (*population, *children) if c is not None} - rejected
-        fitting = {c for c in fitting if problem.size_bytes(c) <= search.most_bytes}
+        fitting = {c for c in (*population, *children) if c is not None and search.fits(c)}
         population = sorted(fitting, key=problem.value, reverse=True)[: POPULATION // 2]
         if not population:
             break
@@ -41,18 +40,28 @@ def evolve(
         if beyond <= 0:
             found = leader
         else:
-            rejected.add(leader)
-            search.most_bytes = min(search.most_bytes, problem.size_bytes(leader) - beyond)
+            search.reject(leader, beyond)
     return found
 
 
 class _Search:
-    """Makes choices whose bytes add up to at most `most_bytes`."""
+    """Makes choices whose bytes add up to at most so many, by how far a gradient goes."""
 
     def __init__(self, problem: Problem, most_bytes: int, chance: random.Random) -> None:
         self._problem = problem
         self._chance = chance
-        self.most_bytes = most_bytes
+        self._most_bytes = [most_bytes] * len(problem.bases)
+
+    def fits(self, choice: Choice) -> bool:
+        return self._problem.size_bytes(choice) <= self._most_bytes[choice.biases]
+
+    def reject(self, choice: Choice, beyond: int) -> None:
+        """Lower what may add up, by at most half of what there is above the head alone."""
+        size_bytes = self._problem.size_bytes(choice)
+        half = (size_bytes + self._problem.bases[0].size_bytes) // 2
+        most_bytes = max(size_bytes - beyond, half - (half == size_bytes))
+        for biases in range(choice.biases, len(self._most_bytes)):
+            self._most_bytes[biases] = min(self._most_bytes[biases], most_bytes)
 
     def child(self, population: list[Choice]) -> Choice | None:
         """Return a child of two, or something new; None where not even its biases fit."""
@@ -74,7 +83,7 @@ class _Search:
         return self._fitted(biases, options)
 
     def _fitted(self, biases: int, options: list[int]) -> Choice | None:
-        left = self.most_bytes - self._problem.bases[biases].size_bytes
+        left = self._most_bytes[biases] - self._problem.bases[biases].size_bytes
         if left < 0:
             return None
         left -= sum(self._bytes(layer, option) for layer, option in enumerate(options))

@@ -98,25 +98,16 @@ def _recomputed(second: set[Node], first: set[Node]) -> set[Node]:
 
 
 def _is_recomputed(node: Node) -> bool:
+    """Whether keeping it would take more than making it again."""
     if node.op != "call_function":
         return False
     if isinstance(node.meta["val"], (int, torch.SymInt)):
         return True
     if node.target in _RECOMPUTED:
         return True
-    before = ancestors([node])
-    given = [n for n in before if n.op == "placeholder"]
-    return not given or (all(PARAMETER in n.meta for n in given) and _is_joined(node, before))
-
-
-def _is_joined(node: Node, before: Collection[Node]) -> bool:
-    """Whether it is a weight put together of a frozen one and θ, or made of one.
-
-    Both are there: keeping it would take as much as training all of it does.
-    """
-    return node.target is aten.cat.default or any(
-        source.target is aten.index_select.default for source in before
-    )
+    given = [source for source in ancestors([node]) if source.op == "placeholder"]
+    # What θ alone decides and is larger than it, such as a weight of which a part trains.
+    return all(PARAMETER in n.meta for n in given) and _bytes(node) > sum(map(_bytes, given))
 
 
 def _saved(second: set[Node], first: set[Node]) -> list[Node]:
