@@ -96,8 +96,8 @@ def analyse(
         else:
             by_share = {share: gains[str(share)] for share in _layer(subject, part).fractions}
             order = [layer.name for layer in subject.layers]
-            layers = {**found.layers, part: by_share}
-            found = replace(found, layers={n: layers[n] for n in order if n in layers})
+            known = {**found.layers, part: by_share}
+            found = replace(found, layers={n: known[n] for n in order if n in known})
         found.save(output)
         done = len(parts) - len(missing)
         done += sum(p in found.biases or p in found.layers for p in missing)
@@ -114,7 +114,7 @@ def _opened(
     torch.manual_seed(seed)
     subject = Subject.open(source, data, options.photos)
     learning = options.learning
-    settings = {
+    settings: dict[str, str | None] = {
         "model": without_folder(source.name),
         "weights": source.weights_sha256 or source.weights,
         "input": str(source.input.to_json()),

@@ -36,8 +36,9 @@ def memory_bytes(text: str) -> int | None:
     if found is None:
         return None
     number, unit = found.groups()
-    base = 1024 if (unit or "").endswith("i") else 1000
-    return round(float(number) * base ** " KMG".index((unit or " ")[0]))
+    base = 1024.0 if (unit or "").endswith("i") else 1000.0
+    power = " KMG".index((unit or " ")[0])
+    return round(float(number) * base**power)
 
 
 def _text(count: int, base: int, units: tuple[str, ...]) -> str:

@@ -73,17 +73,16 @@ def test_what_adds_up_is_what_the_memory_model_says() -> None:
     found = layers(network)
     whole = split(make_program(copy.deepcopy(module), f"sparse:{everything(found)}"))
     costs = Costs.of(whole, found)
-    for biases in range(1, len(found)):  # of the head alone, what it reads is a feature
+    for biases in (1, 3):  # of the head alone, what it reads is a feature
         program = split(make_program(settled(Chain()), f"sparse:b{biases}"))
         assert taken(program)["extra"] == costs.bases[biases], biases
-    bare = taken(split(make_program(settled(Chain()), "sparse:b3")))["extra"]
-    for name in ("two", "three"):
-        for share in (Fraction(1, 4), HALF):
-            program = split(make_program(settled(Chain()), f"sparse:b3,{name}={share}"))
-            assert taken(program)["extra"] - bare == costs.layers[name][share], (name, share)
+    for name, share in (("two", HALF), ("three", Fraction(1, 4))):
+        program = split(make_program(settled(Chain()), f"sparse:b3,{name}={share}"))
+        own = taken(program)["extra"] - costs.bases[3]
+        assert own == costs.layers[name][share], name
 
 
-@pytest.mark.parametrize("kib", [40, 100, 400])
+@pytest.mark.parametrize("kib", [40, 400])
 def test_the_last_layers_come_first_without_contributions(kib: int) -> None:
     program = started(f"sparse:{kib}KiB")
     scheme = scheme_of(program)
