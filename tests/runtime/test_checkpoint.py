@@ -77,6 +77,27 @@ def test_a_truncated_one_is_refused(tmp_path: Path) -> None:
         Checkpoint.load(tmp_path / "c")
 
 
+def test_one_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "c").open("wb") as file:
+        file.truncate(1 << 43)
+    with pytest.raises(PbcError, match=r"is damaged \(it has 8192.0 GiB, and .* are free\)"):
+        Checkpoint.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("place", [".lock", "cache/features.bin", "metrics.jsonl", "tensorboard"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, place: str) -> None:
+    """A folder that came from elsewhere may hold links to files of whoever trains in it."""
+    runtime = Runtime.open(tiny.write(tmp_path / "m.pbc").path)
+    samples = ImageFolder.open(tiny.photos(tmp_path / "photos", 1), runtime.spec)
+    (tmp_path / "precious").write_text("mine")
+    link = tmp_path / "out" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "precious")
+    with pytest.raises(PbcError, match=rf"{place} is a link; nothing is written through one"):
+        runtime.fit(samples, TrainOptions(epochs=1, cache="disk"), tmp_path / "out")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_the_first_difference_is_named() -> None:
     now = {"bundle": "a", "data": "b", "options": {"lr": 0.1, "batch": 8}}
     then = {**now, "epoch": 5, "rounds": 0}

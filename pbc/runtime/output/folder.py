@@ -89,6 +89,7 @@ class Output:
         """
         lock = self.root / ".lock"
         new = not self.root.exists()
+        _refuse_links(self.root)
         try:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
@@ -214,6 +215,17 @@ class Output:
         if model and self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
         return gone
+
+
+def _refuse_links(root: Path) -> None:
+    """Raise PbcError for a link in the folder: it may come from anybody, and lead anywhere.
+
+    What is written through one, or cut to size, would be a file elsewhere.
+    """
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            if (path := Path(folder, name)).is_symlink():
+                raise PbcError(f"{path} is a link; nothing is written through one: remove it")
 
 
 def _lock(handle: int, wait_seconds: float) -> None:
