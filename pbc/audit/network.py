@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pbc.audit.options import AuditOptions
+from pbc.errors import PbcError
 from pbc.fleet.protection import Protection
 from pbc.fleet.vector import flatten, unflatten
 from pbc.runtime.engines import Executable
@@ -41,7 +42,7 @@ class Network:
     def gradient(self, photos: np.ndarray) -> np.ndarray:
         """Return f32[d], the gradient of the mean loss of int64[b] photos at the start."""
         self.executable.forward(0, self._of(photos), self.labels[photos])
-        return flatten(self.executable.gradients(), self.start)
+        return _finite(flatten(self.executable.gradients(), self.start), "a gradient")
 
     def gradients(self, photos: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Return f32[b, columns], some values of each photo's own gradient at the start."""
@@ -66,8 +67,8 @@ class Network:
                 chosen = order[begin : begin + self.batch]
                 self.executable.forward(0, self._of(chosen), self.labels[chosen])
                 self.executable.update()
-        moved: np.ndarray = flatten(self.executable.parameters(), theta) - flatten(theta, theta)
-        return moved
+        moved = flatten(self.executable.parameters(), theta) - flatten(theta, theta)
+        return _finite(moved, "an update")
 
     def averaged(
         self, shards: Sequence[np.ndarray], protection: Protection, random: np.random.Generator
@@ -101,3 +102,10 @@ class Network:
 
     def _of(self, photos: np.ndarray) -> dict[str, np.ndarray]:
         return {name: value[photos] for name, value in self.features.items()}
+
+
+def _finite(shared: np.ndarray, what: str) -> np.ndarray:
+    """Return what a client would share; raises PbcError where no server would take it."""
+    if not np.isfinite(shared).all():
+        raise PbcError(f"{what} is not finite: lower the learning rate, or look into the bundle")
+    return shared

@@ -14,7 +14,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -259,9 +259,27 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
         checked(manifest["requires"])
     except (ShapeError, PbcError) as error:
         raise PbcError(f"{path}: its {MANIFEST} is not valid: {error}") from error
-    for name in manifest["files"]:
-        check_name(path, name)
+    _check_names(path, [MANIFEST, signature.ENTRY, *manifest["files"]])
     return manifest
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse names that are not safe, and those that no folder holds beside each other.
+
+    A board, or another system, may not tell capital letters from small ones.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        check_name(path, name)
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise PbcError(f"{path}: {other!r} and {name!r} are one file on some systems")
+    for name in names:
+        for folder in PurePosixPath(name.casefold()).parents:
+            if str(folder) in folded:
+                raise PbcError(
+                    f"{path}: {folded[str(folder)]!r} is a file, and a folder of {name!r}"
+                )
 
 
 def check_name(path: Path, name: str) -> None:

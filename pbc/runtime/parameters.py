@@ -15,6 +15,9 @@ from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.engines.bounds import SAMPLES
 
+LONGEST_CLASS = 1024
+"""Characters of a class name."""
+
 _DRAWN_AT_ONCE = 1 << 18
 
 
@@ -123,12 +126,19 @@ def labelled_for(bundle: Bundle, samples: Samples, classes: Sequence[str] | None
 def numbered_classes(bundle: Bundle, classes: Sequence[str]) -> tuple[str, ...]:
     """Return class names by label: in the bundle's order if they are its own, else as given.
 
-    Raises PbcError for fewer than two, and for another number than a bundle's graphs are bound to.
+    Raises PbcError for fewer than two, for a name that no model is kept with, and for another
+    number than a bundle's graphs are bound to.
     """
     if len(set(classes)) != len(classes):
         raise PbcError(f"a class is named twice among {_first(classes)}")
     if len(classes) < 2:
         raise PbcError(f"the data has one class, {_first(classes)}; two are the least")
+    longest = max(classes, key=len)
+    if len(longest) > LONGEST_CLASS:
+        raise PbcError(
+            f"the class {longest[:60]!r}… has a name of {len(longest)} characters; "
+            f"{LONGEST_CLASS} are the most"
+        )
     names, count = bundle.manifest.get("classes"), bundle.manifest.get("class_count")
     if names is not None and _composed(classes) == _composed(names):
         return tuple(names)

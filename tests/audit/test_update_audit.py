@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from click.testing import CliRunner
 from guarded import ALLOWED, FORBIDDEN, imported, third_party
 
+from pbc import bundle
 from pbc.audit import attack
 from pbc.audit.audit import Audit, Row, audit, findings
 from pbc.audit.html import html
 from pbc.audit.options import AuditOptions
 from pbc.cli import main
-from pbc.errors import UsageError
+from pbc.errors import PbcError, UsageError
 
 OPTIONS = AuditOptions(batches=(1, 8, 32), clients=2, rounds=2)
 
@@ -117,6 +119,17 @@ def test_a_bundle_without_a_prefix(tmp_path: Path) -> None:
     tiny.write(tmp_path / "m.pbc", "whole")
     found = audit(tmp_path / "m.pbc", tmp_path / "photos", replace(OPTIONS, batches=(1,)))
     assert row(found, "a gradient of 1 photo").identified == 1
+
+
+def test_features_that_are_not_finite(tmp_path: Path) -> None:
+    tiny.photos(tmp_path / "photos", 4)
+    manifest, files = tiny.contents()
+    weights = safetensors.numpy.load(files[tiny.WEIGHTS.format(0)])
+    weights["conv.bias"][:] = np.inf
+    files[tiny.WEIGHTS.format(0)] = safetensors.numpy.save(weights)
+    made = bundle.write(tmp_path / "m.pbc", manifest, files)
+    with pytest.raises(PbcError, match="the prefix of level 0 returns 'flat' that is not finite"):
+        audit(made.path, tmp_path / "photos", AuditOptions())
 
 
 def test_the_command(fleet: Path, tmp_path: Path) -> None:

@@ -208,6 +208,26 @@ def test_an_unsafe_name(tmp_path: Path, name: str) -> None:
         bundle.write(tmp_path / "n.pbc", source.manifest, {name: b""})
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("a/X.json", "a/x.json"), "'a/X.json' and 'a/x.json' are one file on some systems"),
+        (("Manifest.JSON",), "'manifest.json' and 'Manifest.JSON' are one file"),
+        (("d", "d/e"), "'d' is a file, and a folder of 'd/e'"),
+        (("D", "d/e/f"), "'D' is a file, and a folder of 'd/e/f'"),
+    ],
+)
+def test_names_that_no_folder_holds_together(
+    tmp_path: Path, names: tuple[str, ...], said: str
+) -> None:
+    source = tiny.write(tmp_path / "m.pbc")
+    empty = {key: {"sha256": "0" * 64, "size_bytes": 0} for key in names}
+    facts = {**source.manifest["files"], **empty}
+    edit(source.path, {MANIFEST: changed_manifest(source, files=facts)})
+    with pytest.raises(PbcError, match=said):
+        Bundle.open(source.path)
+
+
 def test_an_entry_twice(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m.pbc").path
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -687,6 +688,7 @@ def test_broken_images(run: Run, tmp_path: Path) -> None:
         ("empty", "empty has no class folders"),
         ("hollow", "class folder 'green' of hollow has no images"),
         ("single", "the data has one class, 'red'; two are the least"),
+        ("long.zip", "has a name of 1025 characters; 1024 are the most"),
     ],
 )
 def test_data_that_cannot_be_trained_on(run: Run, data: str, message: str) -> None:
@@ -694,6 +696,10 @@ def test_data_that_cannot_be_trained_on(run: Run, data: str, message: str) -> No
     tiny.photos(Path("hollow"), 2, classes=["red"])
     Path("hollow/green").mkdir()
     tiny.photos(Path("single"), 2, classes=["red"])
+    photo = Path("single/red/000.png").read_bytes()
+    with zipfile.ZipFile("long.zip", "w") as archive:  # no folder's name is as long
+        for name in ("x" * 1025, "y"):
+            archive.writestr(f"{name}/0.png", photo)
     assert message in run("train", "@probe.pbc", data, "-o", "a", fails=1).stderr
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.data import Samples
+from pbc.errors import PbcError
 from pbc.runtime.engines import Executable
 from pbc.runtime.engines.bounds import check_table, photos_at_once
 
@@ -15,7 +16,7 @@ _CALL = 32
 def features_of(bundle: Bundle, executable: Executable, samples: Samples) -> dict[str, np.ndarray]:
     """Return the features of all samples, f32[n, …] each.
 
-    Raises PbcError where they would take too much memory.
+    Raises PbcError where they would take too much memory, and where they are not finite.
     """
     count = len(samples)
     check_table(bundle.manifest, count)
@@ -24,4 +25,11 @@ def features_of(bundle: Bundle, executable: Executable, samples: Samples) -> dic
         executable.prefix(0, samples.images(np.arange(begin, min(begin + step, count))))
         for begin in range(0, count, step)
     ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, values in table.items():
+        if not np.isfinite(values).all():
+            raise PbcError(
+                f"{bundle.path}: the prefix of level 0 returns {name!r} that is not finite; "
+                "nothing can be learnt from it"
+            )
+    return table

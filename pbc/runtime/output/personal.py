@@ -23,7 +23,7 @@ from pbc.runtime.engines.bounds import photos_at_once
 from pbc.runtime.evaluation import Evaluation, evaluate, log_softmax
 from pbc.runtime.objective import Objective
 from pbc.runtime.output.folder import Output
-from pbc.runtime.parameters import checked_theta, labelled_as, theta_size
+from pbc.runtime.parameters import LONGEST_CLASS, checked_theta, labelled_as, theta_size
 from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
 from pbc.util.files import read_bytes
@@ -34,7 +34,7 @@ _HEADER_BYTES = 16 << 20
 _MODEL = record(
     {
         "bundle": text(),
-        "classes": list_of(text(1024), 2, 1 << 20),
+        "classes": list_of(text(LONGEST_CLASS), 2, 1 << 20),
         "batch": integer(1, 1 << 20),
     },
     {
