@@ -72,7 +72,7 @@ class Ladder(nn.Module):
             read = down(part)
             if state is not None:
                 share = torch.sigmoid(self.gates[number - 1])
-                read = share * state + (1 - share) * read
+                read = read + share * (state - read)
             state = read + torch.relu(layer(read))
         up: Tensor = self.up(state)
         return up

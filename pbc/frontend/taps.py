@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pbc.errors import PbcError
 from pbc.frontend.axes import REDUCTIONS, channel_axis
@@ -17,6 +16,9 @@ from pbc.frontend.traced_network import TracedNetwork
 
 MOST = 4096
 """Values of all taps together: what a closed-form head of them takes of a small board's memory."""
+
+# For a vector of zeros.
+_LEAST_SQUARE = 1e-12
 
 Read = Callable[[nn.Linear, Tensor, Tensor], Tensor]
 """From the head's layer, what it read before and the taps to what it reads."""
@@ -134,5 +136,4 @@ def _mean(value: Tensor, axis: int) -> Tensor:
 
 
 def _scaled(rows: Tensor) -> Tensor:
-    scaled: Tensor = functional.normalize(rows, dim=1) * float(rows.shape[1] ** 0.5)
-    return scaled
+    return rows * ((rows * rows).mean(1, keepdim=True) + _LEAST_SQUARE).rsqrt()
