@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pbc.frontend.strategy import whole_number
-from pbc.frontend.taps import Taps
+from pbc.frontend.taps import Taps, scaled
 from pbc.frontend.traced_network import TracedNetwork
 
 _LEAST_WIDTH = 8
@@ -23,8 +23,8 @@ class Side:
     mix of the one before and of what a block of the frozen network puts out, brought to its width,
     and its last is brought to the head's width and added. Everything else is a frozen prefix.
     Deviations: blocks are read pooled over their positions, so that a device can keep them, and
-    the side network is of linear layers; it starts anew and not of pruned weights; its last layer
-    starts at zero, so that the model starts unchanged.
+    the side network is of linear layers, which read what is scaled; it starts anew and not of
+    pruned weights; its last layer starts at zero, so that the model starts unchanged.
     """
 
     reduction: int
@@ -73,6 +73,8 @@ class Ladder(nn.Module):
             if state is not None:
                 share = torch.sigmoid(self.gates[number - 1])
                 read = read + share * (state - read)
-            state = read + torch.relu(layer(read))
-        up: Tensor = self.up(state)
+            state = read + torch.relu(layer(scaled(read)))
+        assert state is not None, "there is a tap"
+        # Of a norm of one: a head's usual learning rate is too high for a layer that reads more.
+        up: Tensor = self.up(scaled(state) * self.up.in_features**-0.5)
         return up

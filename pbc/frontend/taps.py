@@ -98,7 +98,7 @@ class Taps:
             x = inputs[0]
             if pooled is not None:
                 x = _mean(x, pooled)
-            together = torch.cat([_scaled(latest.pop(tap.block)) for tap in self.taps], 1)
+            together = torch.cat([scaled(latest.pop(tap.block)) for tap in self.taps], 1)
             return (read(layer, x, together),)
 
         if isinstance(self.head, PooledLinear):
@@ -135,5 +135,6 @@ def _mean(value: Tensor, axis: int) -> Tensor:
     return value.mean(others) if others else value
 
 
-def _scaled(rows: Tensor) -> Tensor:
+def scaled(rows: Tensor) -> Tensor:
+    """Return f32[b, d] rows of a root mean square of one."""
     return rows * ((rows * rows).mean(1, keepdim=True) + _LEAST_SQUARE).rsqrt()

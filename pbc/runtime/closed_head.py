@@ -25,8 +25,10 @@ _LEAST_PER_CLASS = 4
 # Heads for the time being come with so many more samples each time.
 _GROWTH = 1.6
 _FIRST = 64
-# They are for whoever stops early: the next one comes no sooner than this.
+# They are for whoever stops early: the next one comes no sooner than this, and than so many times
+# what the last one took.
 PAUSE_SECONDS = 1.0
+_PAUSE_FACTOR = 10
 
 
 class ClosedHead:
@@ -48,10 +50,10 @@ class ClosedHead:
     ) -> None:
         """Take a head's inputs, the parameters it starts from, and those options that count.
 
-        pause_seconds: the least time between two heads on the way.
+        pause_seconds: the least time between two heads on the way; 0 for none, whatever they take.
         """
         self.complete = complete
-        self._pause_seconds = pause_seconds
+        self._least_pause_seconds = self._pause_seconds = pause_seconds
         self._made_at = monotonic()
         self.head: Head | None = None
         self._inputs = inputs
@@ -140,7 +142,11 @@ class ClosedHead:
 
         last: whether it is to stay; one for the time being costs a fifth.
         """
+        begun = monotonic()
         self.head = self._statistics.solve() if last else self._statistics.glance()
+        if self._least_pause_seconds:
+            took = monotonic() - begun
+            self._pause_seconds = max(self._least_pause_seconds, _PAUSE_FACTOR * took)
         self.use(self._inputs.theta(self.head))
         return self.head
 

@@ -18,6 +18,8 @@ from pbc.runtime.engines.bounds import SAMPLES
 from pbc.runtime.objective import Objective
 
 _TOLERANCE = 1e-3
+# Of an identity, where a head may have any number of classes.
+_ROWS = 1024
 
 
 class HeadInputs:
@@ -27,13 +29,25 @@ class HeadInputs:
     body need not run.
     """
 
-    def __init__(self, executable: Executable, theta: Mapping[str, np.ndarray], head: Arrays):
-        """Take a started executable's parameters, and those of the head among them."""
+    def __init__(
+        self,
+        executable: Executable,
+        theta: Mapping[str, np.ndarray],
+        head: Arrays,
+        *,
+        any_count: bool,
+    ) -> None:
+        """Take a started executable's parameters, and those of the head among them.
+
+        any_count: whether the bundle's graphs take a head of any number of classes.
+        """
         self._executable = executable
         self._weight = next(name for name, value in head.items() if value.ndim > 1)
         self._bias = next((name for name, value in head.items() if value.ndim == 1), None)
         self._classes = len(head[self._weight])
         self.width = math.prod(head[self._weight].shape[1:])
+        # Classes of an identity.
+        self._rows = min(_ROWS, self.width) if any_count else self._classes
         self.direct = False
         self._theta = dict(theta)
 
@@ -50,7 +64,8 @@ class HeadInputs:
         head = {name: theta[name] for name in bundle.manifest["head"]}
         if sorted(value.ndim > 1 for value in head.values()) != [False, True]:
             return None
-        inputs = cls(executable, theta, head)
+        open_head = bundle.manifest.get("class_count") is None
+        inputs = cls(executable, theta, head, any_count=open_head)
         if inputs.width > MOST_WIDTH:
             return None
         random = np.random.Generator(np.random.PCG64(0))
@@ -72,10 +87,10 @@ class HeadInputs:
             (sent,) = features.values()
             return sent.reshape(len(sent), -1)
         parts = []
-        for first in range(0, self.width, self._classes):
-            count = min(self._classes, self.width - first)
-            identity = np.eye(self._classes, self.width, first, dtype=np.float32)
-            bias = np.zeros(self._classes, np.float32)
+        bias = np.zeros(self._rows, np.float32)
+        for first in range(0, self.width, self._rows):
+            count = min(self._rows, self.width - first)
+            identity = np.eye(self._rows, self.width, first, dtype=np.float32)
             self._executable.start(self._with(identity, bias), Objective())
             parts.append(self._executable.logits(level, features)[:, :count])
         return np.concatenate(parts, axis=1)
@@ -86,8 +101,8 @@ class HeadInputs:
 
     def _with(self, weight: np.ndarray, bias: np.ndarray) -> dict[str, np.ndarray]:
         assert self._bias is not None, "a head without a bias is not found"
-        shape = self._theta[self._weight].shape
-        return {**self._theta, self._weight: weight.reshape(shape), self._bias: bias}
+        shape = self._theta[self._weight].shape[1:]
+        return {**self._theta, self._weight: weight.reshape(-1, *shape), self._bias: bias}
 
     def _explain(self, rows: np.ndarray, logits: np.ndarray) -> bool:
         if rows.shape[1] != self.width:
