@@ -29,6 +29,10 @@ _FIRST = 64
 # what the last one took.
 PAUSE_SECONDS = 1.0
 _PAUSE_FACTOR = 10
+# The spectral norm of a head that blocks before it train with. A closed form's is 10 to 40, and
+# gradients are that much larger than a random head's: MobileNetV3's last block, 20 classes, strays
+# off from 12; from 8, 4, 2, 1 six epochs come to 80.6, 84.4, 85.1, 84.1 %, from random to 84.1.
+_STEEPEST = 2.0
 
 
 class ClosedHead:
@@ -150,6 +154,11 @@ class ClosedHead:
         self.use(self._inputs.theta(self.head))
         return self.head
 
+    def begin_epochs(self) -> None:
+        """Start the executable with a head of what was added for steps to go on from."""
+        self.head = _gentle(self._statistics.solve())
+        self.use(self._inputs.theta(self.head))
+
     def finished(self) -> dict[str, np.ndarray]:
         """Return all parameters, with the head of everything that was added."""
         self.settle(last=True)
@@ -170,6 +179,13 @@ class ClosedHead:
         """Continue from what `state` returned."""
         if state:
             self._statistics.load_state(state)
+
+
+def _gentle(head: Head) -> Head:
+    """Return a head that ranks classes alike, no steeper than steps from it bear."""
+    steepness = float(np.linalg.eigvalsh(head.weight @ head.weight.T)[-1]) ** 0.5
+    factor = np.float32(min(1.0, _STEEPEST / steepness))
+    return replace(head, weight=factor * head.weight, bias=factor * head.bias)
 
 
 def next_head(count: int, classes: int) -> int:
@@ -218,5 +234,5 @@ def start_epochs(
     for batch, _ in zip(batches, train(closed, run, labels, batches, meter, totals), strict=True):
         visited += len(batch.samples)
         yield visited
-    closed.settle(last=True)
+    closed.begin_epochs()
     meter.lap("backward")

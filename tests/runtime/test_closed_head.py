@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ def test_elsewhere_it_starts_the_epochs(tmp_path: Path) -> None:
     assert len(closed) == len(plain) == 2
     assert closed[0].loss < plain[0].loss
     assert case.accuracy("closed") >= case.accuracy("sgd")
+
+
+def test_a_start_is_no_steeper_than_steps_bear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, "whole")
+    steep: list[float] = []
+    use = closed_head.ClosedHead.use
+
+    def watch(self: closed_head.ClosedHead, theta: Mapping[str, np.ndarray]) -> None:
+        steep.append(float(np.linalg.norm(theta["head.weight"], 2)))
+        use(self, theta)
+
+    monkeypatch.setattr(closed_head.ClosedHead, "use", watch)
+    case.fit("whole", epochs=1)
+    assert steep == [pytest.approx(2.0)]
+    case = Case(tmp_path / "probe")  # nothing trains by steps: as steep as the photos say
+    case.fit("probe")
+    assert steep[-1] > 2.5
 
 
 def test_few_photos_a_class_are_left_to_sgd(tmp_path: Path) -> None:
