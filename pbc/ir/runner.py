@@ -56,6 +56,24 @@ class TorchRunner:
         return dict(zip(graph_outputs(graph), results, strict=True))
 
 
+class InFloat32:
+    """Has a runner compute in float32 what is given and wanted in float64."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def inputs(self, role: GraphName) -> Sequence[str]:
+        return self._runner.inputs(role)
+
+    def run(self, role: GraphName, values: Values) -> dict[str, Any]:
+        single = {
+            name: value.astype(np.float32) if value.dtype == np.float64 else value
+            for name, value in values.items()
+        }
+        found = {name: tensor(value) for name, value in self._runner.run(role, single).items()}
+        return {n: v.double() if v.dtype == torch.float32 else v for n, v in found.items()}
+
+
 def tensor(value: Any) -> Tensor:
     """Return an array, or an engine's tensor, as torch's, in the same memory where that can be."""
     if isinstance(value, Tensor):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,16 +16,20 @@ from pbc.bundle.ladder import BFLOAT16, FLOAT32, INT8
 from pbc.ir.graph import graph_inputs, graph_outputs
 from pbc.ir.levels import IMAGES, LevelGraphs
 from pbc.ir.program import Program
-from pbc.ir.runner import Runner, tensor
+from pbc.ir.rewrite import in_float64
+from pbc.ir.runner import InFloat32, Runner, tensor
 from pbc.proxies.fidelity import dtype_of, precision_of
 from pbc.proxies.quantization import unrounded
-from pbc.training_graph.step_check import starting_parameters
+from pbc.training_graph.step_check import doubled, starting_parameters
 
 USUAL = {FLOAT32: 1e-4, BFLOAT16: 5e-2, INT8: 5e-2}
 """The error that rounding makes, by the precision that a graph computes in."""
 
 MOST = 1e-2
-"""The largest error of float32 that is not a wrong graph."""
+"""The largest error of float32 that is not a wrong graph, or rounding that the network amplifies.
+
+`graph_error_beside_float64` tells these two apart.
+"""
 
 # Who rounds the last bit otherwise, rounds some values to their other neighbour, and behind a few
 # layers all: two such results are as far apart as two independent errors of this size, √2 times it.
@@ -57,20 +62,49 @@ def graph_errors(program: Program, level: LevelGraphs, runner: Runner) -> dict[G
     difference against its largest value. In fewer bits than float32's it is the root of the mean
     square of either: there, a few of thousands of values are rounded to their neighbours.
     """
-    theta = starting_parameters(program, level)
+    values = {IMAGES: program.network.example, **starting_parameters(program, level)}
+    return _errors(program, level, runner, values)
+
+
+def graph_error_beside_float64(
+    program: Program, level: LevelGraphs, role: GraphName, runner: Runner
+) -> float:
+    """Return how far a lowered graph is from torch's in float64, as `graph_errors` counts it.
+
+    role: of a graph that computes in float32.
+    """
+    exact = replace(level, body=in_float64(level.body))
+    if level.prefix is not None and _is_float32(program, level, PREFIX):
+        exact = replace(exact, prefix=in_float64(level.prefix))
+    values = {IMAGES: program.network.example, **starting_parameters(program, level)}
+    return _errors(program, exact, InFloat32(runner), doubled(values), [role])[role]
+
+
+def _errors(
+    program: Program,
+    level: LevelGraphs,
+    runner: Runner,
+    given: Mapping[str, Tensor],
+    roles: Collection[GraphName] = (PREFIX, BODY),
+) -> dict[GraphName, float]:
+    """The largest errors of some of the graphs, by role.
+
+    level: with the graphs that say what is right. given: images and θ.
+    """
     found: dict[GraphName, float] = {}
-    for images in _batches(program.network.example):
-        values: dict[str, Tensor] = {IMAGES: images, **theta}
+    for images in _batches(given[IMAGES]):
+        values = {**given, IMAGES: images}
         for role in (PREFIX, BODY):
             if role not in level.graphs:
                 continue
             expected = _in_torch(program, level, role, values)
-            arrays = {name: value.detach().numpy() for name, value in values.items()}
-            got = runner.run(role, arrays)
-            precision = precision_of(program.levels[0], role, level.precision)
-            errors = [found.get(role, 0.0)]
-            errors += [_relative(tensor(got[n]), v, precision) for n, v in expected.items()]
-            found[role] = max(errors, key=lambda error: (math.isnan(error), error))
+            if role in roles:
+                arrays = {name: value.detach().numpy() for name, value in values.items()}
+                got = runner.run(role, arrays)
+                precision = precision_of(program.levels[0], role, level.precision)
+                errors = [found.get(role, 0.0)]
+                errors += [_relative(tensor(got[n]), v, precision) for n, v in expected.items()]
+                found[role] = max(errors, key=lambda error: (math.isnan(error), error))
             values |= expected
     return found
 
@@ -81,10 +115,17 @@ def _batches(images: Tensor) -> tuple[Tensor, Tensor]:
     return two, torch.cat([two, two.mean(0, keepdim=True)])
 
 
+def _is_float32(program: Program, level: LevelGraphs, role: GraphName) -> bool:
+    return precision_of(program.levels[0], role, level.precision) == FLOAT32
+
+
 def _in_torch(
     program: Program, level: LevelGraphs, role: GraphName, values: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    """A graph's results; those of one in float32 are in the images' type, float32 or float64."""
     graph = level.graphs[role]
+    if _is_float32(program, level, role):
+        return _run(graph, values, values[IMAGES].dtype)
     dtype = dtype_of(precision_of(program.levels[0], role, level.precision))
     if dtype != torch.float32:  # what is rounded has batch norms fused already
         graph = copy.deepcopy(level.fused().graphs[role]).to(dtype)
@@ -94,7 +135,8 @@ def _in_torch(
 def _run(graph: GraphModule, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     with torch.no_grad():
         results = graph(*[values[name].to(dtype) for name in graph_inputs(graph)])
-    return {name: value.float() for name, value in zip(graph_outputs(graph), results, strict=True)}
+    kept = torch.promote_types(dtype, torch.float32)
+    return {n: value.to(kept) for n, value in zip(graph_outputs(graph), results, strict=True)}
 
 
 def _relative(value: Tensor, expected: Tensor, precision: str) -> float:

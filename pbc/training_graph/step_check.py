@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from pbc.bundle.graph_name import FORWARD, GraphName, update
 from pbc.bundle.optimizers import BETA_MEAN, BETA_SQUARE, NEW, OPTIMIZERS
+from pbc.errors import PbcError
 from pbc.ir.graph import graph_inputs, parameter_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import in_float64
-from pbc.ir.runner import Runner, tensor
+from pbc.ir.runner import InFloat32, Runner, tensor
 from pbc.training_graph.names import LABELS, LOSSES
 
 STEPS = 5
@@ -53,7 +51,8 @@ def step_errors(
     and labels int64 [b]. Every step starts from where torch is, so that a network that amplifies
     rounding does not pass for a wrong derivative. A tensor's error is the largest difference of one
     of its values, against its largest value; that of the losses counts likewise. State counts since
-    it is made of gradients alone, which a small step hides in the rounding of a parameter.
+    it is made of gradients alone, which a small step hides in the rounding of a parameter. Raises
+    PbcError where torch's own steps, however small, make what is not finite.
     """
     return {name: _errors(body, parameters, batches, runner, name) for name in optimizers}
 
@@ -65,8 +64,14 @@ def _errors(
     runner: Runner,
     optimizer: str,
 ) -> tuple[float, ...]:
-    found = (_errors_at(change, body, parameters, batches, runner, optimizer) for change in CHANGES)
-    return next((errors for errors in found if errors is not None), (math.nan,))
+    for change in CHANGES:
+        found = _errors_at(change, body, parameters, batches, runner, optimizer)
+        if found is not None:
+            return found
+    raise PbcError(
+        "torch's own training step of this network makes numbers that are not finite, of images "
+        "drawn at random: look for a root, a logarithm or a quotient of zero"
+    )
 
 
 def _errors_at(
@@ -134,25 +139,7 @@ def usual(errors: Mapping[str, Sequence[float]]) -> dict[str, float]:
     }
 
 
-class _InFloat32:
-    """Has a runner compute in float32 what is given and wanted in float64."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-
-    def inputs(self, role: GraphName) -> Sequence[str]:
-        return self._runner.inputs(role)
-
-    def run(self, role: GraphName, values: Mapping[str, Any]) -> dict[str, Any]:
-        single = {
-            name: value.astype(np.float32) if value.dtype == np.float64 else value
-            for name, value in values.items()
-        }
-        found = {name: tensor(value) for name, value in self._runner.run(role, single).items()}
-        return {n: v.double() if v.dtype == torch.float32 else v for n, v in found.items()}
-
-
-def errors_beside_float64(
+def step_error_beside_float64(
     body: GraphModule,
     parameters: Tensors,
     batches: Sequence[tuple[Tensors, Tensor]],
@@ -160,7 +147,7 @@ def errors_beside_float64(
 ) -> float:
     """Return what most steps of a runner in float32 are off from torch's in float64."""
     exact = [(doubled(features), labels) for features, labels in batches]
-    found = step_errors(in_float64(body), doubled(parameters), exact, _InFloat32(runner))
+    found = step_errors(in_float64(body), doubled(parameters), exact, InFloat32(runner))
     return max(usual(found).values())
 
 

@@ -18,7 +18,8 @@ from pbc.bundle.graph_name import BODY, PREFIX, GraphName, update
 from pbc.errors import PbcError
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.ir.runner import Runner, Values
+from pbc.ir.runner import Runner, TorchRunner, Values
+from pbc.lower.graph_check import graph_error_beside_float64
 from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.lower import Lower
 from pbc.passes.mark_trainable import MarkTrainable
@@ -244,6 +245,37 @@ def test_a_wrong_lowered_graph_is_refused(
         r"5\.0e-02 \(relative; at most 1e-02 in float32\): compile with another --engine"
     )
     with pytest.raises(PbcError, match=message):
+        Lower()(program)
+
+
+class Amplifying(nn.Module):
+    """What float32 rounds off such a number turns its sine by some percent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.fc = nn.Linear(8 * 7 * 7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(torch.sin(3e5 * self.conv(x)).flatten(1))
+        return logits
+
+
+def test_rounding_that_a_prefix_amplifies_is_told_and_a_wrong_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make_program(Amplifying(), passes=[MarkTrainable(), SplitPrefix()])
+    program = with_request(made, engine="onnxruntime")
+    level = program.levels[0]
+    own = graph_error_beside_float64(program, level, PREFIX, TorchRunner(level))
+    assert 1e-2 < own < 0.1
+    with monkeypatch.context() as context:
+        shifted(context, [PREFIX], 5 * own)
+        (note,) = set(Lower()(program).notes) - set(program.notes)
+    assert note.startswith("the prefix of level 0 differs from torch's by")
+    assert note.endswith("rounding that the network amplifies")
+    shifted(monkeypatch, [PREFIX], 20 * own)
+    with pytest.raises(PbcError, match="what onnxruntime computes for the prefix of level 0"):
         Lower()(program)
 
 
