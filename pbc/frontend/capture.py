@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from pbc.errors import PbcError, reason_of
 from pbc.frontend import decompositions
 from pbc.frontend.gradient_stops import as_nodes, spelt_out
+from pbc.frontend.open_batch import OpenBatch
 from pbc.frontend.user_code import where_raised
 from pbc.ir.graph import get_tensor, op_name, origin, output_node, put_tensor, tensor_names
 from pbc.ir.rewrite import ancestors
@@ -111,7 +112,7 @@ def functional(module: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
     Raises PbcError where its logits are more than a function of the image, and whatever torch does.
     """
     example = torch.zeros(EXAMPLE_BATCH, *shape)
-    with spelt_out():
+    with spelt_out(), OpenBatch():
         exported = torch.export.export(
             module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
         )
@@ -329,6 +330,8 @@ def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
         elif node.target is aten.clamp.default and node.meta["val"].is_floating_point():
             # Exporters give each bound its own type, and 0 beside 0.5 is two of them.
             node.args = (node.args[0], *(_as_float(bound) for bound in node.args[1:]))
+        elif node.target is aten.copy.default:
+            _written_value(graph, node)
         elif node.target is aten._to_copy.default and _is_float32(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
@@ -408,6 +411,26 @@ def _mean_of_windows(graph: GraphModule, node: Node) -> None:
         total = graph.graph.call_function(aten.mul.Tensor, (mean, height * width / divisor))
     mean.meta, total.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(total)
+    graph.graph.erase_node(node)
+
+
+def _written_value(graph: GraphModule, node: Node) -> None:
+    """Let what is written over a tensor be itself, in that size and type; copies lack gradients."""
+    target, source = node.args[:2]
+    assert isinstance(target, Node)
+    assert isinstance(source, Node)
+    value, given = node.meta["val"], source.meta["val"]
+    written = source
+    with graph.graph.inserting_before(node):
+        if given.dtype != value.dtype:
+            written = graph.graph.call_function(
+                aten._to_copy.default, (written,), {"dtype": value.dtype}
+            )
+            written.meta = {**node.meta, "val": given.to(value.dtype)}
+        if given.shape != value.shape:
+            written = graph.graph.call_function(aten.expand_as.default, (written, target))
+            written.meta = dict(node.meta)
+    node.replace_all_uses_with(written)
     graph.graph.erase_node(node)
 
 

@@ -180,7 +180,7 @@ def test_every_operator_knows_its_line_in_regions_too() -> None:
 
 def test_a_forward_for_one_number_of_images_is_told() -> None:
     loops = Functional(lambda module, x: module.fc(torch.stack([pooled(i[None])[0] for i in x])))
-    with pytest.raises(PbcError, match="made for one number of images, such as by a loop"):
+    with pytest.raises(PbcError, match="made for one number of images"):
         capture(loops, SHAPE)
 
 
