@@ -74,6 +74,12 @@ def confirm(
     if wrong is not None and not watch.suspects and _agree_in_float64(module, graph, images, names):
         wrong = None
     if wrong is not None:
+        gradient = eager.gradients(1.0)[wrong[0]]
+        if gradient is not None and not gradient.isfinite().all():
+            raise PbcError(
+                f"the gradient of {wrong[0]} in {name} is not finite in PyTorch either, of images "
+                "drawn at random: look for a root, a logarithm or a quotient of zero"
+            )
         raise PbcError(_difference(name, *wrong, watch.suspects))
     return _without_gradient(name, graph, eager)
 
@@ -147,6 +153,8 @@ def _graph(graph: GraphModule, images: Tensor, trainable: Collection[str]) -> _R
 
 
 def _check_logits(name: str, eager: Tensor, found: Tensor) -> None:
+    if not eager.isfinite().all():
+        raise PbcError(f"the logits of {name} are not finite, of images drawn at random")
     error = _relative(found, eager, 1.0)
     if not error <= TOLERANCE:
         raise PbcError(

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from pbc import bundle, compiler
 from pbc.bundle.graph_name import FORWARD, update
 from pbc.bundle.optimizers import OPTIMIZERS
+from pbc.errors import PbcError
 from pbc.ir.graph import (
     NAME,
     get_tensor,
@@ -30,6 +31,8 @@ from pbc.ir.program import Program
 from pbc.passes import derive_train_step
 from pbc.passes.derive_train_step import CHECK, DeriveTrainStep
 from pbc.passes.lower import Lower
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.split_prefix import SplitPrefix
 from pbc.testing import (
     assert_same,
     assert_text,
@@ -447,3 +450,41 @@ def test_what_float32_leaves_open_float64_decides(
     monkeypatch.setattr(derive_train_step, "TOLERANCE", 1e-10)
     program = DeriveTrainStep()(on_onnxruntime(split(kind, strategy)))
     assert max(program.checks[CHECK]["0"].values()) <= 1e-10
+
+
+class Rooted(nn.Module):
+    """Roots of zeros, whose slope is infinite, around a ReLU and without one."""
+
+    def __init__(self, rectified: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.rectified = rectified
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = torch.sqrt(torch.relu(y) if self.rectified else 0 * y)
+        logits: Tensor = self.fc(y.mean((2, 3)))
+        return logits
+
+
+def rooted(rectified: bool) -> Program:
+    net = make_program(Rooted(rectified), "full", passes=[MarkTrainable(), SplitPrefix()])
+    return on_onnxruntime(net)
+
+
+def test_an_infinite_slope_does_not_pass_a_relu_that_is_off() -> None:
+    after = DeriveTrainStep()(rooted(True))
+    assert all(error < 1e-4 for error in after.checks[CHECK]["0"].values())
+
+
+def test_a_network_without_finite_gradients_is_refused() -> None:
+    with pytest.raises(PbcError, match=r"the gradient of conv\.weight in Rooted is not finite in"):
+        rooted(False)
+
+
+def test_steps_that_torch_makes_no_numbers_of_are_refused() -> None:
+    program = on_onnxruntime(split(ConvNet, "norm")).copy()
+    program.parameters["bn1.bias"] = program.parameters["bn1.bias"] * float("inf")
+    with pytest.raises(PbcError, match="makes numbers that are not finite, of images drawn at"):
+        DeriveTrainStep()(program)

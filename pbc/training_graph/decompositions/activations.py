@@ -6,6 +6,9 @@ By factors of 0 and 1: engines vectorise a comparison and a product, and select 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,10 +17,28 @@ from torch._decomp import core_aten_decompositions
 aten = torch.ops.aten
 
 
+_selects: ContextVar[bool] = ContextVar("pbc_selects", default=False)
+
+
+@contextmanager
+def selecting() -> Iterator[None]:
+    """Have gradients inside the block be zero where a ReLU was off, even infinite ones.
+
+    A root behind a ReLU has those, and zero times infinity is not a number.
+    """
+    token = _selects.set(True)
+    try:
+        yield
+    finally:
+        _selects.reset(token)
+
+
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     """Let through what was above the threshold; for a ReLU `x` is its result."""
-    mask = (x > threshold).to(grad.dtype)
-    return grad * mask
+    above = x > threshold
+    if _selects.get():
+        return torch.where(above, grad, 0.0)
+    return grad * above.to(grad.dtype)
 
 
 def hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
