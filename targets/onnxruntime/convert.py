@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
 import re
 import warnings
@@ -148,6 +149,7 @@ def _exported(graph: GraphModule, axes: Sequence[Sequence[int]]) -> ModelProto:
     """The model of the graph's inputs and then its frozen tensors, by the exporter's names."""
     module = _tensors_as_inputs(graph)
     multiply_once(module)
+    merge_heads(module)
     inputs = placeholders(module)
     arguments = tuple(torch.empty(shape_of(node), dtype=node.meta["val"].dtype) for node in inputs)
     dynamic = [dict.fromkeys(open_axes, torch.export.Dim.DYNAMIC) for open_axes in axes]
@@ -279,6 +281,49 @@ def multiply_once(graph: GraphModule) -> None:
                 node.args = (node.args[0], matrix) if place else (matrix, node.args[1])
                 break
     graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def merge_heads(graph: GraphModule) -> None:
+    """Have attention take whatever axes are between batch and tokens for heads, in place.
+
+    Before::
+
+        %attention = scaled_dot_product_attention(%q, %k, %v)  # [b, 4, 16, 49, 24] each
+
+    After, since the exporter knows attention of four axes alone::
+
+        %attention = scaled_dot_product_attention(%q4, %k4, %v4)  # [b, 64, 49, 24] each
+        %reshape = reshape(%attention, [-1, 4, 16, 49, 24])
+
+    Does nothing where the axes differ or a mask has them.
+    """
+    for node in list(graph.graph.nodes):
+        if node.target != aten.scaled_dot_product_attention.default:
+            continue
+        shapes = [source.meta["val"].shape for source in node.args[:3]]
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        alike = len({shape[1:-2] for shape in shapes}) == 1
+        if (
+            len(shapes[0]) == 4
+            or not alike
+            or (mask is not None and len(mask.meta["val"].shape) > 2)
+        ):
+            continue
+        with graph.graph.inserting_before(node):
+            merged = [
+                graph.graph.call_function(
+                    aten.reshape.default, (source, [-1, math.prod(shape[1:-2]), *shape[-2:]])
+                )
+                for source, shape in zip(node.args[:3], shapes, strict=True)
+            ]
+        node.args = (*merged, *node.args[3:])
+        with graph.graph.inserting_after(node):
+            whole = graph.graph.call_function(
+                aten.reshape.default, (node, [-1, *shapes[0][1:-1], shapes[2][-1]])
+            )
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user, own=whole: user is not own)
+        whole.meta = dict(node.meta)
     graph.recompile()
 
 

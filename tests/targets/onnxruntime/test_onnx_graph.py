@@ -13,6 +13,7 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, pruned
 from onnx_checks import assert_logits, converted, run, session
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import PbcError
@@ -173,6 +174,23 @@ def test_a_matrix_is_not_copied_for_each_sample() -> None:
     values = {"x": x.numpy(), "weight": weight.numpy()}
     for got, wanted in zip(run(session(graph, model), values).values(), expected, strict=True):
         assert np.allclose(got, wanted, atol=1e-6)
+
+
+class Attention(nn.Module):
+    """Attention within windows of several heads, and of one head that is no axis."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        mask = torch.ones(5, 5).tril().bool()
+        windows = functional.scaled_dot_product_attention(x, x.flip(3), x * 2, mask)
+        return windows, functional.scaled_dot_product_attention(x[:, 0, 0], x[:, 1, 0], x[:, 0, 1])
+
+
+def test_attention_of_any_number_of_axes() -> None:
+    graph = traced(Attention(), (EXAMPLE_BATCH, 2, 3, 5, 4))
+    x = torch.randn(3, 2, 3, 5, 4)
+    found = run(session(graph, Converter()("attention", graph)), {"x": x.numpy()})
+    for got, wanted in zip(found.values(), graph(x), strict=True):
+        assert np.allclose(got, wanted.numpy(), atol=1e-5)
 
 
 class Handed(nn.Module):
