@@ -18,9 +18,31 @@ def table() -> dict[Any, Callable[..., Any]]:
     return {
         **torch.export.default_decompositions(),
         **borders.TABLE,
+        aten.bilinear.default: _bilinear,
         aten.instance_norm.default: _instance_norm,
+        aten.kthvalue.default: _kth_value,
         aten.linalg_vector_norm.default: _vector_norm,
+        aten.median.dim: _median,
     }
+
+
+def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply one input by all of the weight, and sum that over the other."""
+    outputs, _, columns = weight.shape
+    rows = x @ weight.transpose(0, 1).flatten(1)
+    product = (rows.unflatten(-1, (outputs, columns)) * y.unsqueeze(-2)).sum(-1)
+    return product if bias is None else product + bias
+
+
+def _kth_value(x: Tensor, k: int, axis: int = -1, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """Take the value that sorting brings to this place."""
+    values, places = (part.select(axis, k - 1) for part in x.sort(axis))
+    return (values.unsqueeze(axis), places.unsqueeze(axis)) if keep else (values, places)
+
+
+def _median(x: Tensor, axis: int, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """Take the lower one of two values in the middle."""
+    return _kth_value(x, (x.shape[axis] + 1) // 2, axis, keep)
 
 
 def _instance_norm(

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pbc.ir.graph import placeholders
+from pbc.training_graph.decompositions.grid_samples import grid_sampler
 from pbc.training_graph.decompositions.pooling import avg_pool3d
 from pbc.training_graph.decompositions.selected_channels import index_copy
 
@@ -60,7 +61,8 @@ def decomposed(node: Node, converted: Container[Any]) -> GraphModule | None:
 def _table() -> dict[Any, Callable[..., Any]]:
     return {
         **core_aten_decompositions(),
-        **get_decompositions([aten.grid_sampler_2d]),
         aten.avg_pool3d.default: avg_pool3d,
         aten.index_copy.default: index_copy,
+        aten.grid_sampler_2d.default: grid_sampler,
+        aten.grid_sampler_3d.default: grid_sampler,
     }

@@ -153,6 +153,12 @@ LAYERS: dict[str, Maps] = {
     "baddbmm": lambda x: torch.baddbmm(
         x.flatten(2), x.flatten(2), torch.ones(1, 64, 64).expand(x.shape[0], -1, -1)
     ),
+    "bilinear": lambda x: functional.bilinear(x, x.flip(3), torch.ones(8, 8, 8), torch.ones(8)),
+    "median": lambda x: x.median(1, keepdim=True).values + x.median(2).values[:, :, None],
+    "k-th value": lambda x: x.kthvalue(3, 3).values,
+    "written over": lambda x: x.index_fill(1, torch.tensor([1]), 0.0).slice_scatter(
+        torch.ops.aten.copy(x[:, :2], x[:, 2:3]), 1, 0, 2
+    ),
     "max unpool": lambda x: functional.max_unpool2d(
         *functional.max_pool2d(x, 2, return_indices=True), [2, 2]
     ),

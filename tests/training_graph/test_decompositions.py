@@ -22,6 +22,7 @@ from pbc.training_graph.decompositions import (
     attention,
     convolution_gradients,
     convolutions,
+    grid_samples,
     matrices,
     norms,
     pooling,
@@ -29,6 +30,7 @@ from pbc.training_graph.decompositions import (
     selections,
     slices,
     table,
+    windows,
 )
 from pbc.training_graph.decompositions.constants import frozen
 
@@ -247,7 +249,7 @@ def test_max_pool_backward(
     result, indices = aten.max_pool2d_with_indices.default(x, *window)
     arguments = (random(*result.shape), x, *window, indices)
     expected = aten.max_pool2d_with_indices_backward.default(*arguments)
-    assert_close(pooling.max_pool2d_with_indices_backward(*arguments), expected)
+    assert_close(pooling.max_pool_with_indices_backward(*arguments), expected)
 
 
 @given(
@@ -521,3 +523,130 @@ def test_the_gradient_of_a_maximum_scatters_nothing(keepdim: bool) -> None:
     called = {node.target for node in trace.graph.nodes if node.op == "call_function"}
     assert not [op for op in called if "scatter" in str(op)]
     assert_close(trace(x), slope(x))
+
+
+def assert_same_gradients(
+    ours: Callable[..., Tensor], torchs: Callable[..., Tensor], *inputs: Tensor
+) -> None:
+    """Compare results, and gradients with respect to every input."""
+    made = []
+    for function in (ours, torchs):
+        leaves = [value.detach().clone().requires_grad_() for value in inputs]
+        result = function(*leaves)
+        loss = (result * random(*result.shape)).sum()
+        slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+        # torch's kernels give zeros where autograd gives none.
+        made.append([result, *(torch.zeros(()) if s is None else s for s in slopes)])
+    for found, expected in zip(*made, strict=True):
+        assert_close(found.expand_as(expected).to(expected.dtype), expected)
+
+
+@given(
+    interpolation=st.integers(0, 2),
+    outside=st.integers(0, 2),
+    align_corners=st.booleans(),
+    size=st.lists(st.integers(1, 5), min_size=2, max_size=3),
+    outputs=st.lists(st.integers(1, 4), min_size=3, max_size=3),
+)
+def test_grid_sampler(
+    interpolation: int, outside: int, align_corners: bool, size: list[int], outputs: list[int]
+) -> None:
+    assume(interpolation < 2 or len(size) == 2)
+    x = random(2, 3, *size)
+    grid = 2 * random(2, *outputs[: len(size)], len(size))
+
+    def ours(x: Tensor, grid: Tensor) -> Tensor:
+        return grid_samples.grid_sampler(x, grid, interpolation, outside, align_corners)
+
+    def torchs(x: Tensor, grid: Tensor) -> Tensor:
+        return torch.grid_sampler(x, grid, interpolation, outside, align_corners)
+
+    assert_same_gradients(ours, torchs, x, grid)
+
+
+@pytest.mark.parametrize("outside", [0, 1, 2])
+def test_a_grid_sampler_at_the_pixels_themselves_takes_the_same_side(outside: int) -> None:
+    """An untrained spatial transformer is there: one side's slope, and none at the border."""
+    matrix = torch.eye(2, 3, dtype=torch.float64)[None]
+    grid = functional.affine_grid(matrix, [1, 3, 5, 9], align_corners=True)
+    assert_same_gradients(
+        lambda x, grid: grid_samples.grid_sampler(x, grid, 0, outside, True),
+        lambda x, grid: torch.grid_sampler(x, grid, 0, outside, True),
+        random(1, 3, 5, 9),
+        grid,
+    )
+
+
+def test_a_grid_sampler_reads_nothing_but_the_map() -> None:
+    grid = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30]).expand(2, 3, 4)[..., None]
+    found = grid_samples.grid_sampler(
+        torch.ones(2, 3, 4, 4), grid.expand(-1, -1, -1, 2), 0, 0, False
+    )
+    assert not found[..., 1:].nan_to_num().any()
+
+
+@given(
+    axis=st.integers(-3, 2),
+    size=st.integers(1, 7),
+    step=st.integers(1, 7),
+    more=st.integers(0, 9),
+)
+def test_unfold_backward(axis: int, size: int, step: int, more: int) -> None:
+    sizes = [2, 3, 4]
+    sizes[axis] = size + more
+    grad = random(*random(*sizes).unfold(axis, size, step).shape)
+    assert_close(
+        windows.unfold_backward(grad, sizes, axis, size, step),
+        aten.unfold_backward.default(grad, sizes, axis, size, step),
+    )
+
+
+@given(
+    axes=st.permutations([0, 1, -1]),
+    offset=st.integers(-4, 4),
+    sizes=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+)
+def test_diagonal(axes: list[int], offset: int, sizes: list[int]) -> None:
+    x, (first, second, _) = random(*sizes), axes
+    assume(-sizes[first] < offset < sizes[second])
+    assert_same_gradients(
+        lambda x: slices.diagonal(x, offset, first, second),
+        lambda x: x.diagonal(offset, first, second),
+        x,
+    )
+
+
+def test_the_older_norm() -> None:
+    assert_same_gradients(
+        lambda x: norms.norm(x, None, [1], True),
+        lambda x: x.norm(dim=1, keepdim=True),
+        random(2, 3, 4),
+    )
+
+
+@given(
+    mode=st.sampled_from(["bilinear", "bicubic"]),
+    align_corners=st.booleans(),
+    by_size=st.booleans(),
+    size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    outputs=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+)
+def test_antialiased_resizing(
+    mode: str, align_corners: bool, by_size: bool, size: tuple[int, int], outputs: tuple[int, int]
+) -> None:
+    x = random(2, 3, *size)
+    operator = getattr(aten, f"_upsample_{mode}2d_aa").vec
+    given = (outputs, align_corners, None) if by_size else (None, align_corners, [0.75, 1.5])
+    assert_same_gradients(
+        lambda x: DIFFERENTIABLE[operator](x, *given), lambda x: operator(x, *given), x
+    )
+
+
+def test_maxima_of_volumes() -> None:
+    x = random(2, 3, 4, 5, 6)
+    result, indices = functional.max_pool3d(x, 2, 1, return_indices=True)
+    grad, window = random(*result.shape), ([2] * 3, [1] * 3, [0] * 3, [1] * 3, False, indices)
+    assert_close(
+        pooling.max_pool_with_indices_backward(grad, x, *window),
+        aten.max_pool3d_with_indices_backward.default(grad, x, *window),
+    )

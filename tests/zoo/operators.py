@@ -115,9 +115,56 @@ def masked(net: Any, x: Tensor) -> Tensor:
 
 
 def warped(net: Any, x: Tensor) -> Tensor:
-    turn = torch.tensor([[0.9, 0.1, 0.0], [-0.1, 0.9, 0.05]]).expand(len(x), 2, 3)
+    turn = torch.tensor([[0.9, 0.1, 0.0], [-0.1, 0.9, 0.05]]).expand(x.shape[0], 2, 3)
     grid = F.affine_grid(turn, list(x.shape), align_corners=False)
     return F.grid_sample(net.a(x), grid, align_corners=False)
+
+
+def transformed(net: Any, x: Tensor) -> Tensor:
+    """A spatial transformer (Jaderberg et al., NeurIPS 2015)."""
+    turn = net.b(F.relu(net.a(x)).mean((2, 3))) + torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    grid = F.affine_grid(turn.unflatten(1, (2, 3)), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def halo(net: Any, x: Tensor) -> Tensor:
+    """Each block attends to itself and a border (Vaswani et al., CVPR 2021)."""
+    padded = F.pad(net.a(x), [1, 1, 1, 1])
+    windows = padded.unfold(2, 6, 4).unfold(3, 6, 4).flatten(4)
+    inner = x.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
+    weights = torch.softmax(torch.einsum("bchwq,bchwk->bhwqk", inner, windows) / 4, -1)
+    result: Tensor = torch.einsum("bhwqk,bchwk->bchwq", weights, windows).flatten(2)
+    return result[..., None]
+
+
+def overwritten(net: Any, x: Tensor) -> Tensor:
+    """Parts of a tensor are overwritten, as where channels move in time."""
+    moved = net.a(x).clone()
+    moved[:, :4, :, 1:] = x[:, :4, :, :-1]
+    moved[:, [4, 5]] = x[:, [7, 6]] * 0.5
+    return torch.as_tensor(moved)
+
+
+def assigned(net: Any, x: Tensor) -> Tensor:
+    """Soft assignment by distance (Arandjelović et al., CVPR 2016)."""
+    points = net.a(x).flatten(2).transpose(1, 2)
+    centres = net.w.value
+    weights = torch.softmax(-torch.cdist(points, centres.expand(x.shape[0], -1, -1)), -1)
+    result: Tensor = (weights @ centres).transpose(1, 2).unflatten(2, x.shape[2:])
+    return result
+
+
+def rooted(net: Any, x: Tensor) -> Tensor:
+    """The square root of a covariance, by Newton and Schulz (Li et al., CVPR 2018)."""
+    maps = net.a(x).flatten(2)
+    maps = maps - maps.mean(2, keepdim=True)
+    y = torch.bmm(maps, maps.transpose(1, 2)) / 256 + 0.1 * torch.eye(CHANNELS)
+    trace = y.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    y, z = y / trace, torch.eye(CHANNELS).expand_as(y)
+    for _ in range(3):
+        half = 0.5 * (3 * torch.eye(CHANNELS) - z @ y)
+        y, z = y @ half, half @ z
+    return (y * trace.sqrt())[..., None]
 
 
 def plain(function: Callable[[Tensor], Tensor], **layer: Any) -> tuple[Maps, Layers]:
@@ -245,6 +292,111 @@ OPERATORS: dict[str, tuple[Maps, Layers]] = {
     "weight_norm": (
         lambda net, x: net.a(x),
         {"a": lambda: nn.utils.parametrizations.weight_norm(conv(size=3)())},
+    ),
+    "bilinear_layer": (
+        lambda net, x: net.a(*2 * [x.permute(0, 2, 3, 1)]).permute(0, 3, 1, 2),
+        {"a": lambda: nn.Bilinear(CHANNELS, CHANNELS, CHANNELS)},
+    ),
+    "bilinear_pooling": plain(
+        lambda x: torch.einsum("bchw,bdhw->bcd", x, x).div(256).abs().add(0.01).sqrt()[..., None]
+    ),
+    "bicubic": plain(lambda x: F.interpolate(x, scale_factor=0.75, mode="bicubic")),
+    "bicubic_antialiased": plain(
+        lambda x: F.interpolate(x, (9, 9), mode="bicubic", antialias=True)
+    ),
+    "centred_crop_and_borders": plain(
+        lambda x: F.pad(F.pad(x, (2, -3, -1, 2)), (1, 1, 0, 0), value=0.5)
+    ),
+    "clusters": (assigned, {"a": conv(), "w": lambda: Weight(1, 8, CHANNELS)}),
+    "copied_to_places": plain(
+        lambda x: x.index_copy(1, torch.tensor([1, 5]), x[:, :2] * 2).index_fill(
+            1, torch.tensor([3]), 0.5
+        )
+    ),
+    "cosine_similarity": plain(lambda x: x * F.cosine_similarity(x, x.flip(1), dim=1)[:, None]),
+    "cumulative_product": plain(lambda x: x.sigmoid().add(0.5).cumprod(1)),
+    "diagonal": plain(lambda x: x.diagonal(dim1=2, dim2=3)[..., None]),
+    "differences": plain(lambda x: x.diff(dim=3).diff(dim=2)),
+    "distances": plain(lambda x: x * F.pairwise_distance(x, x.roll(1, 1))[:, None].tanh()),
+    "gathered": plain(
+        lambda x: x.flatten(2).gather(2, x.flatten(2).argsort(2)[:, :, ::16])[..., None]
+    ),
+    "grid_sample_of_cubics": (
+        lambda net, x: F.grid_sample(
+            net.a(x),
+            0.9 * torch.tanh(net.b(x)).permute(0, 2, 3, 1),
+            mode="bicubic",
+            padding_mode="reflection",
+            align_corners=True,
+        ),
+        {"a": conv(), "b": conv(outputs=2)},
+    ),
+    "halo_attention": (halo, {"a": conv()}),
+    "kronecker_product": (
+        lambda net, x: torch.kron(net.a(x), net.w.value),
+        {"a": conv(), "w": lambda: Weight(1, 1, 2, 2)},
+    ),
+    "log_sum_exp": plain(lambda x: x * torch.sigmoid(x.logsumexp((2, 3), keepdim=True))),
+    "masked_values": plain(
+        lambda x: (
+            x.masked_fill(torch.eye(16, dtype=torch.bool), -torch.inf).softmax(3)
+            + x.masked_fill(x > 1, 0.5)
+        )
+    ),
+    "maximum_pool_in_3d": (
+        lambda net, x: (
+            F.max_pool3d(net.a(x.unflatten(1, (4, 4))), 2, 1)
+            .flatten(1, 2)
+            .repeat(1, 4, 1, 1)[:, :16]
+        ),
+        {"a": lambda: nn.Conv3d(4, 4, 3, padding=1)},
+    ),
+    "maximum_unpool": plain(
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2])
+    ),
+    "median": plain(lambda x: x - x.median(1, keepdim=True).values),
+    "outer_product": plain(
+        lambda x: torch.einsum("bh,bw->bhw", x.mean((1, 3)), x.mean((1, 2)))[:, None] * x
+    ),
+    "positions": (
+        lambda net, x: net.a(x) + net.b(torch.arange(256)).t().reshape(1, CHANNELS, 16, 16),
+        {"a": conv(), "b": lambda: nn.Embedding(256, CHANNELS)},
+    ),
+    "recurrent": (rows, {"a": lambda: nn.RNN(CHANNELS, CHANNELS, batch_first=True)}),
+    "repeated": plain(lambda x: x.repeat_interleave(2, 3)[..., 1:-1].rot90(1, (2, 3))),
+    "scattered": plain(
+        lambda x: x.scatter(1, x.argmin(1, keepdim=True), 0.5).index_add(
+            1, torch.tensor([0, 0, 3]), x[:, :3]
+        )
+    ),
+    "second_order": (rooted, {"a": conv()}),
+    "shifted_channels": (overwritten, {"a": conv()}),
+    "sorted": plain(lambda x: x.sort(1).values),
+    "spatial_transformer": (
+        transformed,
+        {"a": conv(size=3), "b": lambda: nn.Linear(CHANNELS, 6)},
+    ),
+    "standard_deviation": plain(lambda x: x * x.std((2, 3), keepdim=True)),
+    "sums_of_windows": plain(
+        lambda x: F.fold(F.unfold(x, 4, stride=2) * 0.1, (16, 16), 4, stride=2)
+    ),
+    "taken_along": plain(
+        lambda x: x.take_along_dim(x.argsort(1, descending=True)[:, ::2], 1).repeat(1, 2, 1, 1)
+    ),
+    "tensordot": (
+        lambda net, x: torch.tensordot(x, net.w.value, ([1], [0])).movedim(-1, 1),
+        {"w": lambda: Weight(CHANNELS, CHANNELS)},
+    ),
+    "transformer_layer": (
+        lambda net, x: (
+            net.a(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        ),
+        {"a": lambda: nn.TransformerEncoderLayer(CHANNELS, 2, 32, batch_first=True)},
+    ),
+    "trilinear": plain(
+        lambda x: F.interpolate(
+            x.unflatten(1, (4, 4)), scale_factor=(1, 0.5, 0.5), mode="trilinear"
+        ).flatten(1, 2)
     ),
     "where": (
         lambda net, x: torch.where(net.a(x) > 0, x, net.b(x)),

@@ -25,23 +25,28 @@ from pbc.training_graph.decompositions.activations import (
 from pbc.training_graph.decompositions.attention import scaled_dot_product_attention
 from pbc.training_graph.decompositions.convolution_gradients import convolution_backward
 from pbc.training_graph.decompositions.convolutions import conv2d
+from pbc.training_graph.decompositions.grid_samples import grid_sampler
 from pbc.training_graph.decompositions.matrices import linear
-from pbc.training_graph.decompositions.norms import batch_norm, rms_norm, vector_norm
+from pbc.training_graph.decompositions.norms import batch_norm, norm, rms_norm, vector_norm
 from pbc.training_graph.decompositions.pooling import (
     adaptive_avg_pool2d,
     adaptive_avg_pool2d_backward,
     adaptive_max_pool2d_backward,
     avg_pool2d_backward,
     avg_pool3d,
-    max_pool2d_with_indices_backward,
+    max_pool_with_indices_backward,
 )
 from pbc.training_graph.decompositions.resizing import (
+    upsample_bicubic2d_aa,
+    upsample_bilinear2d_aa,
     upsample_bilinear2d_backward,
     upsample_nearest2d_backward,
 )
 from pbc.training_graph.decompositions.selected_channels import index_copy
 from pbc.training_graph.decompositions.selections import scatter_src, scatter_value
+from pbc.training_graph.decompositions.slices import diagonal
 from pbc.training_graph.decompositions.sums import index_add
+from pbc.training_graph.decompositions.windows import unfold_backward
 
 aten = torch.ops.aten
 
@@ -75,22 +80,32 @@ _BACKWARD: dict[Any, Callable[..., Any]] = {
     aten.hardswish_backward.default: hardswish_backward,
     aten.index_add.default: index_add,
     aten.index_copy.default: index_copy,
-    aten.max_pool2d_with_indices_backward.default: max_pool2d_with_indices_backward,
+    aten.max_pool2d_with_indices_backward.default: max_pool_with_indices_backward,
+    aten.max_pool3d_with_indices_backward.default: max_pool_with_indices_backward,
     aten.scatter.src: scatter_src,
     aten.scatter.value: scatter_value,
     aten.threshold_backward.default: threshold_backward,
+    aten.unfold_backward.default: unfold_backward,
     aten.upsample_bilinear2d_backward.default: upsample_bilinear2d_backward,
     aten.upsample_nearest2d_backward.default: upsample_nearest2d_backward,
 }
 
 DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
     **borders.TABLE,
+    aten._upsample_bicubic2d_aa.default: upsample_bicubic2d_aa,
+    aten._upsample_bicubic2d_aa.vec: upsample_bicubic2d_aa,
+    aten._upsample_bilinear2d_aa.default: upsample_bilinear2d_aa,
+    aten._upsample_bilinear2d_aa.vec: upsample_bilinear2d_aa,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     aten.avg_pool3d.default: avg_pool3d,
     aten.batch_norm.default: batch_norm,
     aten.conv2d.default: conv2d,
+    aten.diagonal.default: diagonal,
+    aten.grid_sampler.default: grid_sampler,
+    aten.grid_sampler_2d.default: grid_sampler,
     aten.linalg_vector_norm.default: vector_norm,
     aten.linear.default: linear,
+    aten.norm.ScalarOpt_dim: norm,
     aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: scaled_dot_product_attention,
 }

@@ -31,6 +31,11 @@ def vector_norm(
     return euclidean
 
 
+def norm(x: Tensor, order: float | None, axes: Sequence[int], keepdim: bool = False) -> Tensor:
+    """aten.norm, the older spelling of `vector_norm`, in which None is the Euclidean one."""
+    return vector_norm(x, 2 if order is None else order, axes, keepdim)
+
+
 def scale_and_shift(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:

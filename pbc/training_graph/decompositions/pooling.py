@@ -14,7 +14,7 @@ from pbc.training_graph.decompositions.convolution_layer import ConvolutionLayer
 aten = torch.ops.aten
 
 
-def max_pool2d_with_indices_backward(
+def max_pool_with_indices_backward(
     grad: Tensor,
     x: Tensor,
     kernel: Sequence[int],
@@ -24,7 +24,10 @@ def max_pool2d_with_indices_backward(
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
-    """Send each gradient to where its maximum was; windows that overlap add up."""
+    """Send each gradient to where its maximum was; windows that overlap add up.
+
+    aten.max_pool2d_with_indices_backward, and that over volumes.
+    """
     return _scattered(grad, x, indices)
 
 
@@ -35,9 +38,9 @@ def adaptive_max_pool2d_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Te
 
 def _scattered(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Add each gradient at its place of a feature map, whose places are counted row by row."""
-    batch, channels, height, width = x.shape
+    batch, channels, *sizes = x.shape
     zeros = aten.full.default(
-        [batch, channels, height * width], 0.0, dtype=grad.dtype, device=grad.device
+        [batch, channels, math.prod(sizes)], 0.0, dtype=grad.dtype, device=grad.device
     )
     spread = aten.scatter_add.default(
         zeros, 2, indices.reshape(batch, channels, -1), grad.reshape(batch, channels, -1)

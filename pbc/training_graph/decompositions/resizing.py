@@ -1,9 +1,10 @@
-"""Gradients of interpolations: products with the transposed interpolation matrices."""
+"""Interpolations as products with matrices; their gradients are those with transposed ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,56 @@ def upsample_bilinear2d_backward(
         matrices.append(_matrix([_neighbours(at, size) for at in positions], size, grad))
     rows, columns = matrices
     return rows.t() @ grad @ columns
+
+
+def upsample_bilinear2d_aa(x: Tensor, *given: Any) -> Tensor:
+    """aten._upsample_bilinear2d_aa: of sizes and scales, or of either."""
+    return _antialiased(x, lambda at: max(0.0, 1 - abs(at)), 1.0, given)
+
+
+def upsample_bicubic2d_aa(x: Tensor, *given: Any) -> Tensor:
+    """aten._upsample_bicubic2d_aa: of sizes and scales, or of either."""
+    return _antialiased(x, _keys, 2.0, given)
+
+
+def _keys(at: float) -> float:
+    """Keys' cubic convolution (IEEE TASSP 1981) with a = -0.5."""
+    at = abs(at)
+    if at < 1:
+        return (1.5 * at - 2.5) * at * at + 1
+    return ((-0.5 * at + 2.5) * at - 4) * at + 2 if at < 2 else 0.0
+
+
+def _antialiased(
+    x: Tensor, kernel: Callable[[float], float], reach: float, given: Sequence[Any]
+) -> Tensor:
+    """Multiply by the matrices of a kernel that is as wide as what a smaller output skips.
+
+    given: output_size, align_corners, and a scale for each axis or a list of both.
+    """
+    outputs, align_corners, *scales = given
+    if len(scales) == 1:
+        scales = [None, None] if scales[0] is None else list(scales[0])
+    scales = scales or [None, None]
+    matrices = []
+    for axis, (size, scale) in enumerate(zip(x.shape[2:], scales, strict=True)):
+        count = int(size * scale) if outputs is None else outputs[axis]
+        if align_corners:
+            step = (size - 1) / (count - 1) if count > 1 else 0.0
+        else:
+            step = 1 / scale if scale else size / count
+        width = max(step, 1.0)
+        rows = []
+        for index in range(count):
+            centre = step * (index + 0.5)
+            first = max(int(centre - reach * width + 0.5), 0)
+            last = min(int(centre + reach * width + 0.5), size)
+            shares = [(at, kernel((at - centre + 0.5) / width)) for at in range(first, last)]
+            total = sum(share for _, share in shares)
+            rows.append([(at, share / total) for at, share in shares])
+        matrices.append(_matrix(rows, size, x))
+    along_rows, along_columns = matrices
+    return along_rows @ x @ along_columns.t()
 
 
 def _sampling(
