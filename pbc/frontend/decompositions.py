@@ -30,7 +30,7 @@ def _bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """Multiply one input by all of the weight, and sum that over the other."""
     outputs, _, columns = weight.shape
     rows = x @ weight.transpose(0, 1).flatten(1)
-    product = (rows.unflatten(-1, (outputs, columns)) * y.unsqueeze(-2)).sum(-1)
+    product: Tensor = (rows.unflatten(-1, (outputs, columns)) * y.unsqueeze(-2)).sum(-1)
     return product if bias is None else product + bias
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class OpenBatch(TorchFunctionMode):
     ) -> Any:
         result = _OPEN.get(func, func)(*args, **(kwargs or {}))
         if self._batch is None:
-            self._batch = next(filter(None, map(_open_size, tree_leaves((args, result)))), None)
+            sizes = map(_open_size, tree_leaves((args, result)))
+            self._batch = next((size for size in sizes if size is not None), None)
         elif not self._told and (self._is_fixed() or _is_length(func, result)):
             self._told = True
             raise ValueError(
@@ -50,7 +51,7 @@ def _is_length(func: Callable[..., Any], result: object) -> bool:
 
 def _open_size(value: object) -> torch.SymInt | None:
     """The first size of a tensor that is open."""
-    sizes = value.shape if isinstance(value, Tensor) else ()
+    sizes: Iterable[Any] = value.shape if isinstance(value, Tensor) else ()
     return next((size for size in sizes if isinstance(size, torch.SymInt)), None)
 
 

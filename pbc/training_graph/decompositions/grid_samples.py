@@ -41,8 +41,8 @@ def grid_sampler(
     weights = torch.stack([reduce(operator.mul, weights) for _, weights in corners], 1)
     index = offsets.flatten(1)[:, None].expand(-1, x.shape[1], -1)
     values = x.flatten(2).gather(2, index).unflatten(2, weights.shape[1:])
-    made: Tensor = (values * weights[:, None]).sum(2)
-    return made.unflatten(2, outputs)
+    made: Tensor = (values * weights[:, None]).sum(2).unflatten(2, outputs)
+    return made
 
 
 def _in_pixels(coordinate: Tensor, size: int, align_corners: bool) -> Tensor:
