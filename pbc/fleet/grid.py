@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from pbc.errors import PbcError
 from pbc.fleet.client import Client
 from pbc.fleet.messages import answer
+from pbc.util.terminal import one_line
 
 _REFUSED = 1001
 _POLL_SECONDS = 0.5
@@ -138,7 +139,7 @@ class Attendance:
                 taken.append(accept(node, reply))
             except PbcError as error:
                 self.missed[node] += 1
-                tell(f"node {node} is left out: {error}")
+                tell(one_line(f"node {node} is left out: {error}"))
                 continue
             self.missed.pop(node, None)
         self.miss(waiting, timeout, tell)

@@ -40,6 +40,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.runtime import Runtime
 from pbc.util.atomic import replace_bytes
+from pbc.util.terminal import one_line
 
 _POLL_SECONDS = 0.2
 _LOOPBACK = "127.0.0.1"
@@ -116,7 +117,7 @@ def _run(
         push_message(client, _answered(message, context, reply, tell), context)
         status, details = SubStatus.COMPLETED, ""
     except (httpx.HTTPError, ObjectPullError, ObjectPushError, RuntimeError) as error:
-        tell(f"the round is lost: {error}")
+        tell(one_line(f"the round is lost: {error}"))
         details = str(error)
     finally:
         push_task_output(client, context, status, details)
@@ -132,7 +133,7 @@ def _answered(
     try:
         answer = reply(message, context)
     except PbcError as error:
-        tell(f"refused: {error}")
+        tell(one_line(f"refused: {error}"))
         reason = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
         return Message(reason, reply_to=message)
     tell(f"answered within {perf_counter() - begun:.2f} s")

@@ -22,10 +22,12 @@ from pbc.fleet.protection import Protection
 from pbc.fleet.state import FleetState, append_metrics, rewind_metrics
 from pbc.fleet.terms import Terms
 from pbc.fleet.vector import flatten, unflatten
-from pbc.fleet.wire import decode
+from pbc.fleet.wire import LARGEST, decode
 from pbc.runtime.parameters import checked_theta, initial_parameters
 
 STRATEGIES = ("fedavg", "fedavgm", "fedprox", "fedadam")
+# More photos than a device has: a mean is weighed by what nodes say of themselves.
+_MOST_EXAMPLES = 1e9
 _MOMENTS = ("m_t", "v_t")
 _VELOCITY = "momentum_vector"
 # Those may differ when a fleet goes on.
@@ -220,8 +222,10 @@ def _taker(theta: Mapping[str, np.ndarray]) -> Callable[[int, Message], Answer]:
             examples, loss = float(figures["num-examples"]), float(figures["loss"])
         except (KeyError, TypeError, ValueError) as error:
             raise PbcError(f"the answer has no figures: {error!r}") from error
-        if not 0 < examples < float("inf"):
-            raise PbcError("it trained on no photo")
+        if not 0 < examples <= _MOST_EXAMPLES:
+            raise PbcError(f"it trained on {examples:g} photos; 1 to {_MOST_EXAMPLES:g} count")
+        if not 0 <= loss <= LARGEST:
+            raise PbcError(f"its loss is {loss:g}")
         return Answer((node,), update, examples, loss, size_bytes(reply.content))
 
     return take
@@ -276,5 +280,9 @@ def _begin(
                 f"cannot go on with the fleet in {root}: its {name} is "
                 f"{state.facts.get(name)}, now it is {value}"
             )
+    state.theta = checked_theta(bundle, state.theta, len(classes))
+    for moment, kept in state.moments.items():
+        checked = checked_theta(bundle, kept, len(classes))
+        state.moments[moment] = {name: checked[name] for name in kept}
     rewind_metrics(root, state.round)
     return state

@@ -13,11 +13,34 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from pbc.errors import PbcError
+from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
+from pbc.util.files import opened, read_bytes
+from pbc.util.memory import refuse_large
+from pbc.util.shapes import check, integer, list_of, maybe, number, record, text
 
 _STATE = "fleet.safetensors"
 _METRICS = "metrics.jsonl"
+_MOST_METRICS_BYTES = 256 << 20
 _THETA = "theta"
+_ROUND = integer(0, 2**31)
+_FACTS = record({"bundle": text(), "classes": list_of(text(1024), 2, 1 << 20)}, more=True)
+_SHARE = maybe(number(0, 1))
+_LINE = record(
+    {
+        "round": _ROUND,
+        "asked": integer(),
+        "answered": integer(),
+        "nodes": list_of(integer(), most=1 << 20),
+        "loss": maybe(number()),
+        "down_bytes": integer(),
+        "up_bytes": integer(),
+        "seconds": number(0),
+        "cpu_seconds": number(0),
+    },
+    {"accuracy": _SHARE, "client_accuracy": list_of(_SHARE, most=1 << 20)},
+    more=True,
+)
 
 
 @dataclass
@@ -50,14 +73,19 @@ class FleetState:
         if not path.exists():
             raise PbcError(f"{root} holds no fleet; pbc fleet simulate makes one")
         try:
+            with opened(path) as file:
+                refuse_large(file)
             groups: dict[str, dict[str, np.ndarray]] = {}
-            with safe_open(str(path), "np") as file:
-                metadata = file.metadata()
-                for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            with safe_open(str(path), "np") as tensors:
+                metadata = tensors.metadata()
+                for key in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     group, _, name = key.partition("/")
-                    groups.setdefault(group, {})[name] = file.get_tensor(key)
-            theta = groups.pop(_THETA)
-            return cls(json.loads(metadata["facts"]), int(metadata["round"]), theta, groups)
+                    groups.setdefault(group, {})[name] = tensors.get_tensor(key)
+            facts = strict_json.loads(metadata["facts"])
+            check(facts, _FACTS, "facts")
+            done = strict_json.loads(metadata["round"])
+            check(done, _ROUND, "round")
+            return cls(facts, done, groups.pop(_THETA), groups)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise PbcError(f"the fleet in {root} is damaged: {error}") from error
 
@@ -73,14 +101,25 @@ def append_metrics(root: Path, line: Mapping[str, Any]) -> None:
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:
-    """Return the lines of all rounds; one that a kill cut short does not count."""
+    """Return the lines of all rounds; one that a kill cut short does not count, nor what follows.
+
+    Raises PbcError for a file that cannot be read.
+    """
     path = root / _METRICS
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    if not path.exists():
+        return []
+    try:
+        texts = read_bytes(path, _MOST_METRICS_BYTES).splitlines()
+    except OSError as error:
+        raise PbcError(f"cannot read {path}: {error.strerror or error}") from error
+    lines: list[dict[str, Any]] = []
+    for line in texts:
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # noqa: PERF203 (at most once)
+            facts = strict_json.loads(line)
+            check(facts, _LINE)
+        except ValueError:
             break
+        lines.append(facts)
     return lines
 
 

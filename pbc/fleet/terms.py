@@ -10,8 +10,26 @@ from typing import Any
 from pbc.bundle import Bundle
 from pbc.errors import PbcError, UsageError
 from pbc.fleet.protection import Protection
+from pbc.util import strict_json
+from pbc.util.shapes import check, flag, integer, list_of, maybe, number, record, text
 
 _KEY = "pbc-terms"
+_NUMBER = maybe(number())
+_SHAPE = record(
+    {
+        "bundle": text(),
+        "classes": list_of(text(1024), 1, 1 << 20),
+        "epochs": integer(1, 10_000),
+        "floor": _NUMBER,
+        "mu": number(),
+        "fresh": flag,
+        "top_k": _NUMBER,
+        "clip": _NUMBER,
+        "noise": number(),
+        "float16": flag,
+    },
+    more=True,
+)
 
 
 @dataclass(frozen=True)
@@ -60,22 +78,18 @@ class Terms:
     def from_config(cls, config: Mapping[str, Any]) -> Terms:
         """Read a message's config; raises PbcError for what no fleet of pbc sends."""
         try:
-            content = json.loads(config[_KEY])
+            content = strict_json.loads(str(config[_KEY]).encode())
+            check(content, _SHAPE, "terms")
             return cls(
-                str(content["bundle"]),
-                tuple(map(str, content["classes"])),
-                int(content["epochs"]),
-                _number(content["floor"]),
-                float(content["mu"]),
-                bool(content["fresh"]),
-                Protection(
-                    _number(content["top_k"]),
-                    _number(content["clip"]),
-                    float(content["noise"]),
-                    bool(content["float16"]),
-                ),
+                content["bundle"],
+                tuple(content["classes"]),
+                content["epochs"],
+                content["floor"],
+                content["mu"],
+                content["fresh"],
+                Protection(content["top_k"], content["clip"], content["noise"], content["float16"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise PbcError(f"the message has no terms of a fleet of pbc: {error!r}") from error
 
     def check(self, bundle: Bundle, classes: Sequence[str], floor: float | None) -> None:
@@ -93,10 +107,6 @@ class Terms:
                 f"the fleet's fidelity floor is {_floor(self.floor)}, here it is {_floor(floor)}: "
                 "a device with other levels would train another network"
             )
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _named(classes: Sequence[str]) -> str:

@@ -12,6 +12,9 @@ from pbc.fleet.protection import Protection
 _FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 _GAPS = (np.dtype(np.uint16), np.dtype(np.uint32))
 
+LARGEST = 1e9
+"""What no training moves a value by, nor is a loss: what strategies make of it stays finite."""
+
 
 def encode(update: np.ndarray, protection: Protection) -> dict[str, np.ndarray]:
     """Return what is sent of f32[d], as a protection left it."""
@@ -55,4 +58,7 @@ def decode(arrays: Mapping[str, np.ndarray], size: int) -> np.ndarray:
         raise PbcError(f"an update has the arrays {sorted(arrays)}")
     if not np.isfinite(update).all():
         raise PbcError("an update is not finite")
-    return update.astype(np.float32)
+    update = update.astype(np.float32)
+    if np.abs(update).max(initial=0) > LARGEST:
+        raise PbcError(f"an update moves a value by more than {LARGEST:g}")
+    return update

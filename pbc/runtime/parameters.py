@@ -19,6 +19,7 @@ LONGEST_CLASS = 1024
 """Characters of a class name."""
 
 _DRAWN_AT_ONCE = 1 << 18
+_REAL = "fiu"  # kinds of numpy's types
 
 
 def initial_parameters(bundle: Bundle, classes: int, seed: int) -> dict[str, np.ndarray]:
@@ -107,6 +108,8 @@ def checked_theta(
             raise PbcError(
                 f"the parameter {name!r} has shape {list(value.shape)}; expected {list(shape)}"
             )
+        if value.dtype.kind not in _REAL:
+            raise PbcError(f"the parameter {name!r} is {value.dtype}; expected numbers")
         if not np.isfinite(value).all():
             raise PbcError(f"the parameter {name!r} is not finite; nothing can be learnt from it")
         checked[name] = value.astype(np.float32)

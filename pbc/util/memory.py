@@ -6,6 +6,9 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from pbc.util.sizes import memory_text
 
 _GROUPS = Path("/sys/fs/cgroup")
 
@@ -13,6 +16,13 @@ _GROUPS = Path("/sys/fs/cgroup")
 def available_bytes() -> int:
     """Return what may still be taken without swapping, by the least of all limits that are told."""
     return max(0, min([_machine(), *_groups(), *_own_limits()]))
+
+
+def refuse_large(file: BinaryIO) -> None:
+    """Raise ValueError for an open file that memory cannot hold: it was written by none here."""
+    size_bytes, free = os.fstat(file.fileno()).st_size, available_bytes()
+    if size_bytes > free:
+        raise ValueError(f"it has {memory_text(size_bytes)}, and {memory_text(free)} are free")
 
 
 def _machine() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,17 @@ def test_every_step_is_followed_by_one_towards_the_centre(fleet: Fleet) -> None:
 def test_terms_travel() -> None:
     terms = Terms("d", CLASSES, 3, 0.9, 0.1, True, Protection(0.01, 1.0, 0.1, float16=True))
     assert Terms.from_config(terms.to_config()) == terms
-    for config in ({}, {"pbc-terms": "{"}, {"pbc-terms": "{}"}, {"pbc-terms": "[1]"}):
+    sent = json.loads(terms.to_config()["pbc-terms"])
+    for config in (
+        {},
+        {"pbc-terms": "{"},
+        {"pbc-terms": "{}"},
+        {"pbc-terms": "[1]"},
+        {"pbc-terms": "[" * 100_000},
+        {"pbc-terms": json.dumps({**sent, "epochs": 10**9})},
+        {"pbc-terms": json.dumps({**sent, "clip": float("nan")})},
+        {"pbc-terms": json.dumps({**sent, "classes": ["\x1b[2J", "b"]})},
+    ):
         with pytest.raises(PbcError, match="the message has no terms of a fleet of pbc"):
             Terms.from_config(config)
     with pytest.raises(UsageError, match="a round of 0 epochs"):
@@ -246,6 +257,7 @@ def test_gaps_may_be_wide() -> None:
         ({"update": np.zeros(3)}, r"an update is float64\[3\]; expected \[4\]"),
         ({"update": np.zeros(3, np.float32)}, r"an update is float32\[3\]; expected \[4\]"),
         ({"update": np.full(4, np.nan, np.float32)}, "an update is not finite"),
+        ({"update": np.full(4, 1e38, np.float32)}, "moves a value by more than 1e"),
         ({"values": np.ones(2, np.float32), "gaps": np.array([1], np.uint16)}, "other arrays than"),
         ({"values": np.ones(2, np.float32), "gaps": np.array([1, 3], np.uint16)}, "beyond its 4"),
         ({"values": np.ones(2, np.float32), "gaps": np.array([1, 0], np.uint16)}, "or one twice"),

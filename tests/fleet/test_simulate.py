@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from click.testing import CliRunner
-from flwr.app import Error, Message
+from flwr.app import Array, ArrayRecord, Error, Message
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedProx
 from killing import Killed
 
@@ -162,6 +164,56 @@ def test_dead_and_refusing_nodes_are_said_and_the_fleet_goes_on(
     assert any("node 2 is left out: PbcError: the photos are gone" in line for line in told)
 
 
+class Hostile(LocalGrid):
+    """Node 1 would have the mean alone, or end the fleet; node 2 writes to the terminal."""
+
+    lie: ClassVar[dict[str, float]] = {}
+    moved = 0.0
+
+    def _answer(self, message: Message) -> Message:
+        reply = super()._answer(message)
+        if message.metadata.dst_node_id == 2:
+            return Message(Error(0, "\x1b[2J\u202egone " + "x" * 9999), reply_to=message)
+        if message.metadata.dst_node_id == 1:
+            for name, value in self.lie.items():
+                reply.content["metrics"][name] = value
+            if self.moved:
+                update = reply.content["arrays"]["update"].numpy()
+                moved = {"update": Array(np.full_like(update, self.moved))}
+                reply.content["arrays"] = ArrayRecord(moved)
+        return reply
+
+
+@pytest.mark.parametrize(
+    ("lie", "moved", "said"),
+    [
+        ({"num-examples": 1e308}, 0.0, "it trained on 1e+308 photos; 1 to 1e+09 count"),
+        ({"num-examples": -1.0}, 0.0, "it trained on -1 photos"),
+        ({"loss": float("nan")}, 0.0, "its loss is nan"),
+        ({"loss": 1e300}, 0.0, "its loss is 1e+300"),
+        ({}, 3e38, "an update moves a value by more than 1e+09"),
+    ],
+)
+def test_what_a_node_says_ends_no_fleet(
+    fleet: Fleet,
+    monkeypatch: pytest.MonkeyPatch,
+    lie: dict[str, float],
+    moved: float,
+    said: str,
+) -> None:
+    monkeypatch.setattr("pbc.fleet.simulate.LocalGrid", Hostile)
+    monkeypatch.setattr(Hostile, "lie", lie)
+    monkeypatch.setattr(Hostile, "moved", moved)
+    told: list[str] = []
+    state = fleet.simulation(told.append, rounds=3).run(fleet.root / "out")
+    assert state.round == 3
+    assert [3] in [line["nodes"] for line in metrics(fleet.root / "out")]
+    assert any(line.startswith(f"node 1 is left out: {said}") for line in told)
+    (first, *_) = (line for line in told if line.startswith("node 2"))
+    assert first.isprintable()
+    assert len(first) <= 500
+
+
 def test_who_does_not_answer_is_asked_less(fleet: Fleet) -> None:
     random.seed(0)
     grid = LocalGrid(dict.fromkeys((1, 2, 3)))  # type: ignore[arg-type]
@@ -298,3 +350,37 @@ def test_a_folder_without_a_fleet(tmp_path: Path) -> None:
     (tmp_path / "fleet.safetensors").write_bytes(b"no")
     with pytest.raises(PbcError, match="is damaged"):
         FleetState.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    ["{", "[]", '{"bundle": 1, "classes": ["a", "b"]}', '{"bundle": "d", "classes": "ab"}',
+     '{"bundle": "d", "classes": ["a", NaN]}', "[" * 100_000],
+)  # fmt: skip
+def test_a_fleet_that_none_wrote(tmp_path: Path, facts: str) -> None:
+    tensors = {"theta/w": np.zeros(1, np.float32)}
+    data = safetensors.numpy.save(tensors, {"facts": facts, "round": "1"})
+    (tmp_path / "fleet.safetensors").write_bytes(data)
+    with pytest.raises(PbcError, match="is damaged"):
+        FleetState.load(tmp_path)
+
+
+def test_a_fleet_of_other_parameters_is_not_gone_on_with(fleet: Fleet) -> None:
+    out = fleet.root / "out"
+    state = fleet.simulation().run(out)
+    replace(state, theta={"x": np.zeros(1, np.float32)}).save(out)
+    with pytest.raises(PbcError, match="the parameters are not the bundle's"):
+        fleet.simulation(rounds=9).run(out)
+    replace(state, moments={"momentum_vector": {"x": np.zeros(1, np.float32)}}).save(out)
+    with pytest.raises(PbcError, match="the parameters are not the bundle's"):
+        fleet.simulation(rounds=9).run(out)
+
+
+def test_lines_of_metrics_that_no_server_writes(tmp_path: Path) -> None:
+    whole = {
+        "round": 1, "asked": 2, "answered": 2, "nodes": [1, 2], "examples": 4.0, "loss": 0.5,
+        "down_bytes": 3, "up_bytes": 3, "seconds": 0.1, "cpu_seconds": 0.1,
+    }  # fmt: skip
+    for broken in ("[]", '{"round": 2}', json.dumps({**whole, "loss": "x"}), '{"round": NaN}'):
+        (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(whole)}\n{broken}\n")
+        assert metrics(tmp_path) == [whole]

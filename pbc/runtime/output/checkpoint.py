@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import replace_bytes
 from pbc.util.files import opened
-from pbc.util.memory import available_bytes
+from pbc.util.memory import refuse_large
 from pbc.util.shapes import anything, dict_of, flag, integer, number, record, text
-from pbc.util.sizes import memory_text
 
 FORMAT = 2
 FACTS = record(
@@ -66,7 +64,7 @@ class Checkpoint:
         """Read what `save` wrote; raises PbcError if it is damaged."""
         try:
             with opened(path) as file:  # a pipe would be waited for
-                _refuse_large(os.fstat(file.fileno()).st_size)
+                refuse_large(file)
             with safe_open(path, framework="numpy") as tensors:
                 metadata = tensors.metadata() or {}
                 arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
@@ -83,13 +81,6 @@ class Checkpoint:
             raise PbcError(
                 f"the checkpoint {path} is damaged ({error}); start again with --overwrite"
             ) from error
-
-
-def _refuse_large(size_bytes: int) -> None:
-    """Raise ValueError for more than there is memory for: such a run was none of this machine."""
-    free = available_bytes()
-    if size_bytes > free:
-        raise ValueError(f"it has {memory_text(size_bytes)}, and {memory_text(free)} are free")
 
 
 def join(parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
