@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pbc.errors import PbcError, UsageError
 from pbc.frontend import strategy
-from pbc.ir.graph import graph_inputs, graph_outputs
+from pbc.frontend.capture import EXAMPLE_BATCH
+from pbc.ir.graph import graph_inputs, graph_outputs, output_nodes, shape_of
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.passes.derive_train_step import DeriveTrainStep
@@ -167,6 +168,21 @@ def test_what_is_saved_of_an_input_is_counted_by_hand(share: str) -> None:
     weights = 4 * part * (3 * 3 + 32)
     assert found.gradients - bare.gradients == weights
     assert found.state - bare.state == weights
+
+
+@pytest.mark.parametrize("share", ["1/4", "1"])
+def test_a_part_of_the_operations_is_done(share: str) -> None:
+    """Of the product behind a weight's gradient: of 1x1, outputs by positions by what trains."""
+    program = make_program(settled(Chain()), f"sparse:b1,three={share}")
+    body = run_passes(program, MarkTrainable(), SplitPrefix()).levels[0].body
+    gradient = differentiate(body, program.open_axes)
+    results = dict(zip(gradient.parameters, output_nodes(gradient.backward), strict=True))
+    (theta,) = (node for name, node in results.items() if name.startswith("three.") and "w" in name)
+    while theta.target != torch.ops.aten.mm.default:
+        (theta,) = theta.all_input_nodes
+    outputs, positions = shape_of(theta.all_input_nodes[0])
+    assert outputs * positions == 32 * EXAMPLE_BATCH * 8 * 8
+    assert shape_of(theta) == (32, 64 * Fraction(share))
 
 
 def test_no_weight_is_saved() -> None:
