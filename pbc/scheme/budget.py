@@ -92,10 +92,11 @@ class Budget:
         else:
             choice = _corrected(problem, self.most_bytes, measured, known is None)
         if choice is None:
-            least = measured(Choice(0, ()))
+            choice = Choice(0, ())
+        if measured(choice) > self.most_bytes:
             raise PbcError(
-                f"{self} is too little: the head alone takes {memory_text(least)}, by the memory "
-                "model; a smaller --batch takes less"
+                f"{self} is too little: the head alone takes {memory_text(measured(choice))}, by "
+                "the memory model; a smaller --batch takes less"
             )
         return Decision(
             f"{self.name}:{_scheme(choice, found)}",
