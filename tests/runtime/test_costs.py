@@ -71,11 +71,14 @@ def test_pinned_costs_decide(tmp_path: Path) -> None:
 
 def test_the_chunk_is_what_the_costs_or_the_user_say(tmp_path: Path) -> None:
     calls: list[int] = []
-    for chunk, prefix_batch in ((16, None), (8, 8)):
+    costs = tiny.costs(tmp_path / "c.json")
+    huge = tmp_path / "huge.json"
+    huge.write_text(costs.read_text().replace('"chunk": 16', f'"chunk": {1 << 20}'))
+    # More than the photos that there are is work for nothing.
+    for chunk, prefix_batch, path in ((16, None, costs), (8, 8, costs), (30, None, huge)):
         run = trainer(
-            tmp_path, "probe", costs=tiny.costs(tmp_path / "c.json"), routing=False, cache="off",
-            prefix_batch=prefix_batch,
-        )  # fmt: skip
+            tmp_path, "probe", costs=path, routing=False, cache="off", prefix_batch=prefix_batch
+        )
         run.prepare()
         prefix = run._executable.prefix
 

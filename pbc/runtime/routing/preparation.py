@@ -112,7 +112,8 @@ class Preparation:
         if costs is None:
             return self.context.batch
         wanted = self.context.options.prefix_batch or costs.chunk(level)
-        return min(wanted, self.context.photos_at_once)
+        # A call for fewer is filled up: more than there are would be work for nothing.
+        return min(wanted, len(self.context.samples), self.context.photos_at_once)
 
     def _cached(self, cache: FeatureCache | None) -> np.ndarray | None:
         """Return bool[n]: of which samples the cache has a row for every view."""
