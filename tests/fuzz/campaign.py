@@ -60,6 +60,7 @@ class Campaign:
         """Write what is mutated, and run all commands once, here."""
         subjects.environment(self.folder)
         self.photos = tiny.photos(self.folder / "photos", 2)
+        self.more = tiny.photos(self.folder / "more", 4)  # enough for a head in closed form
         self.contents = subjects.bundles(self.engine, self.folder)
         whole = subjects.write(self.folder / "whole.pbc", self.contents[-1])
         self.costs = tiny.costs(self.folder / "costs.json", len(whole.manifest["levels"]))
@@ -67,22 +68,18 @@ class Campaign:
                       "--val", "none", "--costs", self.costs]  # fmt: skip
         first = [*self.train, "--epochs", 1]
         looks = [self._eval(), self._predict(self.photos / "red/000.png")]
-        subjects.warm([["inspect", whole.path], first, [*first, "--resume"], *looks])
+        ways = self._ways(whole.path, self.folder / "out")
+        subjects.warm([*ways, first, [*first, "--resume"], *looks])
         self.personal = {name: (self.folder / "mine" / name).read_bytes() for name in _PERSONAL}
 
     def bundles(self, numbers: Sequence[int]) -> Iterator[Fault]:
-        """Look into, or train, a mutated bundle each."""
+        """Look into, train or audit a mutated bundle each."""
         path = self.folder / "b.pbc"
         out = self.folder / "out"
         for number in numbers:
             case, chance = self._case("bundle", number)
             mutations.write_bundle(path, *self.contents[number % len(self.contents)], chance)
-            words = chance.choice([
-                ["inspect", path],
-                ["train", path, self.photos, "-o", out, "--epochs", 1, "--threads", 1,
-                 "--val", "none", "--overwrite", "--costs", self.costs],
-            ])  # fmt: skip
-            yield from self._faults(case, words)
+            yield from self._faults(case, chance.choice(self._ways(path, out)))
             shutil.rmtree(out, ignore_errors=True)
 
     def models(self, numbers: Sequence[int]) -> Iterator[Fault]:
@@ -109,6 +106,16 @@ class Campaign:
             path.write_bytes(mutations.photo(format_, chance))
             yield from self._faults(f"{case}: {format_}", self._predict(path))
             path.unlink()
+
+    def _ways(self, bundle: Path, out: Path) -> list[list[object]]:
+        """Return the commands that use a bundle: by steps, by a head in closed form, by attacks."""
+        options = ["-o", out, "--threads", 1, "--overwrite", "--costs", self.costs]
+        return [
+            ["inspect", bundle],
+            ["train", bundle, self.photos, *options, "--epochs", 1, "--val", "none"],
+            ["train", bundle, self.more, *options, "--epochs", 2, "--optimizer", "adam"],
+            ["audit", bundle, self.more, "--batch", "1,2", "--rounds", 1, "--threads", 1],
+        ]
 
     def _predict(self, photo: Path) -> list[object]:
         return ["predict", self.folder / "mine", photo, "--threads", 1]
