@@ -126,7 +126,7 @@ def test_images_and_features_count_however_large_a_mini_batch_is(
 ) -> None:
     shapes = {"input": {"shape": [3, 4096, 4096]}, "features": {"flat": [1 << 24]}}
     assert photos_at_once(shapes) == 1
-    assert photos_at_once({"input": {"shape": [3, 224, 224]}, "features": {"f": [1280]}}) > 600
+    assert photos_at_once({"input": {"shape": [3, 224, 224]}, "features": {"f": [1280]}}) > 400
     with pytest.raises(PbcError, match="images and features of 4096 photos would take 1048576 MiB"):
         check_mini_batch(shapes, 4096)
     with pytest.raises(PbcError, match="the features of 4194304 photos would take"):

@@ -19,12 +19,17 @@ from pbc.util.memory import available_bytes
 SAMPLES = 2
 """Photos that a graph has to take: one would be a size that may stand for a broadcast."""
 
-MOST_BYTES = 384 << 20
-"""What the values of a graph that are alive at once may take in a call, frozen tensors aside.
+MOST_BYTES = 512 << 20
+"""What the values of a graph that are alive at once may take for SAMPLES photos, frozen tensors
+aside.
 
-The attention of ViT-L at 384² takes 170 MB for two photos, the maps of VGG-16 at 224² 26 MB. What
-a process holds is half as much again, where freed memory is not given back.
+The attention of ViT-L at 384² takes 170 MB, the maps of VGG-16 at 224² 26 MB, those of
+EfficientNet-B7 at 600² 440 MB.
 """
+
+CALL_BYTES = 256 << 20
+"""What a call of several photos may take. What a process holds is up to twice as much, where freed
+memory is not given back."""
 
 MOST_WORK = 1 << 41
 """Multiply-accumulates for two photos; ViT-H at 518² needs half. A value that is touched counts as
@@ -50,29 +55,36 @@ def training_bytes() -> int:
 class Calls:
     """Calls of so many photos, and what the values of their graph may take.
 
-    trains: whether they are a mini-batch that is learnt from, which is one call however large.
+    refusal: what is raised for more. hint: what its reader may do.
     """
 
-    photos: int = SAMPLES
-    granted_bytes: int = MOST_BYTES
-    trains: bool = False
+    photos: int
+    granted_bytes: int
+    refusal: type[PbcError] = PbcError
+    hint: str = ""
+
+    @classmethod
+    def least(cls) -> Calls:
+        """Return the calls that a graph has to be able to make, to be run at all."""
+        return cls(SAMPLES, MOST_BYTES)
+
+    @classmethod
+    def inferring(cls, photos: int) -> Calls:
+        """Return calls that may be made of fewer photos, if they are of more than one."""
+        return cls(photos, CALL_BYTES, TooManyPhotosError)
 
     @classmethod
     def training(cls, photos: int) -> Calls:
-        """Return the calls of a mini-batch on this machine."""
-        return cls(photos, training_bytes(), trains=True)
+        """Return the calls of a mini-batch on this machine, which is one however large."""
+        return cls(photos, training_bytes(), hint=": a smaller --batch needs less")
 
     def check_bytes(self, size_bytes: int, where: str) -> None:
-        """Raise PbcError for more than is granted; TooManyPhotosError if fewer photos may fit."""
-        if size_bytes <= self.granted_bytes:
-            return
-        said = (
-            f"{where} would take {size_bytes / 2**20:.0f} MiB for {self.photos} photos; "
-            f"at most {self.granted_bytes >> 20} MiB are granted"
-        )
-        if self.trains:
-            raise PbcError(f"{said}: a smaller --batch needs less")
-        raise TooManyPhotosError(said) if self.photos > SAMPLES else PbcError(said)
+        """Raise the refusal for more than is granted."""
+        if size_bytes > self.granted_bytes:
+            raise self.refusal(
+                f"{where} would take {size_bytes / 2**20:.0f} MiB for {self.photos} photos; "
+                f"at most {self.granted_bytes >> 20} MiB are granted{self.hint}"
+            )
 
     def check_work(self, work: int, where: str) -> None:
         """Raise PbcError for more than MOST_WORK, or as much more as there are more photos."""
@@ -109,8 +121,8 @@ class CheckedCalls:
 
 
 def photos_at_once(manifest: Mapping[str, Any]) -> int:
-    """Return of how many photos images and features together take at most MOST_BYTES."""
-    return max(1, MOST_BYTES // _photo_bytes(manifest))
+    """Return of how many photos images and features together take at most CALL_BYTES."""
+    return max(1, CALL_BYTES // _photo_bytes(manifest))
 
 
 def check_mini_batch(manifest: Mapping[str, Any], photos: int) -> None:

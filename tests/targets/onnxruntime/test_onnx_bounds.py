@@ -197,12 +197,21 @@ def test_inputs_of_which_too_much_is_made(name: str) -> None:
 def test_a_call_of_many_photos_may_not_take_more() -> None:
     nodes = [helper.make_node("Tile", ["x", "s"], ["y"])]
     bounds = Bounds(model(nodes, {"s": ints(1, 10**4, 1, 1)}).SerializeToString(), "graph g")
-    for photos in (1, 2, 12):
+    for photos in (1, 2, 8):
         bounds.check({"x": (photos, 3, 16, 16)})
         bounds.check_call({"x": (photos, 3, 16, 16)})
     bounds.check({"x": (500, 3, 16, 16)})  # in parts it may run
-    with pytest.raises(TooManyPhotosError, match="for 500 photos; at most 384 MiB are granted"):
+    with pytest.raises(TooManyPhotosError, match="for 500 photos; at most 256 MiB are granted"):
         bounds.check_call({"x": (500, 3, 16, 16)})
+
+
+def test_photos_of_which_two_are_too_many_run_one_by_one() -> None:
+    nodes = [helper.make_node("Tile", ["x", "s"], ["y"])]
+    bounds = Bounds(model(nodes, {"s": ints(1, 80_000, 1, 1)}).SerializeToString(), "graph g")
+    bounds.check({"x": (2, 3, 16, 16)})
+    bounds.check_call({"x": (1, 3, 16, 16)})
+    with pytest.raises(TooManyPhotosError, match="469 MiB for 2 photos; at most 256 MiB"):
+        bounds.check_call({"x": (2, 3, 16, 16)})
 
 
 def test_what_grows_faster_than_the_photos() -> None:
@@ -214,7 +223,7 @@ def test_what_grows_faster_than_the_photos() -> None:
         helper.make_node("Tile", ["p", "s"], ["y"]),
     ]
     bounds = Bounds(model(nodes, {"s": ints(100, 100)}).SerializeToString(), "graph g")
-    bounds.check_call({"x": (64, 3, 16, 16)})
+    bounds.check_call({"x": (32, 3, 16, 16)})
     with pytest.raises(TooManyPhotosError):
         bounds.check_call({"x": (128, 3, 16, 16)})
 
@@ -222,7 +231,7 @@ def test_what_grows_faster_than_the_photos() -> None:
 def test_a_head_of_many_classes_may_not() -> None:
     nodes = [helper.make_node("Tile", ["x", "s"], ["y"])]
     bytes_ = model(nodes, {"s": ints(1, 10**6)}).SerializeToString()
-    with pytest.raises(PbcError, match="for 2 photos; at most 384 MiB are granted"):
+    with pytest.raises(PbcError, match="for 2 photos; at most 512 MiB are granted"):
         Bounds(bytes_, "graph g", batched=["features"]).check({"x": (10**5, 1)})
 
 

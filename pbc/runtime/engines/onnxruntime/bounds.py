@@ -61,7 +61,7 @@ class Bounds:
         for name, number in last.items():
             if name not in kept:
                 self._dead[number].append(name)
-        self._check({}, Calls())
+        self._check({}, Calls.least())
 
     def photos(self, shapes: Mapping[str, Shape]) -> int:
         """Return how many photos inputs of these shapes have."""
@@ -78,15 +78,15 @@ class Bounds:
         shapes: of its inputs, for any number of photos. Raises PbcError.
         """
         if self._trains:
-            photos = max(self.photos(shapes), SAMPLES)
-            granted = MOST_BYTES * photos // SAMPLES
-            self._check(shapes, Calls(photos, granted), complete=True)
+            # What a forward keeps counts here, and that is of every layer.
+            photos = self.photos(shapes)
+            self._check(shapes, Calls(photos, MOST_BYTES * photos), complete=True)
             return
         few = {
             name: (SAMPLES, *shape[1:]) if name in self._batched and shape else shape
             for name, shape in shapes.items()
         }
-        self._check(few, Calls(), complete=True)
+        self._check(few, Calls.least(), complete=True)
 
     def check_call(self, shapes: Mapping[str, Shape]) -> None:
         """Refuse inputs of these very shapes, for which a call would take too much.
@@ -94,8 +94,8 @@ class Bounds:
         Raises PbcError; TooManyPhotosError, where fewer photos may fit.
         """
         photos = self.photos(shapes)
-        if self._trains or photos > SAMPLES:
-            calls = Calls.training(photos) if self._trains else Calls(photos)
+        if self._trains or photos > 1:
+            calls = Calls.training(photos) if self._trains else Calls.inferring(photos)
             self._check(shapes, calls, complete=True)
 
     def _check(self, inputs: Mapping[str, Shape], calls: Calls, *, complete: bool = False) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pbc.errors import PbcError, reason_of
 from pbc.runtime.engines import Shapes
-from pbc.runtime.engines.bounds import SAMPLES, Calls, CheckedCalls
+from pbc.runtime.engines.bounds import Calls, CheckedCalls
 from pbc.runtime.engines.pytorch import arithmetic, bounds
 from pbc.runtime.engines.pytorch.graph import Argument, DeclaredGraph, DType, OperatorCall, Slot
 
@@ -110,7 +110,7 @@ class ResolvedGraph:
         self._require({**batch, **parameters})
         given = {name: bounds.of_shape(shape) for name, shape in batch.items()}
         theta = {name: bounds.of_shape(shape) for name, shape in parameters.items()}
-        self._check_bounds(given, theta, Calls())
+        self._check_bounds(given, theta, Calls.least())
 
     def _check_calls(
         self,
@@ -122,12 +122,12 @@ class ResolvedGraph:
     ) -> None:
         """Raise PbcError where calls of so many photos, or those of few, take too much."""
         theta = {name: bounds.without_memory(value) for name, value in parameters.items()}
-        sizes = [Calls.training(photos)] if trains else [Calls()]
-        if not trains and photos > SAMPLES:
-            sizes.append(Calls(photos))
+        sizes = [Calls.training(photos)] if trains else [Calls.least()]
+        if not trains and photos > 1:
+            sizes.append(Calls.inferring(photos))
         for calls in sizes:
             given = {n: bounds.of_photos(value, calls.photos) for n, value in batch.items()}
-            self._check_bounds(given, theta, calls)
+            self._check_bounds(given, theta, calls, trains=trains)
 
     def _require(self, inputs: Collection[str]) -> None:
         for name, _ in self._inputs:
@@ -137,9 +137,17 @@ class ResolvedGraph:
                 )
 
     def _check_bounds(
-        self, batch: Mapping[str, Tensor], parameters: Mapping[str, Tensor], calls: Calls
+        self,
+        batch: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        calls: Calls,
+        *,
+        trains: bool = False,
     ) -> None:
-        """Run once without memory; raises PbcError for too much of it, or of work."""
+        """Run once without memory; raises PbcError for too much of it, or of work.
+
+        trains: whether what a backward reads is kept.
+        """
         values = [
             None if value is None else bounds.without_memory(value) for value in self._initial
         ]
@@ -149,7 +157,7 @@ class ResolvedGraph:
         try:
             with (
                 torch.inference_mode(False),
-                torch.set_grad_enabled(calls.trains),
+                torch.set_grad_enabled(trains),
                 torch.autograd.graph.saved_tensors_hooks(memory.save, _as_saved),
                 bounds.Bounded(self._where, calls) as bounded,
             ):
