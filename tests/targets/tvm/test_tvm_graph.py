@@ -330,6 +330,10 @@ CASES: dict[str, Case] = {
         FEATURES,
     ),
     "index from the end": (lambda x: x[:, [0, -1]], FEATURES),
+    "index_copy": (
+        lambda x, v: aten.index_copy(x, 1, torch.tensor([2, 0]), v),
+        tensors((3, 4, 5), (3, 2, 5)),
+    ),
     "index_put that adds": (
         lambda x, v: aten.index_put(x, [None, torch.tensor([0, -1, 0])], v, True),
         tensors((2, 4, 5), (2, 3, 5)),
