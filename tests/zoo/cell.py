@@ -19,7 +19,7 @@ import pbc
 from pbc.bundle import Bundle
 from pbc.compiler import CompileOptions
 from pbc.errors import PbcError
-from pbc.runtime.engines import Executable
+from pbc.runtime.engines import Executable, guarded
 from pbc.runtime.objective import Objective
 from pbc.runtime.parameters import initial_parameters
 from pbc.runtime.runtime import Runtime
@@ -129,7 +129,7 @@ def _compare(cell: Cell, subject: Subject) -> str:
     if changed := eager.differing(subject.module, theta):
         return f"the bundle starts from other values of {changed[0]} than its weights file has"
     runtime = Runtime.open(bundle.path)
-    executable = runtime.engine.load(runtime.bundle, threads=1)
+    executable = guarded.load(runtime.engine, runtime.bundle, threads=1)
     reasons = []
     for seed in range(_BATCHES):
         random = np.random.default_rng(seed)
