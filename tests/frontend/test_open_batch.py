@@ -27,6 +27,8 @@ class Net(nn.Module):
         return logits
 
 
+W = torch.arange(240.0).reshape(48, 5) / 240
+
 OPEN: dict[str, tuple[Maps, int]] = {
     "kron": (lambda x: torch.kron(x, torch.arange(6.0).reshape(2, 3)), 6 * 48),
     "kron of more axes": (lambda x: x[:, 0].kron(torch.arange(4.0).reshape(1, 2, 1, 2)), 4 * 16),
@@ -42,7 +44,6 @@ OPEN: dict[str, tuple[Maps, int]] = {
     "multi_dot": (lambda x: torch.linalg.multi_dot([x.flatten(1), W, W.t(), W]), 5),
     "chain_matmul": (lambda x: torch.chain_matmul(x.flatten(1), W, W.t()), 48),
 }
-W = torch.arange(240.0).reshape(48, 5) / 240
 
 
 @pytest.mark.parametrize("name", list(OPEN))

@@ -77,7 +77,8 @@ def _tiling(model: bytes) -> bytes:
     graph.node.extend(nodes)
     if any(node.output[0] == "losses" for node in nodes):
         graph.output.append(helper.make_tensor_value_info("saved/tiled", 1, ["b", 3, None, None]))
-    return proto.SerializeToString()
+    made: bytes = proto.SerializeToString()
+    return made
 
 
 def train(made: Bundle, photos: Path, out: Path, *words: str) -> tuple[int, str, int]:

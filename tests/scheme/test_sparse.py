@@ -182,7 +182,7 @@ def test_a_part_of_the_operations_is_done(share: str) -> None:
         (theta,) = theta.all_input_nodes
     outputs, positions = shape_of(theta.all_input_nodes[0])
     assert outputs * positions == 32 * EXAMPLE_BATCH * 8 * 8
-    assert shape_of(theta) == (32, 64 * Fraction(share))
+    assert shape_of(theta) == (32, int(64 * Fraction(share)))
 
 
 def test_no_weight_is_saved() -> None:
