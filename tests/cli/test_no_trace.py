@@ -46,7 +46,7 @@ def test_nothing_is_left_elsewhere_and_no_socket_is_opened(folder: Path) -> None
             environment=environment,
         )
         assert result.returncode == 0, result.stderr
-        assert trace.made
+        assert trace.made or command[0] in ("eval", "predict")  # which only read
         assert not trace.reached()
         own = (folder / name for name in ("tmp", "cache", "work"))
         assert not trace.made_outside(*own, "/dev/")
