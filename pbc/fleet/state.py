@@ -31,7 +31,7 @@ _LINE = record(
         "round": _ROUND,
         "asked": integer(),
         "answered": integer(),
-        "nodes": list_of(integer(), most=1 << 20),
+        "nodes": list_of(integer(0, 2**64), most=1 << 20),  # as Flower numbers them
         "loss": maybe(number()),
         "down_bytes": integer(),
         "up_bytes": integer(),
