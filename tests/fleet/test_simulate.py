@@ -378,8 +378,8 @@ def test_a_fleet_of_other_parameters_is_not_gone_on_with(fleet: Fleet) -> None:
 
 def test_lines_of_metrics_that_no_server_writes(tmp_path: Path) -> None:
     whole = {
-        "round": 1, "asked": 2, "answered": 2, "nodes": [1, 2**64 - 1], "examples": 4.0, "loss": 0.5,
-        "down_bytes": 3, "up_bytes": 3, "seconds": 0.1, "cpu_seconds": 0.1,
+        "round": 1, "asked": 2, "answered": 2, "nodes": [1, 2**64 - 1], "examples": 4.0,
+        "loss": 0.5, "down_bytes": 3, "up_bytes": 3, "seconds": 0.1, "cpu_seconds": 0.1,
     }  # fmt: skip
     for broken in ("[]", '{"round": 2}', json.dumps({**whole, "loss": "x"}), '{"round": NaN}'):
         (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(whole)}\n{broken}\n")
