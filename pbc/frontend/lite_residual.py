@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pbc.errors import PbcError
-from pbc.frontend.strategy import Bias, without_argument
+from pbc.frontend.strategy import Bias, inserted, without_argument
 from pbc.frontend.trace import Call
 from pbc.frontend.traced_network import TracedNetwork
 
@@ -51,13 +51,7 @@ class LiteResidual:
             block.register_forward_hook(lambda owner, inputs, y: y + owner.lite(inputs[0], y))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
-        inside = {
-            f"{name}.{parameter}"
-            for name, layer in network.module.named_modules()
-            if isinstance(layer, LiteModule)
-            for parameter, _ in layer.named_parameters()
-        }
-        return Bias().trainable(network) | inside
+        return Bias().trainable(network) | inserted(network, LiteModule)
 
 
 class LiteModule(nn.Module):

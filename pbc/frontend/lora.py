@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pbc.errors import PbcError
-from pbc.frontend.strategy import whole_number
+from pbc.frontend.strategy import inserted, whole_number
 from pbc.frontend.trace import LAYOUT, PRODUCTS, Operator, Trace, Value
 from pbc.frontend.traced_network import TracedNetwork
 
@@ -42,12 +42,7 @@ class Lora:
             layer.register_forward_hook(lambda owner, inputs, y: y + owner.lora(inputs[0]))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
-        return frozenset(
-            f"{name}.{parameter}"
-            for name, layer in network.module.named_modules()
-            if isinstance(layer, LowRank)
-            for parameter, _ in layer.named_parameters()
-        )
+        return inserted(network, LowRank)
 
 
 class LowRank(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pbc.frontend.strategy import whole_number
+from pbc.frontend.strategy import inserted, whole_number
 from pbc.frontend.taps import Taps, scaled
 from pbc.frontend.traced_network import TracedNetwork
 
@@ -40,12 +40,7 @@ class Side:
         taps.connect(network, lambda layer, x, tapped: x + layer.get_submodule("side")(tapped))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
-        return frozenset(
-            f"{name}.{parameter}"
-            for name, layer in network.module.named_modules()
-            if isinstance(layer, Ladder)
-            for parameter, _ in layer.named_parameters()
-        )
+        return inserted(network, Ladder)
 
 
 class Ladder(nn.Module):

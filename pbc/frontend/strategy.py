@@ -88,6 +88,16 @@ def whole_number(text: str, symbol: str) -> int:
     return int(argument)
 
 
+def inserted(network: TracedNetwork, kind: type[nn.Module]) -> frozenset[str]:
+    """Return the names of all parameters of the modules of a kind."""
+    return frozenset(
+        f"{name}.{parameter}"
+        for name, layer in network.module.named_modules()
+        if isinstance(layer, kind)
+        for parameter, _ in layer.named_parameters()
+    )
+
+
 @dataclass(frozen=True)
 class LinearProbe:
     """Train the classifier alone."""
@@ -191,12 +201,7 @@ class Adapters:
             append(module.get_submodule(name), "adapter", adapter)
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
-        return frozenset(
-            f"{name}.{parameter}"
-            for name, layer in network.module.named_modules()
-            if isinstance(layer, Adapter)
-            for parameter, _ in layer.named_parameters()
-        )
+        return inserted(network, Adapter)
 
 
 @dataclass(frozen=True)

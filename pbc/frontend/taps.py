@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pbc.errors import PbcError
 from pbc.frontend.axes import REDUCTIONS, channel_axis
@@ -84,9 +85,10 @@ class Taps:
         """
         latest: dict[str, Tensor] = {}
 
-        def keep(tap: Tap) -> Callable[[nn.Module, object, Tensor], None]:
-            def hook(owner: nn.Module, inputs: object, output: Tensor) -> None:
-                latest[tap.block] = _mean(output, tap.axis)
+        def keep(tap: Tap) -> Callable[[nn.Module, object, object], None]:
+            def hook(owner: nn.Module, inputs: object, output: object) -> None:
+                first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+                latest[tap.block] = _mean(first, tap.axis)
 
             return hook
 

@@ -102,6 +102,28 @@ def test_a_backbone_without_a_classifier_gets_one(strategy: str) -> None:
     assert set(program.network.head.parameters.values()) == {width}
 
 
+def test_a_block_may_return_more_than_a_tensor() -> None:
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = ResidualNet().get_submodule("blocks.0")
+
+        def forward(self, pair: tuple[Tensor, str]) -> tuple[Tensor, str]:
+            return self.inner(pair[0]), pair[1]
+
+    class Pairs(ResidualNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(*[Paired() for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.fc(self.blocks((self.stem(x), ""))[0].mean((2, 3)))
+            return logits
+
+    program = make_program(settled(Pairs()), "head2toe")
+    assert program.network.head.parameters["fc.weight"] == 48
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_heads_are_refused_by_name(strategy: str) -> None:
     with pytest.raises(PbcError, match=r"the head of TwoHeads \(fc.weight.*not one linear layer"):

@@ -23,6 +23,19 @@ from pbc.testing import (
 FREE, RUINOUS = (0.0, 0.0, 0.0, 0.1), (20.0, 40.0, 50.0, 60.0)
 
 
+class Measured:
+    """An engine that takes so many milliseconds for each level, whatever was planned."""
+
+    def __init__(self, *times_ms: float) -> None:
+        self.times_ms = list(times_ms)
+
+    def lowering(self) -> Measured:
+        return self
+
+    def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
+        return self.times_ms[: len(levels)]
+
+
 def judged(*levels: tuple[float, Sequence[float]]) -> Program:
     """A program with a level for each cost and loss at shares of a quarter to all."""
     program = pruned(ConvNet, levels=3)
@@ -69,16 +82,7 @@ def test_even_steps_and_unjudged_levels_stay() -> None:
 def test_on_this_machine_they_are_measured_as_they_will_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Slower:
-        """An engine that takes longer for the first proxy, whatever was planned."""
-
-        def lowering(self) -> Slower:
-            return self
-
-        def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
-            return [10.0, 12.2, 4.0, 9.0][: len(levels)]
-
-    monkeypatch.setattr(plugins, "load", lambda group, name: Slower())
+    monkeypatch.setattr(plugins, "load", lambda group, name: Measured(10.0, 12.2, 4.0, 9.0))
     before = replace(judged((0.6, FREE), (0.5, FREE), (0.4, FREE)), cost_model=LATENCY)
     after = ChooseLevels()(before)
     assert [level.cost for level in rungs(after).levels] == pytest.approx([1.0, 0.4])
@@ -88,16 +92,7 @@ def test_on_this_machine_they_are_measured_as_they_will_run(
 def test_a_precision_that_is_no_faster_after_all_is_planned_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Slower:
-        """An engine that gains nothing by int8."""
-
-        def lowering(self) -> Slower:
-            return self
-
-        def latency_ms(self, program: Program, levels: Sequence[LevelGraphs]) -> list[float]:
-            return [10.0, 12.2, 4.0, 3.0][: len(levels)]
-
-    monkeypatch.setattr(plugins, "load", lambda group, name: Slower())
+    monkeypatch.setattr(plugins, "load", lambda group, name: Measured(10.0, 12.2, 4.0, 3.0))
     before = replace(judged((0.6, FREE), (0.5, FREE), (0.4, FREE)), cost_model=LATENCY)
     alone, *narrower = before.levels[1:]
     rounded = replace(alone, keep={}, precision=INT8)
