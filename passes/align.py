@@ -24,9 +24,7 @@ from pbc.proxies import parallel
 from pbc.proxies.align_losses import (
     FEATURES,
     LOGITS,
-    NST,
     AlignmentLoss,
-    FeatureMap,
     terms_of,
 )
 from pbc.proxies.distillation import Distillation, adopt, unaugmented
@@ -60,8 +58,8 @@ class Align:
     only measured. Does nothing without calibration data: levels stay unaligned and unrouted.
 
     align_loss: other terms of the loss, or more (pbc.proxies.align_losses): `logits` distils the
-        scores of the classifier that came with the weights, `nst` the pattern of the last feature
-        map; `features+nst` is a sum.
+        scores of the classifier that came with the weights, `map` the last feature map, `nst` the
+        pattern of it; `features+map` is a sum.
     align_steps: steps per level; None lets `align_time` decide alone.
     align_time: minutes for the whole ladder, of which the first level that is trained gets half;
         None lets `align_steps` decide alone. With neither, ten minutes.
@@ -94,15 +92,9 @@ class Align:
         original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
         batches = unaugmented(calibration, STATISTICS_BATCHES)
         standard = standards(program, (original(batch.to(device)) for batch in batches))
-        terms = terms_of(self.align_loss)
-        loss = AlignmentLoss(
-            standard,
-            features=FEATURES in terms,
-            feature_map=FeatureMap.of(program) if NST in terms else None,
-            logits=LOGITS in terms,
-        )
+        loss = AlignmentLoss.of(program, standard, terms_of(self.align_loss))
         inside = None if loss.feature_map is None else loss.feature_map.node
-        looked_at = partial(UpToInterface, program, inside=inside, logits=loss.logits)
+        looked_at = partial(UpToInterface, program, inside=inside, logits=LOGITS in loss.terms)
         original = copy.deepcopy(looked_at(program.levels[0])).to(device).eval()
         numbers = [
             number

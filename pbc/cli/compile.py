@@ -143,7 +143,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     default="features",
     show_default=True,
     metavar="TERMS",
-    help="What proxies are distilled by: features, logits, nst, or a sum such as features+nst.",
+    help="What proxies are distilled by: features, logits, map, nst or a sum: features+map.",
 )
 @click.option(
     "--tune",

@@ -22,7 +22,7 @@ from pbc.ir.program import Program
 from pbc.ir.rewrite import ancestors
 from pbc.proxies.fidelity import Standard
 
-FEATURES, LOGITS, NST = TERMS = ("features", "logits", "nst")
+FEATURES, LOGITS, MAP, NST = TERMS = ("features", "logits", "map", "nst")
 TEMPERATURE = 4.0
 NST_WEIGHT = 25.0
 
@@ -57,33 +57,51 @@ class FeatureMap:
             if len(shape_of(node)) in (3, 4) and len(channels) == 1 and channels[0] > 0:
                 return FeatureMap(node.name, channels[0])
         raise PbcError(
-            f"--align-loss nst needs a feature map, and the frozen part of {program.network.name} "
-            "has none before its trainable part"
+            "--align-loss map and nst need a feature map, and the frozen part of "
+            f"{program.network.name} has none before its trainable part"
         )
+
+    def pair(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a proxy's map and level 0's, [batch, channels, *positions], of equal positions."""
+        teacher = target.float().movedim(self.channels, 1)
+        student = output.float().movedim(self.channels, 1)
+        if student.shape[2:] != teacher.shape[2:]:
+            mode = "linear" if teacher.dim() == 3 else "bilinear"
+            student = functional.interpolate(student, teacher.shape[2:], mode=mode)
+        return student, teacher
 
 
 @dataclass(frozen=True)
 class AlignmentLoss:
     """The sum of some terms; its arguments are what `UpToInterface` makes of images.
 
-    standard: of the interface's tensors. feature_map, logits: whether these follow them.
+    standard: of the interface's tensors. feature_map: the one that follows them, where a term looks
+    at it; then, for the term `logits`, come scores.
     """
 
     standard: Sequence[Standard]
-    features: bool = True
+    terms: Sequence[str] = (FEATURES,)
     feature_map: FeatureMap | None = None
-    logits: bool = False
+
+    @staticmethod
+    def of(program: Program, standard: Sequence[Standard], terms: Sequence[str]) -> AlignmentLoss:
+        """Return the loss of these terms; raises PbcError where there is no map to look at."""
+        looks = MAP in terms or NST in terms
+        return AlignmentLoss(standard, terms, FeatureMap.of(program) if looks else None)
 
     def __call__(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """Return the loss of a batch, a scalar."""
         count = len(self.standard)
         total = torch.zeros((), device=outputs[0].device)
-        if self.features:
+        if FEATURES in self.terms:
             total = total + feature_loss(outputs[:count], targets[:count], self.standard)
         if self.feature_map is not None:
-            axis = self.feature_map.channels
-            total = total + NST_WEIGHT * nst_loss(outputs[count], targets[count], axis)
-        if self.logits:
+            student, teacher = self.feature_map.pair(outputs[count], targets[count])
+            if MAP in self.terms:
+                total = total + map_loss(student, teacher)
+            if NST in self.terms:
+                total = total + NST_WEIGHT * nst_loss(student, teacher)
+        if LOGITS in self.terms:
             total = total + logit_loss(outputs[-1], targets[-1])
         return total
 
@@ -110,18 +128,30 @@ def logit_loss(output: Tensor, target: Tensor, temperature: float = TEMPERATURE)
     return divergence * temperature**2
 
 
-def nst_loss(output: Tensor, target: Tensor, channels: int) -> Tensor:
+def map_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of two maps [batch, channels, *positions], in the teacher's deviations.
+
+    Raises PbcError where channels went: there is nothing to compare with.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        raise PbcError(
+            f"--align-loss map compares feature maps of the same channels, and a proxy keeps "
+            f"{student.shape[1]} of {teacher.shape[1]}; use nst, or leave width out of --axes"
+        )
+    axes = [axis for axis in range(teacher.dim()) if axis != 1]
+    variance = teacher.var(axes, keepdim=True)
+    # A channel that hardly moves carries nothing; do not let its noise dominate.
+    return ((student - teacher).square() / (variance + 1e-4 * variance.mean() + 1e-12)).mean()
+
+
+def nst_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared maximum mean discrepancy between channels' activation patterns, mean over samples.
 
-    Neuron Selectivity Transfer (Huang and Wang, 2017, equation 8) with the kernel (x·y)², on
-    patterns of unit length. The sums of the kernel over all pairs of channels are the squared norm
-    of a difference of Gram matrices over positions, so neither side need have the other's channels.
+    Of maps [batch, channels, *positions]. Neuron Selectivity Transfer (Huang and Wang, 2017,
+    equation 8) with the kernel (x·y)², on patterns of unit length. The sums of the kernel over all
+    pairs of channels are the squared norm of a difference of Gram matrices over positions, so
+    neither side need have the other's channels.
     """
-    teacher = target.float().movedim(channels, 1)
-    student = output.float().movedim(channels, 1)
-    if student.shape[2:] != teacher.shape[2:]:
-        mode = "linear" if teacher.dim() == 3 else "bilinear"
-        student = functional.interpolate(student, teacher.shape[2:], mode=mode)
     return (_gram(student) - _gram(teacher)).square().sum((1, 2)).mean()
 
 

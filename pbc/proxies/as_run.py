@@ -18,8 +18,13 @@ from pbc.ir.graph import get_tensor, parameter_names, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.lower.backend import backend
-from pbc.proxies.fidelity import boundary_nodes, dtype_of, in_precision, precision_of
-from pbc.proxies.tokens import cut_unmerged
+from pbc.proxies.fidelity import (
+    boundary_nodes,
+    cut_whole,
+    dtype_of,
+    in_precision,
+    precision_of,
+)
 
 Features = Sequence[Tensor]
 Run = Callable[[np.ndarray], tuple[Features, Features]]
@@ -78,7 +83,7 @@ def _body(
     program: Program, level: LevelGraphs, last: Sequence[str]
 ) -> Callable[[Features], Features]:
     dtype = dtype_of(precision_of(program.levels[0], BODY, level.precision))
-    graph = in_precision(cut_unmerged(level.body, list(last)), dtype)
+    graph = in_precision(cut_whole(program, level, last), dtype)
     theta = [program.parameters[name].detach().to(dtype) for name in parameter_names(graph)]
 
     def run(sent: Features) -> Features:

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from pbc.bundle.graph_name import PREFIX, GraphName
+from pbc.bundle.graph_name import BODY, PREFIX, GraphName
 from pbc.bundle.ladder import FLOAT32, INT8
 from pbc.ir.dim_rules import analyse
 from pbc.ir.dims import channel_axes
 from pbc.ir.graph import PARAMETER, output_names, output_nodes, parameter_names, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.ir.rewrite import copy_graph, to_buffer
+from pbc.ir.rewrite import copy_graph, cut_at, to_buffer
+from pbc.proxies.resolution import brought_back, reduced_role
 from pbc.proxies.tokens import cut_unmerged
 
 
@@ -56,9 +57,9 @@ class UpToInterface(nn.Module):
         self._read = len(boundary)
         if boundary or logits:
             scores = output_names(level.body) if logits else []
-            self.body = cut_unmerged(level.body, [*boundary, *scores])
+            self.body = cut_whole(program, level, [*boundary, *scores])
             # What lies behind the interface is every level's alike.
-            before = tensor_names(cut_unmerged(level.body, boundary)) if boundary else []
+            before = tensor_names(cut_at(level.body, boundary)) if boundary else []
             for name in set(tensor_names(self.body)) - set(before):
                 to_buffer(self.body, name)
             names = parameter_names(self.body)
@@ -78,6 +79,14 @@ class UpToInterface(nn.Module):
             theta = [value.to(images.device) for value in self.theta]
             read = list(self.body(*sent, *theta))
         return [*tensors, *read[: self._read], *inside, *read[self._read :]]
+
+
+def cut_whole(program: Program, level: LevelGraphs, names: Sequence[str]) -> GraphModule:
+    """Return a level's body that returns the named nodes with all tokens, height and width."""
+    original, cut = program.levels[0], cut_unmerged(level.body, names)
+    if level.resolution is None or reduced_role(original) != BODY:
+        return cut
+    return brought_back(cut, cut_at(original.body, names), level.resolution, original.prefix)
 
 
 def precision_of(original: LevelGraphs, role: GraphName, precision: str) -> str:

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch.fx import GraphModule
 
+from pbc.bundle.graph_name import BODY
 from pbc.bundle.ladder import FLOAT32, INT8, LATENCY, MACS, PROFILE
 from pbc.ir.dims import HEADS, Dimension, Dims
-from pbc.ir.graph import op_name, shape_of
+from pbc.ir.graph import op_name
 from pbc.ir.levels import LevelGraphs, LevelPlan, Size
 from pbc.ir.program import Program
 from pbc.ir.work import work_file
@@ -23,7 +24,7 @@ from pbc.lower.backend import backend
 from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import boundary_nodes
-from pbc.proxies.resolution import macs
+from pbc.proxies.resolution import layer_macs, macs, reduced_role
 from pbc.proxies.tokens import tokens_of
 from pbc.proxies.trial import reason_against, reason_of_failure, trial, with_merges
 from pbc.util.atomic import replace_bytes
@@ -218,9 +219,6 @@ class Forms:
         return [one.merges for one in found]
 
     def _resolutions(self, shares: Sequence[float]) -> list[Size]:
-        graph = self._original.prefix
-        if graph is None:
-            return []
         _, height, width = self._program.network.input.shape
         sizes = [(_rounded_pixels(height * s), _rounded_pixels(width * s)) for s in shares]
         distinct = [size for size, _ in itertools.groupby([(height, width), *sizes])][1:]
@@ -258,10 +256,14 @@ class Forms:
 
     def macs(self, form: Form) -> float:
         """Multiply-accumulates of one sample."""
-        prefix = self._original.prefix
-        if form.resolution not in self._pixels and form.resolution and prefix is not None:
-            before, after = self._frozen_macs[0], macs(prefix, form.resolution)
-            # Only the prefix shrinks: what it sends has its full size again.
+        if form.resolution not in self._pixels and form.resolution:
+            prefix, body = self._original.prefix, self._original.body
+            if reduced_role(self._original) == BODY:
+                before, after = macs(body), macs(body, form.resolution, prefix)
+            else:
+                assert prefix is not None
+                before, after = macs(prefix), macs(prefix, form.resolution)
+            # Only that graph shrinks: what it sends has its full size again.
             self._pixels[form.resolution] = 1 - (before - after) / max(self.whole, before)
         if form.merges not in self._tokens:
             level = replace(self._original, merges=form.merges)
@@ -293,8 +295,8 @@ class Forms:
         prefix = self._original.prefix
         if precision != INT8 or prefix is None:
             return 1.0
-        work = _layer_macs(prefix)
-        return 1 - work / (work + _layer_macs(self._original.body)) * (1 - INT8_COST)
+        work = layer_macs(prefix)
+        return 1 - work / (work + layer_macs(self._original.body)) * (1 - INT8_COST)
 
     def _latencies_ms(self, forms: Sequence[Form]) -> list[float]:
         """Measure; keep the result, since a resumed compilation must come to the same plan."""
@@ -381,16 +383,6 @@ def has_depthwise(*graphs: GraphModule) -> bool:
         for graph in graphs
         for node in graph.graph.nodes
     )
-
-
-def _layer_macs(graph: GraphModule) -> float:
-    """Multiply-accumulates of one sample in convolutions and linear layers."""
-    total = 0.0
-    for node in graph.graph.nodes:
-        if op_name(node) in ("aten.conv2d.default", "aten.linear.default"):
-            weight = node.args[1]
-            total += math.prod(shape_of(node)[1:]) * math.prod(shape_of(weight)[1:])
-    return total
 
 
 def _convolves(level: LevelGraphs) -> bool:

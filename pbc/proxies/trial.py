@@ -21,7 +21,7 @@ from pbc.ir.slice_graph import slice_graph
 from pbc.lower.backend import backend
 from pbc.proxies.fidelity import UpToInterface, dtype_of, in_precision, precision_of
 from pbc.proxies.quantization import quantized
-from pbc.proxies.resolution import reduced
+from pbc.proxies.resolution import reduced, reduced_role
 from pbc.proxies.tokens import merged, tokens_of
 
 # Of the largest value: what a sample's features may change by with what shares its batch. Kernels
@@ -66,14 +66,19 @@ def proxy(
 
     shapes: as `slice_graph` has it.
     """
+    size = plan.resolution
+    again = shapes or size is not None
     prefix = original.prefix
     if prefix is not None:
-        again = shapes or plan.resolution is not None
         prefix = slice_graph(prefix, dims, keep, shapes=again)
-        if plan.resolution is not None:
-            prefix = reduced(prefix, plan.resolution)
+    body = slice_graph(original.body, dims, keep, shapes=again)
+    if size is not None:
+        if reduced_role(original) == BODY:
+            body = reduced(body, size, prefix)
+        elif prefix is not None:
+            prefix = reduced(prefix, size)
     return LevelGraphs(
-        body=slice_graph(original.body, dims, keep, shapes=shapes),
+        body=body,
         prefix=prefix,
         keep=keep,
         cost=plan.cost,

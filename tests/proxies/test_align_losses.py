@@ -8,10 +8,10 @@ import torch
 from networks import AttentionNet, ConvNet, ResidualNet, calibration, pruned
 from torch.nn import functional
 
-from pbc.errors import UsageError
+from pbc.errors import PbcError, UsageError
 from pbc.ir.graph import get_tensor, tensor_names
 from pbc.passes.align import Align
-from pbc.proxies.align_losses import FeatureMap, logit_loss, nst_loss, terms_of
+from pbc.proxies.align_losses import FeatureMap, logit_loss, map_loss, nst_loss, terms_of
 from pbc.proxies.fidelity import UpToInterface
 from pbc.testing import assert_equivalent
 
@@ -29,11 +29,27 @@ def test_nst_is_the_discrepancy_summed_over_pairs_of_channels() -> None:
         return sum(float((x @ y) ** 2) for x, y in unit) / len(unit)
 
     expected = kernel(teacher, teacher) + kernel(student, student) - 2 * kernel(student, teacher)
-    assert float(nst_loss(student, teacher, 1)) == pytest.approx(expected, abs=1e-5)
-    last = nst_loss(student.movedim(1, 3), teacher.movedim(1, 3), 3)
-    assert float(last) == pytest.approx(expected, abs=1e-5)
-    assert float(nst_loss(teacher[:, [2, 0, 1, 3, 4, 6, 5]], teacher, 1)) < 1e-6
-    assert float(nst_loss(random(1, 5, 2, 2), teacher, 1)) > 0  # of fewer pixels
+    assert float(nst_loss(student, teacher)) == pytest.approx(expected, abs=1e-5)
+    assert float(nst_loss(teacher[:, [2, 0, 1, 3, 4, 6, 5]], teacher)) < 1e-6
+
+
+def test_maps_are_compared_wherever_their_channels_are_and_at_equal_positions() -> None:
+    student, teacher = random(1, 5, 2, 2), random(1, 7, 3, 3, seed=1)
+    one, two = FeatureMap("", 1).pair(student, teacher)
+    assert (one.shape, two.shape) == ((1, 5, 3, 3), (1, 7, 3, 3))
+    last = FeatureMap("", 3).pair(student.movedim(1, 3), teacher.movedim(1, 3))
+    torch.testing.assert_close(last, (one, two))
+    assert float(nst_loss(one, two)) > 0
+
+
+def test_errors_of_a_map_count_in_deviations_of_its_channels() -> None:
+    teacher = random(8, 5, 3, 3)
+    assert float(map_loss(teacher, teacher)) == 0
+    mean = teacher.mean((0, 2, 3), keepdim=True).expand_as(teacher)
+    scale = torch.tensor([1.0, 10.0, 30.0, 2.0, 5.0]).reshape(1, 5, 1, 1)
+    assert float(map_loss(mean * scale, teacher * scale)) == pytest.approx(1, abs=0.05)
+    with pytest.raises(PbcError, match="a proxy keeps 3 of 5; use nst"):
+        map_loss(teacher[:, :3], teacher)
 
 
 def test_gradients_of_scores_are_as_large_at_any_temperature() -> None:

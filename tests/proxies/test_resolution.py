@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,11 +11,17 @@ from networks import AttentionNet, ChannelsLastNet, ConvNet, Kind, ResidualNet
 from torch import nn
 from torch.fx import GraphModule
 
-from pbc.ir.graph import graph_outputs
+from pbc.bundle.graph_name import BODY
+from pbc.ir.dim_rules import dims_of
+from pbc.ir.graph import graph_outputs, parameter_names
+from pbc.ir.levels import LevelPlan
+from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.proxies.resolution import macs, reduced
-from pbc.testing import graph_of, make_program
+from pbc.proxies.fidelity import UpToInterface
+from pbc.proxies.resolution import macs, reduced, reduced_role
+from pbc.proxies.trial import trial
+from pbc.testing import assert_gradients, eager_gradients, gradients, graph_of, make_program
 
 
 @cache
@@ -80,3 +87,46 @@ def test_macs_fall_with_the_pixels() -> None:
     assert macs(graph) == 32 * 32 * 16 * 27 + 16 * 16 * 24 * 16 * 9
     assert macs(reduced(graph, (16, 16))) == pytest.approx(macs(graph) / 4)
     assert macs(graph, (16, 16)) == macs(reduced(graph, (16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [(ResidualNet, "bias"), (ConvNet, "norm"), (ChannelsLastNet, "norm")]
+)
+def test_a_body_that_computes_more_runs_on_fewer_positions(kind: Kind, strategy: str) -> None:
+    passes = (MarkTrainable(), SplitPrefix(), IndependentDims())
+    program = make_program(kind().eval(), strategy, (3, 32, 32), passes=passes)
+    original = program.levels[0]
+    assert reduced_role(original) == BODY
+    plan = LevelPlan({}, 1.0, 0.0, resolution=(16, 24))
+    level = trial(program, plan, dims_of(program))
+    assert parameter_names(level.body) == parameter_names(original.body)
+    program = replace(program, levels=(original, level))
+
+    images = torch.randn(4, 3, 32, 32)
+    if original.prefix is None:
+        small = nn.functional.interpolate(images, (16, 24), mode="bilinear", align_corners=False)
+        expected = original.logits(small, program.parameters)
+        torch.testing.assert_close(level.logits(images, program.parameters), expected)
+    else:
+        assert level.prefix is not None
+        torch.testing.assert_close(level.prefix(images), original.prefix(images))
+    assert macs(level.body) < 0.5 * macs(original.body)
+
+    # What trainable layers read is compared at level 0's height and width.
+    whole, fewer = (UpToInterface(program, one) for one in program.levels)
+    assert [t.shape for t in fewer(images)] == [t.shape for t in whole(images)]
+    assert gradients(program, 1).keys() == gradients(program, 0).keys()
+
+
+def test_the_gradients_at_a_lower_resolution_are_those_of_the_module_there() -> None:
+    module = ResidualNet().eval()
+    passes = (MarkTrainable(), SplitPrefix(), IndependentDims())
+    program = make_program(module, "bias", (3, 32, 32), passes=passes)
+    level = trial(program, LevelPlan({}, 1.0, 0.0, resolution=(16, 16)), dims_of(program))
+    program = replace(program, levels=(program.levels[0], level))
+    got = gradients(program, 1)
+
+    example = program.network.example
+    small = nn.functional.interpolate(example, (16, 16), mode="bilinear", align_corners=False)
+    there = replace(program, network=replace(program.network, example=small))
+    assert_gradients(got, eager_gradients(module, there))
