@@ -50,7 +50,7 @@ def reduced(graph: GraphModule, size: Size, sender: GraphModule | None = None) -
 
     size: height and width of images. sender: the prefix that sends what the graph reads; None where
     it reads images. An output that keeps spatial axes is brought back to its height and width, see
-    `brought_back`. Raises RuntimeError (torch's own) where a layer is built for one resolution.
+    `brought_back`. Raises RuntimeError where a layer is built for one resolution.
     """
     return brought_back(_on_smaller_inputs(graph, size, sender), graph, size, sender)
 
@@ -107,7 +107,10 @@ def _on_smaller_inputs(graph: GraphModule, size: Size, sender: GraphModule | Non
         small.name = "reduced" if sender is None else f"{node.name}_reduced"
         node.replace_all_uses_with(small, delete_user_cb=before.__contains__)
     graph.recompile()
-    refresh_shapes(graph)
+    try:
+        refresh_shapes(graph)
+    except RuntimeError as error:  # torch's own, of a shape that no user has written
+        raise RuntimeError("a layer is built for the resolution of whole images") from error
     return graph
 
 

@@ -87,6 +87,9 @@ class KeptFeatures:
         self._left = most_bytes
         self._kept: dict[int, dict[str, np.ndarray]] = {}
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def accuracy(self, executable: Executable, batch: int) -> float:
         """Return the share of right answers, 0…1, at the executable's parameters."""
         right = 0

@@ -78,13 +78,20 @@ class GrowingModel:
             self.best = executable.parameters()
 
     @property
+    def _photos(self) -> int:
+        """How many photos the curve is of: those held out, or that its head was left without."""
+        if self.held_out is not None:
+            return len(self.held_out)
+        return 1 if self.shown is None else self.shown.judged
+
+    @property
     def _best_accuracy(self) -> float:
         return -1.0 if self.best_at is None else self.curve[self.best_at][1]
 
     def reason_to_stop(self) -> str | None:
         """Return the line that says why the run has learnt enough; None where it has not."""
         if self.stop is not None:
-            reason = self.stop.enough(self.curve, self.total, self.least_points)
+            reason = self.stop.enough(self.curve, self.total, self.least_points, self._photos)
             if reason is not None:
                 return reason
         if self.patience is None or self.best_at is None:

@@ -13,9 +13,12 @@ from pbc.errors import UsageError
 
 AUTO = "auto"
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-# A curve of fewer points says nothing of how it goes on; the last of them say how.
+# A curve of fewer points says nothing of how it goes on; of more, the later half says how.
 _LEAST_POINTS = 4
-_LAST = 3
+_LEAST_FITTED = 3
+# Neighbours on a curve are mostly right and wrong on the same photos: of the variance that as many
+# other photos would have, so much is between them.
+_BETWEEN_NEIGHBOURS = 0.25
 
 Curve: TypeAlias = Sequence[tuple[int, float]]
 """(samples visited, accuracy in 0…1), ascending."""
@@ -49,11 +52,11 @@ class Stop:
             return None
         return f"stopping: {seconds:.1f} s are spent of {self.seconds:g}"
 
-    def enough(self, curve: Curve, total: int, least_points: float) -> str | None:
+    def enough(self, curve: Curve, total: int, least_points: float, photos: int) -> str | None:
         """Return the line that says why, where the curve's last point is good enough.
 
         total: samples that a whole run visits. least_points: what is left has to bring, in points
-        of accuracy, to be worth it.
+        of accuracy, to be worth it. photos: how many the accuracies are of.
         """
         if not curve:
             return None
@@ -62,26 +65,32 @@ class Stop:
             return f"stopping: {accuracy:.1%} is reached, at least {self.accuracy:.1%} were wanted"
         if self.seconds is not None or self.accuracy is not None or visited >= total:
             return None
-        left = points_left(curve, total)
+        left = points_left(curve, total, photos)
         if left is None or left >= least_points:
             return None
         return (
             f"stopping after {visited} of {total} visits: {accuracy:.1%} is reached, and what is "
-            f"left would bring about {left:.1f} points (less than {least_points:g})"
+            f"left would bring at most {left:.1f} points (less than {least_points:g}), as far as "
+            f"{photos} photos can tell"
         )
 
 
-def points_left(curve: Curve, total: int) -> float | None:
-    """Return what a curve is expected to gain until `total` visits; None of too few points.
+def points_left(curve: Curve, total: int, photos: int) -> float | None:
+    """Return what a curve gains at most until `total` visits; None of too few points.
 
-    Accuracy grows slower than the logarithm of the visits, so the slope of the last points over it
-    is more than what comes.
+    Accuracy grows slower than the logarithm of the visits, so its slope over that in the later half
+    is more than what comes; a standard error of the slope is added. photos: how many the accuracies
+    are of: a few of them cannot tell half a point.
     """
     if len(curve) < _LEAST_POINTS:
         return None
-    visits, accuracies = np.array(curve[-_LAST:]).T
-    slope = np.polyfit(np.log(visits), accuracies, 1)[0]
-    return 100 * max(float(slope), 0.0) * math.log(total / visits[-1])
+    visits, accuracies = np.array(curve[-max(_LEAST_FITTED, (len(curve) + 1) // 2) :]).T
+    spread = np.log(visits) - np.log(visits).mean()
+    slope = float(spread @ accuracies / (spread @ spread))
+    share = (photos * accuracies[-1] + 1) / (photos + 2)  # all right so far is not right for ever
+    noise = math.sqrt(_BETWEEN_NEIGHBOURS * share * (1 - share) / photos)
+    steepest = max(slope, 0.0) + noise / math.sqrt(spread @ spread)
+    return 100 * steepest * math.log(total / visits[-1])
 
 
 def _number(text: str) -> float:

@@ -42,20 +42,31 @@ def test_what_stop_may_not_be(text: str) -> None:
         TrainOptions(stop=text)
 
 
-def test_what_is_left_is_read_off_the_last_points() -> None:
+def test_what_is_left_is_read_off_the_later_half() -> None:
     steep = [(100, 0.5), (200, 0.6), (400, 0.7), (800, 0.8)]
-    assert points_left(steep, 1600) == pytest.approx(10)
-    assert points_left(steep, 800) == pytest.approx(0)
-    assert points_left(steep[:3], 1600) is None
+    assert points_left(steep, 1600, 10**9) == pytest.approx(10, abs=0.01)
+    assert points_left(steep, 800, 10**9) == pytest.approx(0)
+    assert points_left(steep[:3], 1600, 10**9) is None
     flat = [*steep, (1600, 0.8), (3200, 0.8)]
-    assert points_left(flat, 6400) == pytest.approx(0, abs=1e-6)
-    assert Stop().enough(steep, 1600, 0.5) is None
-    told = Stop().enough(flat, 6400, 0.5)
+    assert points_left(flat, 6400, 10**9) == pytest.approx(0, abs=0.01)
+    assert points_left([*steep, (1600, 0.9), *flat[4:]], 6400, 10**9) == pytest.approx(0, abs=0.01)
+    assert Stop().enough(steep, 1600, 0.5, 10**6) is None
+    told = Stop().enough(flat, 6400, 0.5, 10**4)
     assert told is not None
     assert "after 3200 of 6400 visits: 80.0% is reached, and what is left would bring" in told
-    assert Stop().enough(flat, 3200, 0.5) is None  # nothing is left
-    assert Stop(accuracy=0.8).enough(steep, 1600, 0.5) is not None
-    assert Stop(accuracy=0.9).enough(flat, 6400, 0.5) is None
+    assert "less than 0.5), as far as 10000 photos can tell" in told
+    assert Stop().enough(flat, 3200, 0.5, 10**6) is None  # nothing is left
+    assert Stop(accuracy=0.8).enough(steep, 1600, 0.5, 100) is not None
+    assert Stop(accuracy=0.9).enough(flat, 6400, 0.5, 100) is None
+
+
+def test_a_few_photos_cannot_tell_half_a_point() -> None:
+    flat = [(100 * epoch, 0.8) for epoch in range(1, 7)]
+    assert Stop().enough(flat, 1200, 0.5, 10_000) is not None
+    assert Stop().enough(flat, 1200, 0.5, 50) is None
+    assert Stop().enough([(visits, 1.0) for visits, _ in flat], 1200, 0.5, 10) is None
+    late = [(100 * epoch, 0.8) for epoch in range(1, 12)]
+    assert Stop().enough(late, 1101, 0.5, 50) is not None  # whatever it is, it is little
 
 
 def test_patience_counts_epochs_without_a_better_one() -> None:
@@ -123,7 +134,7 @@ def test_epochs_stop_at_an_accuracy_and_by_the_curve(tmp_path: Path) -> None:
     assert len(case.epochs) < 30
     case.fit("auto", head="sgd", epochs=30, learning_rate=0.1, stop="auto")
     assert 4 <= len(case.epochs) < 30
-    assert "what is left would bring about" in case.reasons[0]
+    assert "what is left would bring at most" in case.reasons[0]
 
 
 def test_large_mini_batches_where_features_are_kept(tmp_path: Path) -> None:
