@@ -58,30 +58,31 @@ def confirm(
     images = torch.randn(_BATCH, *shape, generator=torch.Generator().manual_seed(_BATCH))
     watch = _Watch(module)
     names = _names_in_graph(module, graph, trainable)
-    with watch:
-        eager = _eager(module, images, names)
-    found = _graph(graph, images, trainable)
-    _check_logits(name, eager.logits, found.logits)
-    _check_rows(name, module, images, eager.logits)
-    sizes = _SIZES if watch.suspects else _SIZES[:1]
-    try:
-        wrong = _first_difference(eager, found, sizes)
-    except RuntimeError as error:
-        raise PbcError(
-            f"{name} cannot be trained in PyTorch either: {reason_of(error)}; freeze everything "
-            "before it, or replace it in the model"
-        ) from error
-    if wrong is not None and not watch.suspects and _agree_in_float64(module, graph, images, names):
-        wrong = None
-    if wrong is not None:
-        gradient = eager.gradients(1.0)[wrong[0]]
-        if gradient is not None and not gradient.isfinite().all():
+    with only_requiring(module, names):
+        with watch:
+            eager = _eager(module, images, names)
+        found = _graph(graph, images, trainable)
+        _check_logits(name, eager.logits, found.logits)
+        _check_rows(name, module, images, eager.logits)
+        sizes = _SIZES if watch.suspects else _SIZES[:1]
+        try:
+            wrong = _first_difference(eager, found, sizes)
+        except RuntimeError as error:
             raise PbcError(
-                f"the gradient of {wrong[0]} in {name} is not finite in PyTorch either, of images "
-                "drawn at random: look for a root, a logarithm or a quotient of zero"
-            )
-        raise PbcError(_difference(name, *wrong, watch.suspects))
-    return _without_gradient(name, graph, eager)
+                f"{name} cannot be trained in PyTorch either: {reason_of(error)}; freeze "
+                "everything before it, or replace it in the model"
+            ) from error
+        if wrong and not watch.suspects and _agree_in_float64(module, graph, images, names):
+            wrong = None
+        if wrong is None:
+            return _without_gradient(name, graph, eager)
+        gradient = eager.gradients(1.0)[wrong[0]]
+    if gradient is not None and not gradient.isfinite().all():
+        raise PbcError(
+            f"the gradient of {wrong[0]} in {name} is not finite in PyTorch either, of images "
+            "drawn at random: look for a root, a logarithm or a quotient of zero"
+        )
+    raise PbcError(_difference(name, *wrong, watch.suspects))
 
 
 class _Run:
@@ -106,7 +107,7 @@ class _Run:
 def _eager(module: nn.Module, images: Tensor, names: Collection[str]) -> _Run:
     """The module itself, not a copy: whatever is attached to its parameters takes part."""
     leaves = {name: p for name, p in _parameters(module).items() if name in names}
-    with without_checkpoints(), _requiring_gradients(module, leaves.values()), torch.enable_grad():
+    with without_checkpoints(), torch.enable_grad():
         return _Run(module.eval()(images), leaves)
 
 
@@ -126,12 +127,13 @@ def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _requiring_gradients(module: nn.Module, leaves: Collection[Tensor]) -> Iterator[None]:
+def only_requiring(module: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let these parameters of a module require gradients and no others, for the time being."""
+    leaves = {id(p) for name, p in _parameters(module).items() if name in names}
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    ids = {id(leaf) for leaf in leaves}
     try:
         for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) in ids)
+            parameter.requires_grad_(id(parameter) in leaves)
         yield
     finally:
         for parameter, required in before:
@@ -207,8 +209,8 @@ def _first_difference(eager: _Run, found: _Run, sizes: Sequence[float]) -> tuple
 def _relative(value: Tensor, expected: Tensor, least: float) -> float:
     if value.shape != expected.shape:
         return float("inf")
-    difference = (value.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(least))
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).abs().max() / expected.abs().max().clamp_min(least))
 
 
 def _agree_in_float64(

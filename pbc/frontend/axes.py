@@ -26,6 +26,10 @@ class Lost(Exception):
     """An axis of a result that is no axis of the operand."""
 
 
+class Features(Lost):
+    """An axis that is known to count features, not classes."""
+
+
 def axis_before(operator: Operator, operand: Value, result: Value, axis: int) -> int:
     """Return which axis of an operand becomes this axis of the result; raise Lost if none does."""
     word, args, kwargs = operator.word, operator.args, operator.kwargs

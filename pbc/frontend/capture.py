@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import operator
@@ -112,10 +113,12 @@ def functional(module: nn.Module, shape: tuple[int, int, int]) -> torch.export.E
     Raises PbcError where its logits are more than a function of the image, and whatever torch does.
     """
     example = torch.zeros(EXAMPLE_BATCH, *shape)
+    batch: Any = {0: torch.export.Dim.DYNAMIC}
+    first = next(iter(inspect.signature(module.forward).parameters.values()), None)
+    if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:
+        batch = (batch,)  # forward(self, *images)
     with spelt_out(), OpenBatch():
-        exported = torch.export.export(
-            module.eval(), (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-        )
+        exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(batch,))
     _refuse_what_is_no_function(type(module).__name__, exported)
     as_nodes(exported.graph_module)
     made: torch.export.ExportedProgram = exported.run_decompositions({})

@@ -29,7 +29,7 @@ def spelt_out() -> Iterator[None]:
     """Let torch.export see every way to stop a gradient as one of the two that it knows.
 
     `tensor.data` is `tensor.detach()`, torch.inference_mode is torch.no_grad, and a checkpoint is
-    what it computes. Raises PbcError where a forward writes to `.data`.
+    what it computes. Raises PbcError where a forward writes to `.data` or differentiates by itself.
     """
     with ExitStack() as stack:
         stack.enter_context(_DataIsDetach())
@@ -58,6 +58,11 @@ class _DataIsDetach(TorchFunctionMode):
                 f"writing to .data in forward{where_called()} cannot be kept: a graph's operators "
                 "do not change a value without its gradient; write it with detach(), as in "
                 "x + (f(x) - x).detach()"
+            )
+        if func == torch.autograd.grad:
+            raise PbcError(
+                f"forward computes a gradient of its own (torch.autograd.grad{where_called()}), "
+                "which no graph of a bundle does; write out the derivative"
             )
         return func(*args, **(kwargs or {}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pbc.errors import PbcError
-from pbc.frontend.axes import BINARY, REDUCTIONS, Lost, axis_before, channel_axis
+from pbc.frontend.axes import BINARY, REDUCTIONS, Features, Lost, axis_before, channel_axis
 from pbc.frontend.trace import LAYOUT, Operator, Trace, Value
 from pbc.ir.program import Head
 
@@ -19,7 +20,8 @@ OPEN_CLASSES = 10
 
 # Elementwise operators that map each score by itself and the order of scores mostly to itself.
 _SCALES = frozenset({
-    "abs", "clamp", "clamp_min", "dropout", "hardtanh", "native_dropout", "neg", "pow", "sqrt",
+    "abs", "clamp", "clamp_min", "dropout", "exp", "hardtanh", "log", "masked_fill",
+    "native_dropout", "neg", "pow", "sqrt",
 })  # fmt: skip
 _BATCH_NORMS = frozenset({
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -27,7 +29,7 @@ _BATCH_NORMS = frozenset({
 })  # fmt: skip
 # Of features from prototypes, the classes by rows.
 _DISTANCES = frozenset({"_cdist_forward", "_euclidean_dist"})
-_ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus", "exp"})
+_ACTIVATIONS = frozenset({"relu", "hardtanh", "sigmoid", "tanh", "softplus"})
 _PROBABILITIES = frozenset({"_softmax", "softmax", "_log_softmax", "log_softmax", "sigmoid"})
 
 
@@ -42,9 +44,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why the outputs of a network are not the scores of a classifier, in words."""
+    """Why the outputs of a network are not the scores of a classifier, in words.
+
+    features: they are known to be something else; else an operator is not known.
+    """
 
     reason: str
+    features: bool = True
 
 
 def find(trace: Trace) -> Found | Missing:
@@ -57,30 +63,40 @@ def find(trace: Trace) -> Found | Missing:
     result = trace.result
     if result is None:
         return Missing(f"it returns {_described(trace.output)}")
-    if len(result.shape) != 2:
+    axis = _class_axis(result)
+    if axis is None:
         return Missing(f"it puts out {list(result.shape)} for two images, not class scores")
-    walk = _Walk()
+    walk = _Walk(trace.read.keys())
     try:
-        walk.scores(result, 1)
+        walk.scores(result, axis)
     except Lost as lost:
-        return Missing(str(lost))
+        return Missing(str(lost), isinstance(lost, Features))
     if not walk.widths:
         return Missing("its outputs are made by no linear layer")
     if _depends_on(walk.data, walk.seen):
         return Missing("its outputs are a residual sum")
     _check_not_shared(trace, walk)
-    return Found(Head(walk.head()), result.shape[1], tuple(walk.notes))
+    return Found(Head(walk.head()), result.shape[axis], tuple(walk.notes))
+
+
+def _class_axis(result: Value) -> int | None:
+    """The only axis behind the batch that has more than one entry; None where that is not one."""
+    if len(result.shape) == 2:
+        return 1
+    long = [axis for axis, size in enumerate(result.shape) if axis and size > 1]
+    return long[0] if len(long) == 1 else None
 
 
 @dataclass
 class _Walk:
     """The way back from the scores.
 
-    parameters: found so far, with the width of the layer that reads each, None for what is added
-    or multiplied afterwards. widths, data: of the layers
-    found. seen: the operators on the way.
+    known: the network's parameters, which buffers are not. parameters: found so far, with the width
+    of the layer that reads each, None for what is added or multiplied afterwards. widths, data: of
+    the layers found. seen: the operators on the way.
     """
 
+    known: Collection[str]
     parameters: dict[str, int | None] = field(default_factory=dict)
     widths: list[int] = field(default_factory=list)
     data: list[Value] = field(default_factory=list)
@@ -91,13 +107,19 @@ class _Walk:
     def head(self) -> dict[str, int]:
         return {name: width or self.widths[0] for name, width in self.parameters.items()}
 
-    def scores(self, value: Value, axis: int, pooled: bool = False) -> None:
-        """Follow scores to their layers. pooled: they are averaged over positions afterwards."""
+    def scores(
+        self, value: Value, axis: int, pooled: bool = False, stretched: bool = False
+    ) -> None:
+        """Follow scores to their layers.
+
+        pooled: they are averaged over positions afterwards. stretched: they are multiplied by a
+        constant afterwards, as where a tanh bounds them.
+        """
         operator = value.made_by
         if operator is None:
-            raise Lost("its outputs are its inputs")
+            raise Features("its outputs are its inputs")
         if value.constant:
-            raise Lost("its outputs do not depend on the image")
+            raise Features("its outputs do not depend on the image")
         if (id(value), axis) in self._done:
             return
         self._done.add((id(value), axis))
@@ -117,13 +139,13 @@ class _Walk:
             if any(size != 1 for size in args[1].shape[2:]) and any(
                 size != 1 for size in value.shape[2:]
             ):
-                raise Lost(self._at(operator, "a convolution over neighbouring positions"))
+                raise Features(self._at(operator, "a convolution over neighbouring positions"))
             self._layer(operator, args[0], args[1], 0, args[2])
         elif word in _PROBABILITIES:
             self._probabilities(operator)
             self.scores(args[0], axis, pooled)
-        elif word in _ACTIVATIONS and not pooled:
-            raise Lost(self._at(operator, f"{word}: features, not scores"))
+        elif word in _ACTIVATIONS and not pooled and not (word == "tanh" and stretched):
+            raise Features(self._at(operator, f"{word}: features, not scores"))
         elif word in BINARY:
             self._binary(operator, value, axis, pooled)
         elif word in _BATCH_NORMS and axis == 1:
@@ -131,6 +153,10 @@ class _Walk:
                 if isinstance(operand, Value):
                     self._parameter(operand, 0, None)
             self.scores(args[0], axis, pooled)
+        elif word == "where":
+            for operand in operator.inputs[1:]:
+                if not operand.constant and len(operand.shape) == len(value.shape):
+                    self.scores(operand, axis, pooled)
         elif word in ("cat", "stack"):
             for operand in args[0]:
                 self.scores(operand, axis_before(operator, operand, value, axis), pooled)
@@ -139,7 +165,8 @@ class _Walk:
             reduced = word in REDUCTIONS
             self.scores(args[0], before, pooled or reduced)
         else:
-            raise Lost(self._at(operator, f"`{word}`"))
+            kind = Features if _is_pointwise(word) else Lost
+            raise kind(self._at(operator, f"`{word}`"))
 
     def _binary(self, operator: Operator, value: Value, axis: int, pooled: bool) -> None:
         """Follow a sum or product; one of prototypes and features without classes is a layer."""
@@ -159,7 +186,9 @@ class _Walk:
             elif operand.constant:
                 self._parameter(operand, at, None)
             else:
-                self.scores(operand, at, pooled)
+                constant = all(other.constant and not other.shape for other in others)
+                stretched = constant and operator.word in ("mul", "div")
+                self.scores(operand, at, pooled, stretched)
 
     def _layer(
         self, operator: Operator, data: Value, weight: Value, axis: int, bias: Value | None
@@ -173,12 +202,18 @@ class _Walk:
         )
         self.widths.append(width)
         self.data.append(data)
-        self._parameter(weight, axis, width)
+        if not self._parameter(weight, axis, width):
+            raise Features(self._at(operator, "a weight that does not train"))
         if isinstance(bias, Value):
             self._parameter(bias, len(bias.shape) - 1, width)
 
-    def _parameter(self, value: Value, axis: int, width: int | None) -> None:
-        """Follow a weight back through what it is computed from, to what is stored."""
+    def _parameter(self, value: Value, axis: int, width: int | None) -> bool:
+        """Follow a weight back through what it is computed from, to what is stored.
+
+        Returns whether that is a parameter; a buffer does not train.
+        """
+        if value.name is not None and value.name not in self.known:
+            return False
         if value.name is not None:
             if axis != 0:
                 raise PbcError(
@@ -187,22 +222,23 @@ class _Walk:
                     "in torch.nn.Linear"
                 )
             self.parameters.setdefault(value.name, width)
-            return
+            return True
         operator = value.made_by
         if operator is None:
-            raise Lost(f"its outputs are tied to a constant of {value.shape[axis]} entries")
+            raise Features(f"its outputs are tied to a constant of {value.shape[axis]} entries")
         self.seen.add(operator)
         if operator.word == "_weight_norm_interface":
-            for operand in operator.inputs:
-                self._parameter(operand, axis, width)
-            return
+            found = [self._parameter(operand, axis, width) for operand in operator.inputs]
+            return all(found)
+        trains = False
         for operand in operator.inputs:
             try:
                 before = axis_before(operator, operand, value, axis)
             except Lost:
                 continue
             if operand.shape[before] == value.shape[axis]:
-                self._parameter(operand, before, width)
+                trains |= self._parameter(operand, before, width)
+        return trains
 
     def _probabilities(self, operator: Operator) -> None:
         word = operator.word.lstrip("_")
@@ -218,6 +254,14 @@ class _Walk:
     def _at(self, operator: Operator, what: str) -> str:
         place = f" in {operator.module}" if operator.module else ""
         return f"its outputs come from {what}{place}"
+
+
+def _is_pointwise(word: str) -> bool:
+    """Whether an operator computes each value from those at the same place, as activations do."""
+    packet = getattr(torch.ops.aten, word, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 def _repeated(value: Value, axis: int) -> bool:

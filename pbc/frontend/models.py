@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +18,10 @@ from pbc.data import InputSpec
 from pbc.data.spec import INTERPOLATIONS
 from pbc.errors import PbcError, UsageError, reason_of, suggest
 from pbc.frontend import head
+from pbc.frontend.head_by_gradients import head_by_gradients
 from pbc.frontend.torchvision_shim import import_torchvision, shim_imports
 from pbc.frontend.trace import Trace, trace
-from pbc.frontend.unwrap import is_lazy, outputs, take, unwrapped
+from pbc.frontend.unwrap import Key, flatten, is_lazy, outputs, take, unwrapped
 from pbc.frontend.weights import State, apply, named_as, read
 from pbc.ir.program import Head
 
@@ -36,6 +39,7 @@ class Source:
 
     weights: what was asked for ("random", "default" or the file's name); weights_sha256 is of
     the file, None without one. head: its classifier. notes: what was done to it on the way.
+    build: makes the network for another number of classes, where its file's function takes one.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Source:
     weights: str
     weights_sha256: str | None
     notes: tuple[str, ...] = ()
+    build: Callable[[int], nn.Module] | None = None
 
 
 def load(
@@ -73,6 +78,7 @@ def load(
     if weights not in (RANDOM, DEFAULT):
         state, digest = read(Path(weights))
     torch.manual_seed(seed)
+    build = None
     try:
         if kind in _TIMM_SCHEMES and rest:
             module, spec = _timm(name, weights == DEFAULT, shape)
@@ -80,7 +86,14 @@ def load(
             module, spec = _timm(rest, weights == DEFAULT, shape)
         elif is_program(name):
             path, _, factory = name.rpartition(":")
-            module, spec = _user_file(Path(path), factory, weights == DEFAULT, shape)
+            function = _function(Path(path), factory, weights == DEFAULT)
+            counted = inspect.signature(function).parameters.get("num_classes")
+            required = counted is not None and counted.default is inspect.Parameter.empty
+            classes = head.OPEN_CLASSES if required else None
+            module = _made(function, f"{path}:{factory}", classes)
+            spec = _spec(shape or (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+            if counted is not None:
+                build = partial(_made, function, f"{path}:{factory}")
         else:
             module, spec = _torchvision(
                 rest if kind == "torchvision" else name, weights == DEFAULT, shape
@@ -92,6 +105,7 @@ def load(
     if resize is not None:
         spec = replace(spec, resize=resize)
     source = given(module, name, spec, None if state is None else (Path(weights), state))
+    source = replace(source, build=build)
     if state is None:
         return replace(source, weights=weights)
     return replace(source, weights=Path(weights).name, weights_sha256=digest)
@@ -122,7 +136,11 @@ def given(
     if not isinstance(run_of.output, Tensor):
         run_of, taken = _of_one_tensor(module, run_of, example)
         notes += taken
-    found = head.Missing(_NO_HEAD) if _has_no_classifier(module) else head.find(run_of)
+    found: head.Found | head.Missing = head.Missing(_NO_HEAD)
+    if not _has_no_classifier(module):
+        if run_of.result is not None and len(run_of.result.shape) > 2:
+            run_of = _flattened(module, run_of, example)
+        found = _found(module, run_of, example)
     if weights is not None:
         notes += _weighted(module, found, *weights)
     if isinstance(found, head.Missing):
@@ -137,6 +155,21 @@ def given(
 _NO_HEAD = "its get_classifier() has none"
 
 
+def _found(module: nn.Module, run_of: Trace, example: Tensor) -> head.Found | head.Missing:
+    found = head.find(run_of)
+    if isinstance(found, head.Missing) and not found.features:
+        return head_by_gradients(module, example) or found
+    return found
+
+
+def _flattened(module: nn.Module, run_of: Trace, example: Tensor) -> Trace:
+    """Let a network that puts out scores [batch, classes, 1, 1] put out [batch, classes]."""
+    if isinstance(head.find(run_of), head.Missing):
+        return run_of
+    flatten(module)
+    return trace(module, example)
+
+
 def _of_one_tensor(
     module: nn.Module, run_of: Trace, example: Tensor
 ) -> tuple[Trace, tuple[str, ...]]:
@@ -146,13 +179,13 @@ def _of_one_tensor(
     head. Raises PbcError where several have.
     """
     tensors = outputs(run_of.output)
-    runs: dict[str | int, Trace] = {}
+    runs: dict[Key, Trace] = {}
     for key in tensors:
         hook = take(module, key)
         again = trace(module, example)
-        hook.remove()
-        if len(tensors) == 1 or isinstance(head.find(again), head.Found):
+        if len(tensors) == 1 or isinstance(_found(module, again, example), head.Found):
             runs[key] = again
+        hook.remove()
     if len(runs) > 1:
         raise PbcError(
             f"{type(module).__name__} returns class scores {len(runs)} times "
@@ -320,12 +353,8 @@ def _spec(shape: tuple[int, int, int], mean: Sequence[float], std: Sequence[floa
     return InputSpec(shape, tuple(mean), tuple(std))
 
 
-def _user_file(
-    path: Path,
-    factory: str,
-    pretrained: bool,
-    shape: tuple[int, int, int] | None,
-) -> tuple[nn.Module, InputSpec]:
+def _function(path: Path, factory: str, pretrained: bool) -> Callable[..., Any]:
+    """Run a user's file and return its function of this name."""
     if not path.is_file():
         raise PbcError(f"no model file {path}; expected path/to/file.py:factory")
     if pretrained:
@@ -350,16 +379,45 @@ def _user_file(
     if not callable(build):
         functions = [n for n, v in vars(code).items() if callable(v) and not n.startswith("_")]
         raise UsageError(suggest(f"function in {path}", factory, functions))
+    function: Callable[..., Any] = build
+    return function
 
+
+def _made(function: Callable[..., Any], name: str, classes: int | None) -> nn.Module:
+    """Call a user's function for its module, of so many classes; None leaves that to it."""
     try:
-        module = build()
+        module = function() if classes is None else function(num_classes=classes)
     except Exception as error:
-        raise PbcError(f"{path}:{factory} failed: {_reason(error)}") from error
+        raise PbcError(f"{name} failed: {_reason(error)}") from error
     if not isinstance(module, nn.Module):
-        raise PbcError(
-            f"{path}:{factory} returned {type(module).__name__}; expected a torch.nn.Module"
-        )
-    return module, _spec(shape or (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD)
+        raise PbcError(f"{name} returned {type(module).__name__}; expected a torch.nn.Module")
+    return module
+
+
+def rebuilt(source: Source, classes: int) -> Source | None:
+    """Make a network anew for another number of classes, with the tensors that have its sizes.
+
+    None where its file's function takes no number of classes, or it does not run with this one.
+    """
+    if source.build is None:
+        return None
+    try:
+        fresh = given(source.build(classes), source.name, source.input)
+    except PbcError:
+        return None
+    known, sizes = source.module.state_dict(), fresh.module.state_dict()
+    kept = {n: t for n, t in known.items() if n in sizes and t.shape == sizes[n].shape}
+    new = [name for name in sizes if name not in kept]
+    counts = {len(fresh.module.get_parameter(name)) for name in fresh.head.parameters}
+    if counts != {classes} or fresh.head.parameters != source.head.parameters:
+        return None
+    fresh.module.load_state_dict(kept, strict=False)
+    note = f"{source.name} was built anew for {classes} classes: {', '.join(new)} "
+    return replace(
+        source,
+        module=fresh.module,
+        notes=(*source.notes, note + ("is new" if len(new) == 1 else "are new")),
+    )
 
 
 def _reason(error: BaseException) -> str:

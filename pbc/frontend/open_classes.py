@@ -73,7 +73,8 @@ def _open(node: Node, count: int) -> None:
     if not equal:
         return
     if len(equal) == 1 and (node.target is aten.expand.default or -1 not in sizes):
-        before = shape_of(source)[equal[0] - len(sizes)]  # type: ignore[arg-type]
+        shape = shape_of(source)  # type: ignore[arg-type]
+        before = ((None,) * (len(sizes) - len(shape)) + shape)[equal[0]]
         if node.target is not aten.expand.default or before == count:
             sizes[equal[0]] = -1
             node.args = (source, sizes, *node.args[2:])

@@ -88,10 +88,12 @@ def parts(bundle_path: Path, digest: str, weights: Path | None, classes: int) ->
 def module(bundle: Bundle, weights: Path | None, theta: dict[str, np.ndarray]) -> nn.Module:
     """Return the eager module with its classifier and insertions, θ set to the given values."""
     source = _source(bundle, weights)
-    network = source.module
     torch.manual_seed(bundle.manifest["provenance"]["seed"])
     chosen = strategy.parse(bundle.manifest["strategy"])
     example = torch.zeros(2, *source.input.shape)
+    if bundle.manifest["class_count"] is not None:
+        source = start.resized(source, bundle.manifest["class_count"], example)
+    network = source.module
     start.prepared(source, chosen, example, bundle.manifest.get("blocks_pattern"))
     for name, value in theta.items():
         head.replace_parameter(network, name, torch.from_numpy(value.copy()))

@@ -42,10 +42,10 @@ def begin(
     torch.manual_seed(request.seed)
     example = torch.randn(2, *source.input.shape)
     if request.class_count is not None:
-        _resize(source, request.class_count, example)
+        source = resized(source, request.class_count, example)
     traced = prepared(source, chosen, example, request.blocks)
     reference = _scores(traced, source)
-    trainable = _trained(chosen, traced)
+    trainable, frozen = _trained(chosen, traced)
     graph = capture(source.module, source.input.shape, trainable, operators)
     graph = fold_constants(graph, trainable)
     unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
@@ -65,7 +65,7 @@ def begin(
         network=network,
         trainable=trainable,
         model=graph,
-        notes=(*_notes(source), *unreached, *bound),
+        notes=(*_notes(source), *frozen, *unreached, *bound),
     )
 
 
@@ -111,17 +111,23 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in module.named_parameters()}
 
 
-def _resize(source: models.Source, count: int, example: Tensor) -> None:
-    """Give the head another number of classes; PbcError where something else counts on its own."""
+def resized(source: models.Source, count: int, example: Tensor) -> models.Source:
+    """Give the head another number of classes, in place or in the network built anew for it.
+
+    Raises PbcError where something else counts on its own number.
+    """
     module, found = source.module, source.head
     before = len(module.get_parameter(next(iter(found.parameters))))
     if count == before:
-        return
+        return source
     head.resize(module, found, count)
     try:
         with torch.no_grad():
             module(example)
     except Exception as error:  # it ran before: whatever it raises is of the other number
+        again = models.rebuilt(source, count)
+        if again is not None:
+            return again
         state = module.state_dict()
         sized = [n for n, t in state.items() if before in t.shape and n not in found.parameters]
         beside = f"; {sized[0]} has the former number too" if sized else ""
@@ -129,6 +135,7 @@ def _resize(source: models.Source, count: int, example: Tensor) -> None:
             f"{source.name} does not run with {count} classes in place of its {before}: "
             f"{reason_of(error)}{beside}"
         ) from error
+    return source
 
 
 def loaded(
@@ -169,7 +176,24 @@ def _scores(network: TracedNetwork, source: models.Source) -> Tensor:
     return scores
 
 
-def _trained(chosen: strategy.Strategy, network: TracedNetwork) -> frozenset[str]:
-    """What trains: of the strategy's choice and the head, whatever the network reads."""
-    names = chosen.trainable(network) | frozenset(network.head.parameters)
-    return names & frozenset(network.trace.read)
+def _trained(
+    chosen: strategy.Strategy, network: TracedNetwork
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """What trains: of the strategy's choice and the head, whatever the network reads; notes.
+
+    A parameter that the model itself freezes (requires_grad) stays so, as in torch.
+    """
+    head = frozenset(network.head.parameters)
+    names = (chosen.trainable(network) | head) & frozenset(network.trace.read)
+    still = [
+        name
+        for name, parameter in network.module.named_parameters()
+        if name in names - head and not parameter.requires_grad
+    ]
+    if not still:
+        return names, ()
+    more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+    return names - frozenset(still), (
+        f"{still[0]}{more} will not move, as in PyTorch: the model has them frozen "
+        "(requires_grad=False)",
+    )

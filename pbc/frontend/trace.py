@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pbc.errors import PbcError
+from pbc.frontend.user_code import where_called
 
 # Operators that multiply by a weight: what counts as a layer of a network.
 PRODUCTS = frozenset({
@@ -145,6 +149,8 @@ class _Recorder(TorchDispatchMode):
     tensor do not share; every tensor is kept, so that no place is used twice.
     """
 
+    supports_higher_order_operators = True  # they are refused, by name
+
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
@@ -177,6 +183,11 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            raise PbcError(
+                f"its forward calls torch's {func.name()}{where_called()}, which no graph of a "
+                "bundle has; torch.where chooses between two results"
+            )
         kwargs = kwargs or {}
         known_args, known_kwargs = tree_map_only(Tensor, self.value, (args, kwargs))
         results = func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ _HELD = {
     "FullyShardedDataParallel": "module",
     "AveragedModel": "module",
 }
+# Where a tensor lies in what a network returns; in structures of structures, from the outside in.
+Key = str | int | tuple[str | int, ...]
+
 # What networks call their outputs, best first.
 _OUTPUTS = ("logits", "pooler_output", "last_hidden_state")
 
@@ -92,27 +96,48 @@ def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(inner, LazyModuleMixin) for inner in module.modules())
 
 
-def outputs(output: Any) -> dict[str | int, Tensor]:
+def outputs(output: Any) -> dict[Key, Tensor]:
     """Return the tensors of a structure that a network returned, by key, attribute or index.
 
-    Where one of them is what networks call their scores, it alone.
+    Those of a structure in it by all of these, from the outside in. Where one of them is what
+    networks call their scores, it alone.
     """
-    if isinstance(output, Mapping):
-        items = dict(output)
-    elif isinstance(output, (tuple, list)):
-        items = dict(zip(getattr(output, "_fields", range(len(output))), output, strict=True))
-    else:
-        items = dict(getattr(output, "__dict__", {}))
-    tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
+    tensors: dict[Key, Tensor] = {}
+    for key, value in _items(output).items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, (Mapping, tuple, list)) or dataclasses.is_dataclass(value):
+            for inner, tensor in outputs(value).items():
+                path = inner if isinstance(inner, tuple) else (inner,)
+                place = (key, *path)
+                tensors[place] = tensor
     best = [key for key in _OUTPUTS if key in tensors]
     return {best[0]: tensors[best[0]]} if best else tensors
 
 
-def take(module: nn.Module, key: str | int) -> RemovableHandle:
+def _items(structure: Any) -> dict[str | int, Any]:
+    if isinstance(structure, Mapping):
+        return dict(structure)
+    if isinstance(structure, (tuple, list)):
+        names = getattr(structure, "_fields", range(len(structure)))
+        return dict(zip(names, structure, strict=True))
+    if dataclasses.is_dataclass(structure):  # with slots it has no __dict__
+        return {f.name: getattr(structure, f.name) for f in dataclasses.fields(structure)}
+    return dict(getattr(structure, "__dict__", {}))
+
+
+def take(module: nn.Module, key: Key) -> RemovableHandle:
     """Let a network that returns a structure return this tensor of it, in place."""
-    return module.register_forward_hook(partial(_item, key))
+    return module.register_forward_hook(partial(_item, key if isinstance(key, tuple) else (key,)))
 
 
-def _item(key: str | int, owner: nn.Module, inputs: Any, output: Any) -> Any:
-    named = isinstance(key, str) and not isinstance(output, Mapping)
-    return getattr(output, str(key)) if named else output[key]
+def flatten(module: nn.Module) -> None:
+    """Let a network that returns [batch, classes, 1, 1] return [batch, classes], in place."""
+    module.register_forward_hook(lambda owner, inputs, output: output.flatten(1))
+
+
+def _item(path: tuple[str | int, ...], owner: nn.Module, inputs: Any, output: Any) -> Any:
+    for key in path:
+        named = isinstance(key, str) and not isinstance(output, Mapping)
+        output = getattr(output, str(key)) if named else output[key]
+    return output

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import pbc.ir.keyword_names  # noqa: F401 - what reads graphs also writes them as code
+
 # A placeholder that stands for a trainable parameter carries the parameter's name under this key.
 PARAMETER = "pbc_parameter"
 # A placeholder whose outside name is no identifier carries it under this key; an output node does

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from pbc.data import Samples
 from pbc.data.held_out import default_validation, train_and_validation
 from pbc.errors import PbcError
-from pbc.frontend import head, models
+from pbc.frontend import models, start
 from pbc.frontend.capture import capture
 from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.graph import PARAMETER, placeholders
@@ -64,8 +64,8 @@ class Subject:
             raise PbcError(f"{data} has too few photos of each class to hold some out")
         if photos is not None and photos < len(train):
             train = train.subset(np.linspace(0, len(train) - 1, photos).round().astype(np.int64))
-        head.resize(source.module, source.head, len(train.classes))
         example = torch.zeros(2, *source.input.shape)
+        source = start.resized(source, len(train.classes), example)
         network = TracedNetwork.of(source.module, source.head, example)
         graph = capture(source.module, source.input.shape)
         read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}

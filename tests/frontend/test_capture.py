@@ -208,3 +208,25 @@ def test_complex_numbers_pass_through_and_are_not_stored() -> None:
     whole = Filtered(torch.randn(3, 16, 9, dtype=torch.complex64))
     with pytest.raises(PbcError, match=r"^Filtered has weight in complex64, .*view_as_complex"):
         capture(whole, SHAPE)
+
+
+class Keywords(nn.Module):
+    """Modules named like keywords of Python, and a forward of any number of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({"class": nn.Linear(8, 4), "global": nn.Linear(8, 4)})
+        self.add_module("not", nn.Conv2d(3, 8, 3))
+
+    def forward(self, *images: Tensor) -> Tensor:
+        x = self.get_submodule("not")(*images).mean((2, 3))
+        scores: Tensor = self.heads["class"](x) + self.heads["global"](x)
+        return scores
+
+
+def test_names_may_be_keywords_and_a_forward_may_take_any_number_of_inputs() -> None:
+    net = Keywords()
+    graph = capture(net, (3, 16, 16))
+    assert {"heads.class.weight", "not.weight"} <= set(tensor_names(graph))
+    x = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(graph(x)[0], net(x))

@@ -192,6 +192,16 @@ def test_gradients_are_the_module_s_own(between: Callable[[Net, Tensor], Tensor]
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_what_the_module_has_frozen_stays_and_is_said() -> None:
+    net = Net(scaled)
+    net.stem.requires_grad_(False)
+    net.fc.requires_grad_(False)
+    program = make_program(net, "full")
+    assert program.trainable == {"fc.weight", "fc.bias"}  # a head always trains
+    (note,) = program.notes
+    assert note.startswith("stem.weight and 1 more will not move, as in PyTorch: the model has ")
+
+
 def test_a_detach_on_the_way_to_nothing_that_trains_is_no_node() -> None:
     for strategy, expected in (("full", True), ("linear-probe", False)):
         graph = graph_of(make_program(Net(straight_through), strategy), "model")
@@ -311,6 +321,28 @@ def test_writing_to_data_is_refused_by_its_line() -> None:
 def test_what_torch_export_loses_is_refused(between: Callable[[Net, Tensor], Tensor]) -> None:
     with pytest.raises(PbcError, match=r"gradient of stem\.weight would differ by .* in place"):
         make_program(Net(between), "full")
+
+
+def test_a_gradient_in_forward_is_refused_by_its_line() -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            f = net.features(x).requires_grad_()
+            (slope,) = torch.autograd.grad(f.square().sum(), f, create_graph=True)
+        return f + slope
+
+    line = between.__code__.co_firstlineno + 3
+    with pytest.raises(PbcError, match=rf"torch\.autograd\.grad.* line {line}\)"):
+        make_program(Net(between), "full")
+
+
+def test_control_flow_of_torch_s_own_is_refused_by_its_line() -> None:
+    def between(net: Net, x: Tensor) -> Tensor:
+        f = net.features(x)
+        return torch.as_tensor(torch.cond(f.sum() > 0, lambda y: y * 2, lambda y: y - 1, (f,)))
+
+    line = between.__code__.co_firstlineno + 2
+    with pytest.raises(PbcError, match=f"calls torch's cond .* line {line}\\)"):
+        make_program(Net(between))
 
 
 def test_hooks_that_were_there_before_are_named() -> None:

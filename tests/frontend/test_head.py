@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,6 +124,25 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Net(lambda n, x: n.a(pool(x)) + n.b.bias, a=linear(bias=False), b=linear()),
         ["a.weight", "b.bias"],
     ),
+    "bounded by a tanh": (
+        lambda: Net(lambda n, x: 30 * torch.tanh(n.a(pool(x)) / 30), a=linear()),
+        ["a.weight", "a.bias"],
+    ),
+    "the mean of two heads' probabilities": (
+        lambda: Net(
+            lambda n, x: torch.log((n.a(pool(x)).softmax(1) + n.b(pool(x)).softmax(1)) / 2),
+            a=linear(),
+            b=linear(),
+        ),
+        ["a.weight", "a.bias", "b.weight", "b.bias"],
+    ),
+    "all but the largest masked": (
+        lambda: Net(
+            lambda n, x: (lambda y: y.masked_fill(y < y.amax(1, True), -9.0))(n.a(pool(x))),
+            a=linear(),
+        ),
+        ["a.weight", "a.bias"],
+    ),
     "scaled": (
         lambda: Net(lambda n, x: n.a(pool(x)) * 3 / torch.tensor(2.0), a=linear()),
         ["a.weight", "a.bias"],
@@ -143,6 +163,77 @@ def test_a_head_is_found_resized_and_runs(case: str) -> None:
     head.resize(net, got.head, 7)
     with torch.no_grad():
         assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+
+
+def experts(net: Any, maps: Tensor) -> Tensor:
+    shares = net.gate(pool(maps)).softmax(1)[:, None]
+    mixed: Tensor = shares @ torch.stack([net.a(pool(maps)), net.b(pool(maps))], 1)
+    return mixed[:, 0]
+
+
+def queried(net: Any, maps: Tensor) -> Tensor:
+    """A query for each class, as in ML-Decoder (Ridnik et al., WACV 2023)."""
+    positions = maps.flatten(2).transpose(1, 2)
+    weights = (net.a.weight @ positions.transpose(1, 2)).softmax(2)
+    scores: Tensor = ((weights @ positions) * net.b.weight).sum(2) + net.b.bias
+    return scores
+
+
+BY_GRADIENTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "the largest positions": (
+        lambda: Net(lambda n, x: n.a(x).flatten(2).topk(3, 2).values.mean(2), a=nn.Conv2d(8, 4, 1)),
+        ["a.weight", "a.bias"],
+    ),
+    "several centres for a class": (
+        lambda: Net(lambda n, x: torch.einsum("bd,nkd->bnk", pool(x), n.w).amax(2)),
+        ["w"],
+    ),
+    "a mixture of experts": (
+        lambda: Net(experts, a=linear(), b=linear(), gate=nn.Linear(8, 2)),
+        ["a.weight", "a.bias", "b.weight", "b.bias"],
+    ),
+    "a query for each class": (
+        lambda: Net(queried, a=nn.Embedding(4, 8), b=linear()),
+        ["a.weight", "b.weight", "b.bias"],
+    ),
+    "a product of two": (
+        lambda: Net(lambda n, x: n.a(pool(x), x.amax((2, 3))), a=nn.Bilinear(8, 8, 4)),
+        ["a.weight", "a.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BY_GRADIENTS)
+def test_a_head_that_no_rule_knows_is_what_moves_one_score_alone(case: str) -> None:
+    build, names = BY_GRADIENTS[case]
+    net = build()
+    if names == ["w"]:
+        net.w = nn.Parameter(torch.randn(4, 3, 8))
+    source = models.given(net, "net", SPEC)
+    assert sorted(source.head.parameters) == sorted(names)
+    assert not source.notes
+    head.resize(net, source.head, 7)
+    with torch.no_grad():
+        assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+
+
+def test_scores_with_axes_of_one_entry_are_flattened() -> None:
+    net = Net(lambda n, x: n.a(x.mean((2, 3), True)), a=nn.Conv2d(8, 4, 1))
+    source = models.given(net, "net", SPEC)
+    assert list(source.head.parameters) == ["a.weight", "a.bias"]
+    with torch.no_grad():
+        assert source.module(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_a_buffer_is_no_head_and_may_be_added_to_scores() -> None:
+    net = Net(lambda n, x: n.a(pool(x)) + n.prior, a=linear())
+    net.register_buffer("prior", torch.ones(4))
+    assert list(models.given(net, "net", SPEC).head.parameters) == ["a.weight", "a.bias"]
+    fixed = Net(lambda n, x: functional.linear(pool(x), n.w))
+    fixed.register_buffer("w", torch.randn(4, 8))
+    source = models.given(fixed, "net", SPEC)
+    assert source.head == Head({"head.weight": 4, "head.bias": 4})
+    assert "a weight that does not train" in source.notes[0]
 
 
 def test_probabilities_are_said() -> None:
@@ -178,6 +269,11 @@ MISSING: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
         lambda: Net(lambda n, x: n.a(pool(x)), a=nn.LayerNorm(8)),
         "outputs come from `native_layer_norm` in a",
         8,
+    ),
+    "activated features of a product": (
+        lambda: Net(lambda n, x: functional.silu(n.a(pool(x))), a=linear()),
+        "outputs come from `silu`",
+        4,
     ),
     "activated features": (
         lambda: Net(lambda n, x: torch.relu(n.a(pool(x))), a=linear()),
@@ -271,8 +367,15 @@ STRUCTURES: dict[str, tuple[Callable[[Tensor, Tensor], object], str]] = {
     "tuple of one": (lambda y, x: (y,), ""),
     "with nothing else": (lambda y, x: {"out": y, "loss": None}, ""),
     "with features": (lambda y, x: (pool(x), y), "1 has the class scores; not used: 0"),
+    "in structures": (lambda y, x: {"predictions": {"classes": [y]}, "loss": None}, ""),
+    "with slots": (lambda y, x: Slots(y), ""),
     "by name": (lambda y, x: Named(x, y), "'y' has the class scores; not used: 'x'"),
 }
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scores: Tensor
 
 
 class Named(NamedTuple):

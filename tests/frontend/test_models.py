@@ -255,6 +255,37 @@ factory = Net
     one_line(error)
 
 
+COUNTED = """
+import torch
+
+class Net(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.head = nn.Sequential(nn.Linear(8, n), nn.BatchNorm1d(n))
+        self.register_buffer("prior", torch.randn(n))
+
+    def forward(self, x):
+        return self.head(self.stem(x).mean((2, 3))) + self.prior
+
+def factory(num_classes{default}):
+    return Net(num_classes)
+"""
+
+
+@pytest.mark.parametrize("default", ["", "=10"])
+def test_what_counts_its_classes_elsewhere_too_is_built_anew(tmp_path: Path, default: str) -> None:
+    options = CompileOptions(
+        weights="random", target=TARGET, engine="pytorch", shape=(3, 16, 16), classes=4
+    )
+    program = start(user_model(tmp_path, COUNTED.format(default=default)), options)
+    assert program.network.head.fixed == 4
+    assert program.network.reference.shape == (2, 4)
+    note = "".join(note for note in program.notes if "factory was built anew for 4 classes" in note)
+    assert "head.1.running_mean" in note
+    assert "prior" in note
+
+
 def test_a_user_s_file_may_build_on_torchvision(tmp_path: Path) -> None:
     """In a process of its own, where nothing imported it before."""
     (tmp_path / "mine.py").write_text(
