@@ -21,6 +21,8 @@ _HELD_OUT = (
 )  # fmt: skip
 # Behind such a word, or beside it, as in `trainset`, `test_images` and `seg_train`.
 _PART_WORD = re.compile(rf"({'|'.join((*_TRAIN, *_HELD_OUT))})(set|data|images|imgs|photos)?")
+# Folders that hold photos of all classes, whose labels are elsewhere.
+_HOLDERS = frozenset({"data", "image", "images", "img", "imgs", "jpegimages", "photos", "pictures"})
 _NAMED_MOST = 5
 
 
@@ -77,11 +79,15 @@ def classes(listing: Listing[Any], *, held_out: bool = False) -> Classes:
     Folders that hold nothing but one folder of class folders are looked through. Of a data set
     with a train part and others (val, validation, dev, eval, test and the like), the train part
     counts or, if `held_out`, the first of the others; one without parts counts whole either way.
+    The parts may lie around the class folders or in each of them.
     Raises PbcError if that is not what the data looks like.
     """
     top, outside = _unwrapped(_tree(listing))
+    top = _parts_outside(top)
     parts = _parts(top)
     notes = []
+    if not parts:
+        _refuse_other_labels(listing, top)
     if parts:
         part = _held_out_of(parts) if held_out else _first(parts, _TRAIN)
         if part is None:
@@ -93,6 +99,7 @@ def classes(listing: Listing[Any], *, held_out: bool = False) -> Classes:
         notes.append(f"{listing.root} has the parts {shown}: {part}/ is read")
         top, inner = _unwrapped(parts[part])
         outside += inner
+        _refuse_other_labels(listing, top)
     members = {label: sorted(top.folders[label].everything()) for label in sorted(top.folders)}
     _check(listing, members)
     notes += _doubts(top)
@@ -112,7 +119,7 @@ def class_names(path: Path | str) -> list[str]:
 def has_held_out(path: Path | str) -> bool:
     """Return whether a data set has labelled photos apart from those to train on."""
     top, _ = _unwrapped(_tree(listed(Path(path))))
-    return _held_out_of(_parts(top)) is not None
+    return _held_out_of(_parts(_parts_outside(top))) is not None
 
 
 def _unwrapped(folder: _Folder) -> tuple[_Folder, tuple[str, ...]]:
@@ -132,6 +139,43 @@ def _unwrapped(folder: _Folder) -> tuple[_Folder, tuple[str, ...]]:
 
 def _has_others(folder: _Folder) -> bool:
     return folder.others or any(map(_has_others, folder.folders.values()))
+
+
+def _parts_outside(top: _Folder) -> _Folder:
+    """Turn class/part/photo into part/class/photo, where every class has a part to train on."""
+    inner = [
+        {name for name, folder in label.folders.items() if not folder.empty}
+        for label in top.folders.values()
+    ]
+    if any(label.photos for label in top.folders.values()) or not inner:
+        return top
+    if not all(names and all(map(_part_word, names)) for names in inner):
+        return top
+    trains = all(any(_part_word(name) in _TRAIN for name in names) for names in inner)
+    if not trains or len(set[str]().union(*inner)) < 2:
+        return top
+    turned = _Folder(top.photos, others=top.others)
+    for name, label in top.folders.items():
+        for part, folder in label.folders.items():
+            turned.folders.setdefault(part, _Folder()).folders[name] = folder
+    return turned
+
+
+def _refuse_other_labels(listing: Listing[Any], top: _Folder) -> None:
+    """Refuse photos whose folders are no classes: their labels are in files, which pbc reads not.
+
+    So are those of detection, in images/train and images/val, and of a table beside images/.
+    """
+    filled = [name for name, folder in top.folders.items() if not folder.empty]
+    flat = not any(top.folders[name].of_classes for name in filled)
+    words = {_part_word(name) for name in filled}
+    in_parts = len(filled) > 1 and None not in words and not words.isdisjoint(_TRAIN)
+    in_one = len(filled) == 1 and filled[0].casefold() in _HOLDERS
+    if flat and (in_parts or in_one):
+        raise PbcError(
+            f"{listing.root} has its photos in {_quoted(sorted(filled))}, and no class folders; "
+            "expected one folder per class (labels are not read from files)"
+        )
 
 
 def _parts(folder: _Folder) -> dict[str, _Folder]:

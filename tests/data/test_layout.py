@@ -157,6 +157,35 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "folders", [["images"], ["train", "val"], ["Train-Images", "Test-Images"], ["train/images"]]
+)
+def test_labels_in_files_are_refused(tmp_path: Path, folders: list[str]) -> None:
+    """As of detection: folders of photos beside folders of text."""
+    for name in folders:
+        folder = tmp_path / "data" / name
+        tiny.photos(tmp_path / name, 2, classes=["red"])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "red").rename(folder)
+        (folder.parent / "labels").mkdir(exist_ok=True)
+        (folder.parent / "labels" / "000.txt").write_text("0 0.5 0.5 1 1")
+    with pytest.raises(PbcError, match=r"photos in '.*', and no class folders; expected one folde"):
+        class_names(tmp_path / "data")
+
+
+def test_parts_in_each_class_folder(tmp_path: Path) -> None:
+    for name in COLOURS:
+        tiny.photos(tmp_path / name, 3, classes=["red", "blue"])
+        (tmp_path / name / "red").rename(tmp_path / name / "train")
+        (tmp_path / name / "blue").rename(tmp_path / name / "test")
+    assert class_names(tmp_path) == COLOURS
+    assert has_held_out(tmp_path)
+    trained = ImageFolder.open(tmp_path, tiny.SPEC)
+    held_out = ImageFolder.open(tmp_path, tiny.SPEC, held_out=True)
+    assert (len(trained), len(held_out)) == (9, 9)
+    assert trained.inventory.lines()[0].endswith("has the parts test/, train/: train/ is read")
+
+
 def test_a_file_where_a_folder_is_expected(tmp_path: Path) -> None:
     photo = tiny.photos(tmp_path / "data", 1, classes=["red"]) / "red" / "000.png"
     with pytest.raises(PbcError, match="neither a folder nor a zip file"):
