@@ -104,8 +104,7 @@ def load(
         ) from error
     if resize is not None:
         spec = replace(spec, resize=resize)
-    source = given(module, name, spec, None if state is None else (Path(weights), state))
-    source = replace(source, build=build)
+    source = given(module, name, spec, None if state is None else (Path(weights), state), build)
     if state is None:
         return replace(source, weights=weights)
     return replace(source, weights=Path(weights).name, weights_sha256=digest)
@@ -121,10 +120,12 @@ def given(
     name: str,
     spec: InputSpec,
     weights: tuple[Path, State] | None = None,
+    build: Callable[[int], nn.Module] | None = None,
 ) -> Source:
     """Take what is wrapped around a network off, load its weights, and find or add its head.
 
-    weights: a file and its tensors; None keeps the module's own. Changes the module in place.
+    weights: a file and its tensors; None keeps the module's own. build: makes the network for
+    another number of classes. Changes the module in place.
     """
     module, notes = unwrapped(module, name)
     module = module.float().eval()
@@ -142,14 +143,28 @@ def given(
             run_of = _flattened(module, run_of, example)
         found = _found(module, run_of, example)
     if weights is not None:
-        notes += _weighted(module, found, *weights)
+        try:
+            notes += _weighted(module, found, *weights)
+        except PbcError:
+            count = None if isinstance(found, head.Missing) else _count(module, found, weights)
+            if build is None or count is None:
+                raise
+            # More than the head may count classes.
+            return replace(given(build(count), name, spec, weights), build=build)
     if isinstance(found, head.Missing):
         classifier, note = head.add(module, example, run_of, found.reason)
         notes += (note,)
     else:
         classifier = found.head
         notes += found.notes
-    return Source(name, module, spec, classifier, "given", None, notes)
+    return Source(name, module, spec, classifier, "given", None, notes, build)
+
+
+def _count(module: nn.Module, found: head.Found, weights: tuple[Path, State]) -> int | None:
+    """How many classes the head of a file has, where that is another number than the network's."""
+    state, _ = named_as(module.state_dict(), weights[1], weights[0])
+    counts = {len(state[name]) for name in found.head.parameters if name in state}
+    return counts.pop() if len(counts) == 1 and counts != {found.classes} else None
 
 
 _NO_HEAD = "its get_classifier() has none"

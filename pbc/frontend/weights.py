@@ -19,6 +19,8 @@ State = Mapping[str, Tensor]
 # wrap, at any depth.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DEPTH = 3
+# How a zip file of torch.save begins, and a pickle of its own.
+_PICKLES = (b"PK", b"\x80\x02")
 
 
 def read(path: Path) -> tuple[State, str]:
@@ -30,9 +32,20 @@ def read(path: Path) -> tuple[State, str]:
     try:
         state = load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
-        raise PbcError(f"{path} is not a readable safetensors file: {error}") from error
+        raise PbcError(f"{path} is not a readable safetensors file: {_why(path, error)}") from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {name: t.float() if t.is_floating_point() else t for name, t in state.items()}, digest
+
+
+def _why(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start not in _PICKLES:
+        return str(error)
+    return (
+        "it looks like a pickle of torch.save, which may run any code when it is read; convert it "
+        'where you trust it, by safetensors.torch.save_model(model, "w.safetensors")'
+    )
 
 
 def named_as(expected: Collection[str], state: State, path: Path) -> tuple[State, tuple[str, ...]]:
@@ -77,10 +90,11 @@ def named_as(expected: Collection[str], state: State, path: Path) -> tuple[State
 def apply(module: nn.Module, state: State, head: Collection[str], path: str) -> None:
     """Load the tensors; only those of the head may be missing or of another size.
 
+    Of a tensor that the model has under several names one is enough, as save_model writes it.
     Raises PbcError with the first three that do not fit.
     """
     expected = module.state_dict()
-    state = {name: tensor for name, tensor in state.items() if _counts(name)}
+    state = _under_all_names(expected, {n: t for n, t in state.items() if _counts(n)})
     wrong = []
     for name, tensor in expected.items():
         if name in head or not _counts(name):
@@ -96,6 +110,13 @@ def apply(module: nn.Module, state: State, head: Collection[str], path: str) -> 
     # Into the module's own: that has the versions of its layers, which a file of tensors lacks.
     expected.update({k: v for k, v in state.items() if v.shape == expected[k].shape})
     module.load_state_dict(expected)
+
+
+def _under_all_names(expected: State, state: State) -> State:
+    """Add tensors under the other names by which a model knows them."""
+    places = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in expected.items()}
+    known = {places[name]: tensor for name, tensor in state.items() if name in places}
+    return {n: known[place] for n, place in places.items() if place in known} | dict(state)
 
 
 def _counts(name: str) -> bool:

@@ -286,6 +286,19 @@ def test_what_counts_its_classes_elsewhere_too_is_built_anew(tmp_path: Path, def
     assert "prior" in note
 
 
+def test_weights_of_another_class_count_are_loaded_into_a_network_built_for_them(
+    tmp_path: Path,
+) -> None:
+    name, path = user_model(tmp_path, COUNTED.format(default="=10")), tmp_path / "w.safetensors"
+    source = models.load(name, "random", (3, 16, 16))
+    assert source.build is not None
+    module = source.build(7)
+    save_file(module.state_dict(), path)
+    loaded = models.load(name, str(path), (3, 16, 16), seed=1)
+    for title, tensor in module.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[title], tensor)
+
+
 def test_a_user_s_file_may_build_on_torchvision(tmp_path: Path) -> None:
     """In a process of its own, where nothing imported it before."""
     (tmp_path / "mine.py").write_text(

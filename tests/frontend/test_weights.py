@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from pbc.errors import PbcError
-from pbc.frontend.weights import apply, named_as
+from pbc.frontend.weights import apply, named_as, read
 
 NAMES = ("stem.weight", "fc.weight", "fc.bias", "norm.num_batches_tracked")
 PATH = Path("w.safetensors")
@@ -99,3 +100,24 @@ def test_layers_that_ask_for_their_version_get_it() -> None:
     apply(module, given, head=(), path="w.safetensors")
     assert module.fc.weight.eq(1).all()
     assert module.fc.bias.eq(1).all()
+
+
+def test_a_shared_tensor_is_enough_under_one_of_its_names(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        block = nn.Linear(4, 4)
+        return nn.Sequential(block, nn.ReLU(), block, nn.Linear(4, 3))
+
+    module, other = made(), made()
+    save_model(module, str(tmp_path / "w.safetensors"))
+    given, _ = read(tmp_path / "w.safetensors")
+    assert len(given) < len(module.state_dict())
+    apply(other, given, head=(), path="w.safetensors")
+    for name, tensor in module.state_dict().items():
+        assert other.state_dict()[name].equal(tensor)
+
+
+def test_a_pickle_is_told_by_its_first_bytes(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        torch.save({}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(PbcError, match=r"pickle of torch\.save.* safetensors\.torch\.save_m"):
+            read(tmp_path / "w.pt")
