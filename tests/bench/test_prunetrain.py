@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pbc.bench.rival import RivalSetting
 from pbc.bench.rivals.channel_groups import Channels
-from pbc.bench.rivals.prunetrain import RATIO, PruneTrain
+from pbc.bench.rivals.prunetrain import RATIO, THRESHOLD, PruneTrain
 from pbc.data import ImageFolder
 from pbc.frontend import original
 from pbc.runtime.options import TrainOptions
@@ -101,6 +101,21 @@ def test_the_penalty_counts_inputs_and_outputs_of_dense_layers() -> None:
             expected += weight[f"{name}.weight"].transpose(0, axis).flatten(1).norm(dim=1).sum()
     expected += weight["fc.weight"].norm(dim=0).sum()
     torch.testing.assert_close(own.norms().detach(), expected)
+
+
+def test_what_is_not_needed_goes_to_zero_and_does_not_hover_about_it() -> None:
+    own, rate, factor = channels(), 0.1, 1.4e-3  # as a small network of 20 classes has them
+    with torch.no_grad():
+        for parameter in own.module.parameters():
+            parameter.mul_(0.02)
+    optimizer = torch.optim.SGD(own.module.parameters(), rate, momentum=0.9)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (factor * own.norms()).backward()
+        optimizer.step()
+    # A step of a plain norm's length, as long at zero as anywhere, would leave all where it is.
+    assert rate * factor / (1 - 0.9) > 10 * THRESHOLD
+    assert sorted(len(found) for found in own.below(THRESHOLD).values()) == [11, 19]
 
 
 def test_all_channels_never_go() -> None:

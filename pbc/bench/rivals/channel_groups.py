@@ -18,6 +18,7 @@ Removal = Mapping[str, Tensor]
 """Channels that go, int64, by the name of one layer that puts them out."""
 
 _LAYERS = (nn.Conv2d, nn.Linear)
+_SMOOTHING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,17 @@ class Channels:
     def norms(self) -> Tensor:
         """Sum of the norms of each layer's output channels and input channels (group lasso).
 
-        Depthwise and other grouped layers have no part in it.
+        Depthwise and other grouped layers have no part in it. A norm is √(Σw² + 1e-8), as in the
+        published code: below 1e-4 its gradient falls with the weights, so that a channel that is
+        not needed goes to zero, and does not hover about it by a step's length.
         """
         total = torch.zeros(())
         for name, layer in _dense(self.module):
             weight = layer.weight
             if f"{name}.weight" not in self.head:
-                total = total + weight.flatten(1).norm(dim=1).sum()
+                total = total + _norms(weight).sum()
             if weight.shape[1] != self.example.shape[1]:
-                total = total + weight.transpose(0, 1).flatten(1).norm(dim=1).sum()
+                total = total + _norms(weight.transpose(0, 1)).sum()
         return total
 
     def below(self, threshold: float) -> Removal:
@@ -96,6 +99,10 @@ class Channels:
 
     def _graph(self) -> DependencyGraph:
         return DependencyGraph().build_dependency(self.module, self.example)
+
+
+def _norms(channels: Tensor) -> Tensor:
+    return (channels.flatten(1).square().sum(1) + _SMOOTHING).sqrt()
 
 
 def _dense(module: nn.Module) -> Iterable[tuple[str, nn.Conv2d | nn.Linear]]:
