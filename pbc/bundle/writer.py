@@ -37,7 +37,7 @@ def write(
     """Write a bundle at `path` in one step and return it opened.
 
     `files`, `packed`, `schema` and `digest` of the manifest are filled in here. Tensors of few
-    values are packed, where that halves their file (pbc.bundle.packing). The bytes of the result
+    values or many zeros are packed, where that pays (pbc.bundle.packing). The bytes of the result
     depend on the arguments alone (entries are sorted, timestamps fixed). If anything fails, what
     was at `path` stays.
     """

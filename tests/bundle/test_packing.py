@@ -61,18 +61,36 @@ def test_a_bundle_of_other_tensors_stays_as_it_was(tmp_path: Path) -> None:
 @given(
     kinds=st.lists(st.sampled_from(["f4", "f8", "f2", "i8", "i4", "u1", "i2"]), max_size=5),
     values=st.integers(1, 300),
+    zeros=st.sampled_from([0.0, 0.4, 0.9]),
     seed=st.integers(0, 2**16),
 )
-def test_what_is_unpacked_is_what_was_packed(kinds: list[str], values: int, seed: int) -> None:
+def test_what_is_unpacked_is_what_was_packed(
+    kinds: list[str], values: int, zeros: float, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     tensors = {
         f"t{n}": random.integers(0, values, (n, 3000)).astype(kind) for n, kind in enumerate(kinds)
     }
+    for tensor in tensors.values():
+        tensor[random.random(tensor.shape) < zeros] = 0
     file = safetensors.numpy.save(tensors, {"of": "a test"})
     small = packed(file)
     if small is not None:
         assert unpacked(small, len(file)) == file
-        assert len(small) < len(file) / 2
+        assert len(small) < 0.8 * len(file)
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 0.54), (0.8, 0.24)])
+def test_zeros_take_a_bit_each(share: float, most: float) -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(0, 1, 40_000).astype(np.float32)
+    weight[random.random(40_000) < share] = 0
+    weight[:2] = -0.0, np.nan
+    file = safetensors.numpy.save({"weight": weight, "none": np.zeros((0, 3), np.float32)})
+    small = packed(file)
+    assert small is not None
+    assert len(small) < most * len(file)
+    assert unpacked(small, len(file)) == file
 
 
 def test_noise_is_not_packed() -> None:
@@ -103,6 +121,10 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
     made = written(tmp_path / "m.pbc")
     good, size = made.read_entry(FILE), len(clustered())
     empty = safetensors.numpy.save({"header": np.zeros(8, np.uint8)})
+    tensors = {"weight": np.zeros(4, np.float32)}
+    header = np.frombuffer(safetensors.numpy.save(tensors)[:-16], np.uint8)
+    two = np.ones(8, np.uint8)  # words, for three places
+    short = {"header": header, "places/weight": np.array([0xE0], np.uint8), "plain/weight": two}
     for data, claimed in (
         (b"junk" * 2000, 3000),
         (good[: len(good) // 2], size),
@@ -110,6 +132,11 @@ def test_what_cannot_be_unpacked_is_refused(tmp_path: Path) -> None:
         (good, size + 1),
         (zlib.compress(b"no tensors" * 2000), 3000),
         (zlib.compress(empty), 8),
+        (zlib.compress(safetensors.numpy.save(short)), len(header) + 16),
+        (
+            zlib.compress(safetensors.numpy.save({**short, "plain/weight": two[:7]})),
+            len(header) + 16,
+        ),
     ):
         source = broken(made, tmp_path / "n.pbc", data, claimed)
         with pytest.raises(PbcError, match=r"is damaged: cannot unpack .*\(.*\); compile it again"):
