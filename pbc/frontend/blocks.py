@@ -31,14 +31,16 @@ def blocks(trace: Trace, head: Iterable[str]) -> tuple[str, ...]:
 def matching(trace: Trace, pattern: str) -> tuple[str, ...]:
     """Names of the modules that run and match a glob, in the order of execution.
 
-    Raises PbcError where none does.
+    A module inside one that matches is a part of that block, whatever its own name: `layers.*` are
+    the layers. Raises PbcError where none matches.
     """
     names = dict.fromkeys(call.name for call in trace.calls() if call.name)
-    found = tuple(name for name in names if fnmatchcase(name, pattern))
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    found = tuple(name for name in matched if not any(name.startswith(f"{m}.") for m in matched))
     if not found:
         tops = ", ".join(call.name for call in trace.root.calls[:8] if call.name)
         raise PbcError(
-            f"--blocks {pattern!r} matches no module that the network runs; its outermost ones "
+            f"--blocks {pattern!r}, a glob, matches no module that the network runs; its outermost ones "
             f"are {tops or 'none'}"
         )
     return found

@@ -202,7 +202,10 @@ def test_a_pattern_says_which_modules_are_blocks() -> None:
     assert network.blocks == ("stage1", "stage2")
     trained = strategy.parse("last-k:1").trainable(network)
     assert {name.split(".")[0] for name in trained} == {"stage2", "head"}
-    with pytest.raises(PbcError, match=r"'layer\*' matches no module .* are stem, stage1, stage2"):
+    inside = ("stage1.blocks.0", "stage1.blocks.1", "stage2.blocks.0", "stage2.blocks.1")
+    assert read(staged(), pattern="stage*.blocks.*").blocks == (*inside, "stage2.blocks.2")
+    assert read(staged(), pattern="stage*").blocks == ("stage1", "stage2")
+    with pytest.raises(PbcError, match=r"'layer\*', a glob, matches no module .* are stem, stage1, stage2"):
         read(staged(), pattern="layer*")
 
 
