@@ -40,8 +40,8 @@ def matching(trace: Trace, pattern: str) -> tuple[str, ...]:
     if not found:
         tops = ", ".join(call.name for call in trace.root.calls[:8] if call.name)
         raise PbcError(
-            f"--blocks {pattern!r}, a glob, matches no module that the network runs; its outermost ones "
-            f"are {tops or 'none'}"
+            f"--blocks {pattern!r}, a glob, matches no module that the network runs; its outermost "
+            f"ones are {tops or 'none'}"
         )
     return found
 

@@ -142,7 +142,8 @@ class _Walk:
                 raise Features(self._at(operator, "a convolution over neighbouring positions"))
             self._layer(operator, args[0], args[1], 0, args[2])
         elif word in _PROBABILITIES:
-            self._probabilities(operator)
+            if word == "sigmoid" or int(args[1]) % len(value.shape) == axis:
+                self._probabilities(operator)
             self.scores(args[0], axis, pooled)
         elif word in _ACTIVATIONS and not pooled and not (word == "tanh" and stretched):
             raise Features(self._at(operator, f"{word}: features, not scores"))

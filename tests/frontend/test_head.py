@@ -51,6 +51,10 @@ def linear(**options: bool) -> nn.Linear:
     return nn.Linear(8, 4, **options)
 
 
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(8, 4, 1)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "made early": (lambda: Net(lambda n, x: n.a(pool(x)), a=linear()), ["a.weight", "a.bias"]),
     "no bias": (lambda: Net(lambda n, x: n.a(pool(x)), a=linear(bias=False)), ["a.weight"]),
@@ -242,6 +246,10 @@ def test_probabilities_are_said() -> None:
         got = found(net)
         assert isinstance(got, head.Found)
         assert words in got.notes[0]
+    shares = Net(lambda n, x: (lambda y: y * y.softmax(2))(n.a(x).flatten(2)).sum(2), a=conv())
+    got = found(shares)  # of positions, not of classes
+    assert isinstance(got, head.Found)
+    assert not got.notes
 
 
 class ResidualMlp(nn.Module):
