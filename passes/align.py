@@ -27,15 +27,19 @@ from pbc.proxies.align_losses import (
     AlignmentLoss,
     terms_of,
 )
-from pbc.proxies.distillation import Distillation, adopt, unaugmented
+from pbc.proxies.distillation import (
+    MINUTES,
+    STATISTICS_BATCHES,
+    Distillation,
+    adopt,
+    unaugmented,
+)
 from pbc.proxies.fidelity import UpToInterface, standards
 from pbc.proxies.sample_fidelity import measured
 
-STATISTICS_BATCHES = 16
 LEARNING_RATE = 5e-4
 # Who lost channels has further to go; without batch norms that is not stable.
 LEARNING_RATE_AFTER_PRUNING = 1e-3
-MINUTES = 10.0
 # Of the ladder's time: the first proxy pays for all, since each further one starts from it.
 FIRST_LEVEL_SHARE = 0.5
 TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments

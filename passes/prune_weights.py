@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from pbc.errors import UsageError
+from pbc.ir.graph import get_tensor
 from pbc.ir.program import Program
 from pbc.proxies import compression
 from pbc.proxies.codebooks import is_dense
+from pbc.proxies.compression import weight_names
+from pbc.proxies.masks import masked, with_masks
+from pbc.proxies.retraining import Retraining
 
 DENSE = "no engine here computes sparse layers faster: prune-weights makes the bundle smaller alone"
 
@@ -28,13 +33,20 @@ class PruneWeights:
     biases, norms, depthwise and small layers (pbc.proxies.compression), what trains, and int8
     levels stay.
 
+    With calibration data, what is left then learns to send what level 0 sent before, as `align`
+    does it and as the paper retrains; the result is kept where it brings images of the alignment
+    set nearer. cluster-weights, which comes after, aims at the result.
+
     Graphs keep their form. Level 0 is the pruned network from here on: `checks.compression` has its
-    fidelity to what it was, where there is calibration data. Nothing is trained for the loss:
-    cluster-weights, which comes after, does that.
+    fidelity to what it was.
+
+    align_steps, align_time: as for `align`; a quarter of either is spent here, on top.
     """
 
     share: float = 0.5
     everywhere: bool = False
+    align_steps: int | None = None
+    align_time: float | None = None
     stage: ClassVar[str] = "quantize"
     after: ClassVar[tuple[str, ...]] = ("quantize",)
     before: ClassVar[tuple[str, ...]] = ("cluster-weights",)
@@ -57,6 +69,17 @@ class PruneWeights:
 
     def __call__(self, program: Program) -> Program:
         changed = compression.replaced(program, self._pruned)
+        if program.calibration is not None:
+            train = Retraining(
+                "prune-weights",
+                f"{self.share:.0%} of the weights zero",
+                [asdict(self)],
+                _with_masks,
+                masked,
+                self.align_steps,
+                self.align_time,
+            )
+            changed = train(program, changed, program.calibration)
         return compression.judged(program, changed, "prune-weights", (DENSE,))
 
     def _pruned(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,6 +92,10 @@ class PruneWeights:
             kept = magnitudes[name].reshape(weight.shape) > least
             pruned[name] = torch.where(kept, weight, torch.zeros(()))
         return pruned
+
+
+def _with_masks(was: GraphModule, pruned: GraphModule) -> GraphModule:
+    return with_masks(was, {n: get_tensor(pruned, n) != 0 for n in weight_names(was)})
 
 
 def _relative(weight: Tensor) -> Tensor:

@@ -18,11 +18,17 @@ from pbc.ir.calibration import Calibration
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.work import work_file
-from pbc.passes.align import MINUTES, STATISTICS_BATCHES
 from pbc.proxies import parallel
 from pbc.proxies.align_losses import AlignmentLoss, feature_loss
 from pbc.proxies.as_run import up_to_interface
-from pbc.proxies.distillation import Distillation, adopt, spread, unaugmented
+from pbc.proxies.distillation import (
+    MINUTES,
+    STATISTICS_BATCHES,
+    Distillation,
+    adopt,
+    spread,
+    unaugmented,
+)
 from pbc.proxies.fidelity import Standard, UpToInterface, standards
 from pbc.proxies.quantization import (
     calibrated,

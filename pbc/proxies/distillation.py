@@ -30,6 +30,9 @@ from pbc.util.interrupt import Interrupt, deferred_interrupt
 from pbc.util.progress import report
 
 SAVE_SECONDS = 60.0
+MINUTES = 10.0
+"""Of all levels together, where nobody says how long."""
+STATISTICS_BATCHES = 16
 
 
 @dataclass
