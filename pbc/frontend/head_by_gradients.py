@@ -40,9 +40,12 @@ def head_by_gradients(module: nn.Module, example: Tensor) -> Found | None:
             if not rows:
                 return None
             total = scores[:, row].sum()
-            gradients = torch.autograd.grad(
-                total, list(rows.values()), retain_graph=True, allow_unused=True
-            )
+            try:
+                gradients = torch.autograd.grad(
+                    total, list(rows.values()), retain_graph=True, allow_unused=True
+                )
+            except RuntimeError:  # torch has no derivative of some operator on the way
+                return None
             for name, gradient in zip(list(rows), gradients, strict=True):
                 others = gradient is not None and bool(
                     gradient[:row].any() or gradient[row + 1 :].any()

@@ -221,6 +221,22 @@ def test_a_head_that_no_rule_knows_is_what_moves_one_score_alone(case: str) -> N
         assert net(torch.randn(2, 3, 8, 8)).shape == (2, 7)
 
 
+def test_what_torch_cannot_differentiate_has_no_head_by_gradients() -> None:
+    """A reason that was known before stays the reason."""
+
+    def scores(net: Any, maps: Tensor) -> Tensor:
+        return (
+            torch.special.zeta(net.a(maps).sigmoid() + 1.5, 2.0)
+            .flatten(2)
+            .topk(3, 2)
+            .values[..., 0]
+        )
+
+    source = models.given(Net(scores, a=conv()), "net", SPEC)
+    assert list(source.head.parameters) == ["head.weight", "head.bias"]
+    assert "`topk`" in source.notes[0]
+
+
 def test_scores_with_axes_of_one_entry_are_flattened() -> None:
     net = Net(lambda n, x: n.a(x.mean((2, 3), True)), a=nn.Conv2d(8, 4, 1))
     source = models.given(net, "net", SPEC)
