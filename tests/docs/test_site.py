@@ -32,9 +32,12 @@ def test_the_site_builds_strictly(root: Path, tmp_path: Path) -> None:
         assert 'rel="stylesheet" href="http' not in text, page
 
 
-def test_the_chart_shows_what_is_in_its_file(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("script", "name"), [("chart", "demo"), ("frontier", "compression")])
+def test_the_chart_shows_what_is_in_its_file(
+    root: Path, tmp_path: Path, script: str, name: str
+) -> None:
     assets = root / "docs" / "assets"
-    drawn = tmp_path / "demo.svg"
-    command = [sys.executable, str(root / "docs" / "chart.py"), str(assets / "demo.json")]
+    drawn = tmp_path / f"{name}.svg"
+    command = [sys.executable, str(root / "docs" / f"{script}.py"), str(assets / f"{name}.json")]
     subprocess.run([*command, str(drawn)], check=True)
-    assert drawn.read_text() == (assets / "demo.svg").read_text()
+    assert drawn.read_text() == (assets / f"{name}.svg").read_text()
