@@ -45,7 +45,7 @@ FURTHER_RESOLUTIONS = (5 / 8, 1 / 2)
 RESOLUTION_ROUNDING = 16
 # Of a transformer's tokens, the shares that are merged after its first attention; further ones
 # merge less and less (docs/alignment.md).
-TOKEN_RATES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
+TOKEN_RATES = (1 / 32, 1 / 16, 3 / 32, 1 / 8)
 # A precision that saves less is not worth a level, nor are resolutions.
 WORTHWHILE = 0.9
 # What an int8 multiply-accumulate of a convolution costs of a float32 one where that is not
