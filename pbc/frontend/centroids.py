@@ -19,7 +19,8 @@ class Centroids:
     """Train the 2**BITS values that each layer's weights share, and the classifier.
 
     Deep Compression (Han et al., ICLR 2016), section 3: weights are clustered by k-means with
-    linear initialisation, and a value's gradient is the sum of its members'. So θ is a few numbers
+    linear initialisation, and a value's gradient is the mean of its members': the paper has their
+    sum, which at a weight's usual rate is thousands of times too long a step. So θ is a few numbers
     a layer, and the bundle's indices pack into few bits (pbc.bundle.packing). Which layers, and
     that depthwise ones get 256 values, is as for the pass cluster-weights. The network starts as
     the clustered one. Gradients pass through everything: a step costs what full training's does.
@@ -63,9 +64,14 @@ class Centroids:
 
 
 class _SharedValues(nn.Module):
-    """A weight as values and indices; of the weight it was made for, the start of the values."""
+    """A weight as values and indices; of the weight it was made for, the start of the values.
+
+    Gradients are divided by the numbers of members, which leaves the values themselves alone: a
+    step then moves them as the same step of the weight would, projected on what they can be.
+    """
 
     indices: Tensor
+    members: Tensor
     start: Tensor
 
     def __init__(self, weight: Tensor, bits: int) -> None:
@@ -73,9 +79,13 @@ class _SharedValues(nn.Module):
         values, indices = codebook(weight, bits)
         self._shape = weight.shape
         self.register_buffer("indices", indices.flatten())
+        counts = torch.bincount(indices.flatten(), minlength=len(values))
+        self.register_buffer("members", counts.clamp_min(1).float())
         self.register_buffer("start", values, persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
+        still = values.detach()
+        values = still + (values - still) / self.members
         return torch.index_select(values, 0, self.indices).reshape(self._shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
