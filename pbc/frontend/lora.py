@@ -36,6 +36,7 @@ class Lora:
             raise PbcError(
                 f"{type(network.module).__name__} has no attention projection and no 1x1 "
                 "convolution that runs as a module of its own: lora has nothing to correct"
+                f"{_whole_attention(network.module)}"
             )
         for layer in layers:
             layer.add_module("lora", LowRank(layer, self.rank))
@@ -65,6 +66,17 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up: Tensor = self.up(self.down(x))
         return up
+
+
+def _whole_attention(module: nn.Module) -> str:
+    """Return the reason why an attention has no projections, where torch's own layer is it."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            return (
+                f" ({name} is an nn.MultiheadAttention, whose projections are parameters of its "
+                "own; a model that has an nn.Linear for each, as timm's have, can be corrected)"
+            )
+    return ""
 
 
 def _adapted(network: TracedNetwork) -> Iterator[nn.Linear | nn.Conv2d]:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, captured, settled, split
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbc import bundle, compiler
 from pbc.errors import PbcError
@@ -111,3 +111,24 @@ def test_a_rank_is_no_larger_than_a_layer() -> None:
 def test_a_network_with_nothing_to_correct() -> None:
     with pytest.raises(PbcError, match="ConvNet has no attention projection and no 1x1 conv"):
         make_program(ConvNet(), "lora:4")
+
+
+class TorchAttention(nn.Module):
+    """Attention as torch's own layer, as torchvision's vision transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        logits: Tensor = self.head((tokens + mixed).mean(1))
+        return logits
+
+
+def test_an_attention_whose_projections_are_no_layers() -> None:
+    with pytest.raises(PbcError, match=r"attention is an nn\.MultiheadAttention, whose"):
+        make_program(TorchAttention(), "lora:4", (3, 16, 16))
