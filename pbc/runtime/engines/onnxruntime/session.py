@@ -115,8 +115,10 @@ def session_options(threads: int | None, optimised: bool = False) -> Any:
     if optimised:
         options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
         options.execution_order = ExecutionOrder.PRIORITY_BASED
-    # A plan takes one block per graph and size of batch, which serves nothing else.
+    # A plan takes one block per graph and size of batch, which serves nothing else. Nor is a tensor
+    # kept for a later one of its size: the pool has it for whoever is next.
     options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
     # A session that waits would keep its cores busy, and slow whatever runs beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
