@@ -23,6 +23,9 @@ from pbc.training_graph.pool import Chunk, Pool
 
 aten = torch.ops.aten
 
+# The peak has settled when so many steps in a row found room in what there was.
+_SETTLED_STEPS = 4
+
 # What these return lies where the tensor lies that they read.
 _VIEWS = frozenset(
     (
@@ -92,22 +95,23 @@ def tensor_bytes(graph: GraphModule, batch: int, classes: int) -> dict[str, int]
 
 
 def _peak(forward: _Walk, update: _Walk, given: int) -> int:
-    """Return what two steps hold in bytes, the first beside the parameters and state it was given.
+    """Return what steps hold in bytes, the first beside the parameters and state it was given.
 
     Those that it makes are of the pool, which holds more than what is in use at any time: sizes do
-    not always fit into one another.
+    not always fit into one another. So it grows for some steps, each of which finds other chunks
+    taken by what the one before it left.
     """
     pool = Pool()
     old: list[Chunk] = []
-    peak = 0
-    for beside in (given, 0):
+    peaks = [0]
+    while len(set(peaks[-_SETTLED_STEPS:])) > 1 or len(peaks) < _SETTLED_STEPS:
         saved = forward.run(pool)
         new = update.run(pool)
         for chunk in (*saved, *old):
             pool.release(chunk)
+        peaks.append(max(peaks[-1], pool.total_bytes + (0 if old else given)))
         old = new
-        peak = max(peak, beside + pool.total_bytes)
-    return peak
+    return peaks[-1]
 
 
 class _Walk:
@@ -150,25 +154,34 @@ class _Walk:
         return {self._owners[n] for n in node.all_input_nodes if n in self._owners}
 
     def run(self, pool: Pool) -> list[Chunk]:
-        """Hold each tensor from its operator to its last reader; return those of the results."""
+        """Hold each tensor from its operator to its last reader; return those of the results.
+
+        Nothing is computed in place but a ReLU behind a convolution, which is one operator with it:
+        onnxruntime's arithmetic writes beside what it reads.
+        """
         readers = Counter(owner for node in self._nodes for owner in self._read(node))
         chunks: dict[Node, Chunk] = {}
         for node in self._nodes[:-1]:  # what the last one reads is returned
             read = self._read(node)
             readers.subtract(read)
             done = {source for source in read if not readers[source]}
-            if node in self._owners and self._owners[node] == node:
-                alike = [source for source in done if self._bytes[source] == self._bytes[node]]
-                if alike and _is_pointwise(node):
-                    chunks[node] = chunks.pop(alike[0])  # it is computed in place
-                    done.remove(alike[0])
-                else:
-                    chunks[node] = pool.allocate(self._bytes[node])
-                if not readers[node]:
-                    done.add(node)
+            if _is_fused(node) and node.all_input_nodes[0] in done:
+                chunks[node] = chunks.pop(node.all_input_nodes[0])
+                done.remove(node.all_input_nodes[0])
+            elif node in self._owners and self._owners[node] == node:
+                beside = [pool.allocate(size) for size in self._workspace(node)]
+                chunks[node] = pool.allocate(self._bytes[node])
+                for chunk in beside:
+                    pool.release(chunk)
+            if node in chunks and not readers[node]:
+                done.add(node)
             for source in done:
                 pool.release(chunks.pop(source))
         return list(chunks.values())
+
+    def _workspace(self, node: Node) -> list[int]:
+        """Return what an operator holds beside its result while it works: a hard swish is two."""
+        return [self._bytes[node]] if node.target == aten.hardswish.default else []
 
 
 def _owners(nodes: Sequence[Node]) -> dict[Node, Node]:
@@ -189,5 +202,7 @@ def _owners(nodes: Sequence[Node]) -> dict[Node, Node]:
     return owners
 
 
-def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+def _is_fused(node: Node) -> bool:
+    """Return whether a ReLU is computed by the convolution before it."""
+    source = node.all_input_nodes[0] if node.target == aten.relu.default else None
+    return source is not None and source.target == aten.convolution.default

@@ -1,7 +1,8 @@
 """Pool: how much memory an engine takes from the system for what it allocates and frees.
 
 It is the arena of onnxruntime (bfc_arena.cc) as pbc's sessions ask for it: it grows by what is
-asked for, gives nothing back, and hands out the smallest free chunk that is large enough.
+asked for, gives nothing back, and hands out the smallest free chunk that is large enough, the first
+of several.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ _LARGE_BYTES = 128 * 2**20
 
 @dataclass(eq=False)
 class Chunk:
-    """A piece of a block that came from the system; `before` and `after` are its neighbours."""
+    """A piece of a block that came from the system; `before` and `after` are its neighbours.
+
+    place: where it lies, in the order in which blocks came.
+    """
 
     size: int
+    place: int
     free: bool = False
     before: Chunk | None = None
     after: Chunk | None = None
@@ -33,16 +38,16 @@ class Pool:
     def allocate(self, size: int) -> Chunk:
         """Return a chunk of at least so many bytes."""
         size = max(1, -(-size // _ROUNDED_BYTES)) * _ROUNDED_BYTES
-        chunk = min((c for c in self._free if c.size >= size), key=_size, default=None)
+        chunk = min((c for c in self._free if c.size >= size), key=_order, default=None)
         if chunk is None:
             self.total_bytes += size
-            return Chunk(size)
+            return Chunk(size, self.total_bytes - size)
         self._free.remove(chunk)
         chunk.free = False
         rest = chunk.size - size
         if rest >= min(size, _LARGE_BYTES):
             chunk.size = size
-            behind = Chunk(rest, before=chunk, after=chunk.after)
+            behind = Chunk(rest, chunk.place + size, before=chunk, after=chunk.after)
             if chunk.after is not None:
                 chunk.after.before = behind
             chunk.after = behind
@@ -70,5 +75,5 @@ class Pool:
             chunk.after.before = chunk
 
 
-def _size(chunk: Chunk) -> int:
-    return chunk.size
+def _order(chunk: Chunk) -> tuple[int, int]:
+    return chunk.size, chunk.place

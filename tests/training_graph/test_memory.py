@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from measured_memory import measured_bytes
 from networks import ConvNet, Kind, captured
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -63,7 +62,7 @@ def graph(function: object, titles: list[str], *inputs: Tensor) -> GraphModule:
 def test_a_tensor_is_there_from_its_operator_to_its_last_reader() -> None:
     def forward(x: Tensor) -> tuple[Tensor, ...]:
         double = torch.cat([x, x])  # 8 KiB
-        shown = torch.exp(double).view(-1)  # in its place
+        shown = torch.exp(double).view(-1)  # beside it
         mask = shown > 1  # 2 KiB
         return shown.sum(), mask  # and 4 bytes
 
@@ -77,8 +76,8 @@ def test_a_tensor_is_there_from_its_operator_to_its_last_reader() -> None:
     memory = step_memory(made, batch=1, classes=2)["sgd"]
     assert memory.features == 4 * 1024
     assert memory.saved == 2048
-    # What the update returns broke the 8 KiB, so that the next forward took as much again.
-    assert memory.peak == 4 * 1024 + 2 * 8 * 1024 + 2048 + 256
+    # What the update returns broke one of the 8 KiB, so that the next forward took as much again.
+    assert memory.peak == 4 * 1024 + 3 * 8 * 1024
 
 
 class WideNet(nn.Module):
@@ -100,49 +99,13 @@ class WideNet(nn.Module):
         return logits
 
 
-_MEASURED = """
-import json, sys
-import numpy as np
-import safetensors.numpy
-from pbc.bundle import Bundle
-from pbc.runtime.engines.alignment import aligned
-from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
-from pbc.runtime.objective import Objective
-
-def kib():
-    lines = (line.split() for line in open("/proc/self/status"))
-    return {words[0]: int(words[1]) for words in lines if words[0].startswith(("VmHWM", "Rss"))}
-
-bundle, optimizer, batch = Bundle.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-shape = bundle.manifest["features"]
-features = {name: aligned(np.ones((batch, *sizes), np.float32)) for name, sizes in shape.items()}
-theta = {
-    name: np.full([10 if size is None else size for size in sizes], 0.01, np.float32)
-    for name, sizes in bundle.manifest["parameters"].items()
-}
-engine = OnnxRuntimeEngine().load(bundle, threads=1)
-for name in ("forward/0", f"update/0/{optimizer}"):
-    engine._loader.graph(name)
-open("/proc/self/clear_refs", "w").write("5")
-before = kib()
-engine.start(theta, Objective(optimizer=optimizer))
-for _ in range(3):
-    engine.forward(0, features, np.zeros(batch, np.int64))
-    engine.update()
-after = kib()
-held = sum(value.nbytes for value in features.values())
-print(held + 1024 * (after["VmHWM:"] - after["RssFile:"] - before["RssAnon:"]))
-"""
-
-
-@pytest.mark.parametrize("strategy", ["full", "bias", "last-k:1"])
-def test_it_is_what_a_process_takes(tmp_path: Path, strategy: str) -> None:
+# Of a network as small as this, which large tensor a small one breaks decides a third of the peak.
+@pytest.mark.parametrize(("strategy", "error"), [("full", 0.15), ("bias", 0.3), ("last-k:1", 0.15)])
+def test_it_is_what_a_process_takes(tmp_path: Path, strategy: str, error: float) -> None:
     program = make_program(WideNet(), strategy, (3, 32, 32))
     program = with_request(program, engine="onnxruntime", batch=64)
     program = run_passes(program, *PASSES, Lower())
     written = bundle.write(tmp_path / "wide.pbc", *compiler.package(program))
     for optimizer in ("sgd", "adam"):
-        command = [sys.executable, "-c", _MEASURED, str(written.path), optimizer, "64"]
-        ran = subprocess.run(command, capture_output=True, text=True, check=True)
         expected = written.manifest["memory"][optimizer]["peak_bytes"]
-        assert expected == pytest.approx(int(ran.stdout), rel=0.15)
+        assert expected == pytest.approx(measured_bytes(written.path, optimizer), rel=error)
