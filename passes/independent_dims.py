@@ -40,5 +40,5 @@ def nothing_to_prune(program: Program) -> str:
     return (
         f"strategy {program.request.strategy} leaves nothing to prune in {program.network.name}: "
         "every channel dimension of the frozen part is read or written by a trained parameter; "
-        "level 0 is the only level (linear-probe, last-k or adapters leave dimensions free)"
+        "all levels keep all channels (linear-probe, last-k or adapters leave dimensions free)"
     )

@@ -23,8 +23,10 @@ from pbc.training_graph.pool import Chunk, Pool
 
 aten = torch.ops.aten
 
-# The peak has settled when so many steps in a row found room in what there was.
+# The peak has settled when so many steps in a row found room in what there was; no network that
+# was tried took half of the most.
 _SETTLED_STEPS = 4
+_MOST_STEPS = 64
 
 # What these return lies where the tensor lies that they read.
 _VIEWS = frozenset(
@@ -104,13 +106,15 @@ def _peak(forward: _Walk, update: _Walk, given: int) -> int:
     pool = Pool()
     old: list[Chunk] = []
     peaks = [0]
-    while len(set(peaks[-_SETTLED_STEPS:])) > 1 or len(peaks) < _SETTLED_STEPS:
+    for _ in range(_MOST_STEPS):
         saved = forward.run(pool)
         new = update.run(pool)
         for chunk in (*saved, *old):
             pool.release(chunk)
         peaks.append(max(peaks[-1], pool.total_bytes + (0 if old else given)))
         old = new
+        if len(peaks) > _SETTLED_STEPS and len(set(peaks[-_SETTLED_STEPS:])) == 1:
+            break
     return peaks[-1]
 
 

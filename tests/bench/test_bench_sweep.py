@@ -177,7 +177,7 @@ def test_where_the_test_photos_come_from(tmp_path: Path) -> None:
     tiny.photos(tmp_path / "pair" / "val", 1)
     assert counts("pair") == (9, 6)
     some = sorted((tmp_path / "alone").iterdir())
-    for name, folder in zip(("train", "test"), some, strict=False):  # classes of unlucky names
+    for name, folder in zip(("train", "bus"), some, strict=False):  # a class of an unlucky name
         shutil.copytree(folder, tmp_path / "classes" / name)
     assert counts("classes") == (8, 4)
     with pytest.raises(PbcError, match="holds train/ and test/ already"):

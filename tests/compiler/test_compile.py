@@ -327,7 +327,7 @@ def test_an_engine_that_the_board_s_facts_rule_out_is_refused(here: Path) -> Non
 
 
 def test_nothing_to_prune_is_one_note_and_level_0(here: Path, custom: list[str | Path]) -> None:
-    result = pbc(*custom, "--strategy", "norm", "-o", "m.pbc")
+    result = pbc(*custom, "--strategy", "norm", "--axes", "width", "-o", "m.pbc")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("leaves nothing to prune") == 1
     assert len(Bundle.open(here / "m.pbc").manifest["levels"]) == 1

@@ -225,12 +225,8 @@ def test_what_torch_cannot_differentiate_has_no_head_by_gradients() -> None:
     """A reason that was known before stays the reason."""
 
     def scores(net: Any, maps: Tensor) -> Tensor:
-        return (
-            torch.special.zeta(net.a(maps).sigmoid() + 1.5, 2.0)
-            .flatten(2)
-            .topk(3, 2)
-            .values[..., 0]
-        )
+        made: Tensor = torch.special.zeta(net.a(maps).sigmoid() + 1.5, 2.0)
+        return made.flatten(2).topk(3, 2).values[..., 0]
 
     source = models.given(Net(scores, a=conv()), "net", SPEC)
     assert list(source.head.parameters) == ["head.weight", "head.bias"]
