@@ -21,12 +21,7 @@ from pbc.ir.program import Program
 from pbc.ir.rewrite import replace_tensor
 from pbc.ir.work import work_file
 from pbc.proxies import parallel
-from pbc.proxies.align_losses import (
-    FEATURES,
-    LOGITS,
-    AlignmentLoss,
-    terms_of,
-)
+from pbc.proxies.align_losses import FEATURES, LOGITS, AlignmentLoss, terms_of
 from pbc.proxies.distillation import (
     MINUTES,
     STATISTICS_BATCHES,

@@ -68,12 +68,12 @@ def _confirm(graph: GraphModule, head: Head, derived: set[Node], count: int) -> 
 
 
 def _open(node: Node, count: int) -> None:
-    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, sizes = node.all_input_nodes[0], list(node.args[1])  # type: ignore[arg-type]
     equal = [axis for axis, size in enumerate(sizes) if size == count]
     if not equal:
         return
     if len(equal) == 1 and (node.target is aten.expand.default or -1 not in sizes):
-        shape = shape_of(source)  # type: ignore[arg-type]
+        shape = shape_of(source)
         before = ((None,) * (len(sizes) - len(shape)) + shape)[equal[0]]
         if node.target is not aten.expand.default or before == count:
             sizes[equal[0]] = -1

@@ -24,9 +24,7 @@ from pbc.util.shapes import check, dict_of, integer, list_of, maybe, number, rec
 PROBES = 4
 """Mini-batches that a selection looks at."""
 _RUNS = 5
-_TRIES = 6
-# A choice that takes this share of what it may is not tried again with more.
-_CLOSE = 0.95
+_TRIES = 4
 _TIMES = record(
     {
         "forward_ms": number(0),
@@ -173,7 +171,7 @@ class Selection:
         return StepTimes(min(forward_ms, full_ms), full_ms, nodes.ms(head), own_ms, passing_ms)
 
     def _fit(self, times: StepTimes, importance: Mapping[str, float], probe: Probe) -> None:
-        """Choose, and measure the choice: with other budgets, until it takes about what it may."""
+        """Choose, and measure the choice: with less time, until it takes what it may."""
         most_ms = self._rho * times.full_ms
         # Parts of an iteration are timed one by one: of a small network they may add up to more.
         lowest_ms = min(times.forward_ms + times.head_ms, times.full_ms)
@@ -184,32 +182,16 @@ class Selection:
                 "that is the lowest possible here"
             )
         candidates = times.candidates(importance)
-        most_budget_ms = most_ms - times.forward_ms
-        budget_ms, fitting_ms, beyond_ms = most_budget_ms, 0.0, math.inf
-        best: tuple[float, tuple[str, ...]] | None = None
+        budget_ms = most_ms - times.forward_ms
         for _ in range(_TRIES):
-            names = self._selector.choose(candidates, budget_ms) or tuple(self._head)
-            if best is not None and best[0] <= most_ms and names == best[1]:
-                break  # nothing else is worth its time
-            self._executable.select(names)
+            self.names = self._selector.choose(candidates, budget_ms) or tuple(self._head)
+            self._executable.select(self.names)
             taken_ms = self._step_ms(probe)
-            if best is None or taken_ms <= most_ms or taken_ms < best[0]:
-                best = taken_ms, names
+            self.share = taken_ms / times.full_ms
             if taken_ms <= most_ms:
-                if taken_ms >= _CLOSE * most_ms:
-                    break
-                fitting_ms = budget_ms
-            else:
-                beyond_ms = budget_ms
-            # What all parts take is not the sum of what each takes: the next budget is between one
-            # that held and one that did not, or as much more or less as the step should take.
-            aim = most_budget_ms / max(taken_ms - times.forward_ms, 1e-9)
-            budget_ms *= min(2.0, max(0.5, aim))
-            if not fitting_ms < budget_ms < beyond_ms:
-                budget_ms = (fitting_ms + min(beyond_ms, 2 * fitting_ms)) / 2
-        assert best is not None
-        self.share, self.names = best[0] / times.full_ms, best[1]
-        self._executable.select(self.names)
+                return
+            spared = (most_ms - times.forward_ms) / max(taken_ms - times.forward_ms, 1e-9)
+            budget_ms *= min(0.95, max(0.5, spared))
 
     def _step(self, probe: Probe) -> None:
         self._executable.forward(probe.level, probe.features, probe.labels)

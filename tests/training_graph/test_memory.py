@@ -99,13 +99,15 @@ class WideNet(nn.Module):
         return logits
 
 
-# Of a network as small as this, which large tensor a small one breaks decides a third of the peak.
-@pytest.mark.parametrize(("strategy", "error"), [("full", 0.15), ("bias", 0.3), ("last-k:1", 0.15)])
-def test_it_is_what_a_process_takes(tmp_path: Path, strategy: str, error: float) -> None:
+# Of a network as small as this, which large tensor a small one breaks decides a third of the peak:
+# what is foretold may be more, and no less.
+@pytest.mark.parametrize(("strategy", "more"), [("full", 0.15), ("bias", 0.3), ("last-k:1", 0.15)])
+def test_it_is_what_a_process_takes(tmp_path: Path, strategy: str, more: float) -> None:
     program = make_program(WideNet(), strategy, (3, 32, 32))
     program = with_request(program, engine="onnxruntime", batch=64)
     program = run_passes(program, *PASSES, Lower())
     written = bundle.write(tmp_path / "wide.pbc", *compiler.package(program))
     for optimizer in ("sgd", "adam"):
         expected = written.manifest["memory"][optimizer]["peak_bytes"]
-        assert expected == pytest.approx(measured_bytes(written.path, optimizer), rel=error)
+        measured = measured_bytes(written.path, optimizer)
+        assert 0.85 * measured <= expected <= (1 + more) * measured
