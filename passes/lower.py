@@ -18,6 +18,7 @@ from pbc.ir.runner import Runner, TorchRunner
 from pbc.lower.backend import backend
 from pbc.lower.graph_check import USUAL, bound, graph_error_beside_float64, graph_errors
 from pbc.lower.lowering import Lowering, Tunes
+from pbc.lower.manifest import expected_classes, training_memory
 from pbc.proxies import parallel
 from pbc.proxies.fidelity import precision_of
 from pbc.training_graph.step_check import (
@@ -40,7 +41,8 @@ TUNING = "tuning"
 class Lower:
     """Measure what each level costs as it will run, write its files, and check what was lowered.
 
-    Graphs stay as they are; `program.artifacts` is filled. On this machine's own target the
+    Graphs stay as they are; `program.artifacts` is filled, and `program.memory` with what training
+    will hold. On this machine's own target the
     levels' costs become measured latencies, unless a device's profile gave them, and
     `program.costs` has their parts, so that training here need not measure again; a level that
     turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run
@@ -62,6 +64,7 @@ class Lower:
             program = self._measured(program, lowering)
         program = replace(program, artifacts=lowering.lower(program))
         program = replace(program, notes=(*program.notes, *lowering.notes()))
+        program = replace(program, memory=_memory(program, lowering))
         return self._checked(program, lowering)
 
     def _tuned(self, program: Program, lowering: Lowering, seconds: float) -> Program:
@@ -113,6 +116,14 @@ class Lower:
         found = {CHECK: step_found, GRAPHS_CHECK: graphs_found}
         checks = {**program.checks, **{name: errors for name, errors in found.items() if errors}}
         return replace(program, checks=checks, notes=(*program.notes, *notes))
+
+
+def _memory(program: Program, lowering: Lowering) -> dict[str, dict[str, int]] | None:
+    level = program.levels[0]
+    if level.forward is None:
+        return None
+    recorded = lowering.recorded_step(program, level, expected_classes(program))
+    return training_memory(program, recorded)
 
 
 def _check_graphs(

@@ -109,12 +109,17 @@ class Work:
         if states.exists():
             states.rename(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
-        shutil.rmtree(self.root / "runs", ignore_errors=True)
+        for folder in ("runs", "bundles"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
         self._log.unlink(missing_ok=True)
 
     def scratch(self, rival: str, seed: int) -> Path:
         """Return the folder in which one rival may write."""
         return self.root / "runs" / f"{rival}-{seed}"
+
+    def bundle(self, strategy: str) -> Path:
+        """Return where the bundle of another strategy lies, once it is compiled."""
+        return self.root / "bundles" / f"{strategy}.pbc"
 
     def remembered(self, name: str) -> Any:
         """Return what `remember` kept under this name, or None."""

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 
 from pbc import plugins
-from pbc.bench import photos, sweep, tuning
+from pbc.bench import photos, strategies, sweep, tuning
 from pbc.bench.about import about_bundle, about_machine
 from pbc.bench.cells import Work
 from pbc.bench.energy import find_meter
-from pbc.bench.match import GROUP, MatchPlan, run_match
+from pbc.bench.match import MatchPlan, run_match
 from pbc.bench.notes import bench_notes, left_out
 from pbc.bench.options import BenchOptions
 from pbc.bench.results import Results
+from pbc.bench.rival import GROUP, strategy_of, way
 from pbc.bench.standings import standings
 from pbc.data import Samples
 from pbc.errors import PbcError
@@ -42,7 +43,9 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
     """
     runtime = Runtime.open(bundle)
     for name in options.rivals:
-        plugins.find(GROUP, name)
+        plugins.find(GROUP, way(name))
+        if "@" in name:
+            plugins.find("pbc.strategies", name.partition("@")[2].partition(":")[0])
     options, not_installed = _installed(options)
     for line in not_installed:
         tell(line)
@@ -67,8 +70,11 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
         work.begin(identity, resume=options.resume, overwrite=options.overwrite)
         rate = _rate(runtime, train, options, batch, work, tell)
         chosen = replace(options.train, batch=batch, learning_rate=rate.value)
+        runtimes, not_compiled = strategies.runtimes(
+            options.rivals, runtime, work, options.weights, tell
+        )
         plan = MatchPlan(
-            options.rivals,
+            tuple(name for name in options.rivals if name not in not_compiled),
             options.seeds,
             chosen,
             options.epochs_of,
@@ -78,14 +84,15 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
         )
         # An engine that runs on a GPU says so; none that pbc brings does.
         meter = find_meter(uses_gpu=getattr(runtime.engine, "uses_gpu", False))
-        outcome = run_match(plan, runtime, train, test, work, meter, tell)
+        outcome = run_match(plan, runtime, train, test, work, meter, tell, runtimes)
         studies = [
             sweep.study(name, plan, runtime, train, test, work, options.policy_bundles, tell)
             for name in options.sweeps
         ]
+    reasons = {**not_compiled, **outcome.left_out}
     ranked = standings(plan, outcome)
     if not ranked:
-        raise PbcError(f"no rival could run: {'; '.join(left_out(outcome.left_out))}")
+        raise PbcError(f"no rival could run: {'; '.join(left_out(reasons))}")
     about = {
         "bundle": about_bundle(runtime, bundle, len(train.classes)),
         "data": {
@@ -119,7 +126,7 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
         ),
         *sweep.notes(options.sweeps, runtime, options.policy_bundles),
         *not_installed,
-        *left_out(outcome.left_out),
+        *left_out(reasons),
     ]
     return Results(
         about,
@@ -158,7 +165,7 @@ def _installed(options: BenchOptions) -> tuple[BenchOptions, list[str]]:
 def _needs(rival: str) -> str | None:
     """Return the package that a rival's module misses, and how to install it."""
     try:
-        plugins.load(GROUP, rival)
+        strategy_of(rival)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "pbc":
             raise  # not a package that could be installed

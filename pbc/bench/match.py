@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pbc import plugins
@@ -14,14 +15,12 @@ from pbc.bench.cells import Cell, EntryProgress, Work
 from pbc.bench.energy import EnergyMeter, NoMeter
 from pbc.bench.evaluator import Evaluator
 from pbc.bench.marks import FIRST_EPOCH, Marks
-from pbc.bench.rival import Rival, RivalSetting
+from pbc.bench.rival import GROUP, Rival, RivalSetting, strategy_of, way
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 from pbc.util.extras import missing
-
-GROUP = "pbc.rivals"
 
 Tell = Callable[[str], None]
 
@@ -156,13 +155,18 @@ def run_match(
     work: Work,
     meter: EnergyMeter,
     tell: Tell,
+    runtimes: Mapping[str, Runtime] = MappingProxyType({}),
 ) -> Outcome:
     """Run all seeds, or what is left of them after an interruption.
 
     A rival that cannot run (PbcError, a package that is missing) is reported and left out; the
-    others go on.
+    others go on. runtimes: of the strategies by which some rivals train.
     """
     evaluator = Evaluator(runtime, test, plan.options.threads)
+    evaluators = {
+        strategy: Evaluator(other, test, plan.options.threads)
+        for strategy, other in runtimes.items()
+    }
     known = {
         (name, seed): work.load(name, seed) for name in plan.rivals for seed in range(plan.seeds)
     }
@@ -180,9 +184,11 @@ def run_match(
             ran = len(progress.cells)
             if name in left_out or ran >= plan.epochs(name) or done(progress.cells):
                 continue
-            setting = plan.setting(name, seed, runtime, train, work.scratch(name, seed))
+            strategy = strategy_of(name)
+            its_own = runtimes.get(strategy or "", runtime)
+            setting = plan.setting(name, seed, its_own, train, work.scratch(name, seed))
             try:
-                rival: Rival = plugins.load(GROUP, name)(setting)
+                rival: Rival = plugins.load(GROUP, way(name))(setting)
                 entry = Entry(name, seed, rival, progress, setting.marks)
                 entry.prepare(progress, meter)
             except PbcError as error:
@@ -205,7 +211,8 @@ def run_match(
                 if entry.name in left_out:
                     continue
                 try:
-                    cell = entry.run_epoch(evaluator, test, meter)
+                    judge = evaluators.get(strategy_of(entry.name) or "", evaluator)
+                    cell = entry.run_epoch(judge, test, meter)
                 except PbcError as error:
                     leave_out(entry.name, error)
                     continue

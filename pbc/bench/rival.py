@@ -2,6 +2,9 @@
 
 A rival is an entry point of the group `pbc.rivals`: a class that is made from a `RivalSetting`. All
 rivals of a seed take turns, epoch by epoch, in one process; the match evaluates them.
+
+Its class may declare a `strategy`, and `pbc@lora:4` is the rival `pbc` with the strategy `lora:4`:
+its bundle is then another one, which the bench compiles of the same network.
 """
 
 from __future__ import annotations
@@ -13,19 +16,34 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pbc import plugins
 from pbc.bench.marks import Marks
 from pbc.data import Samples
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 
+GROUP = "pbc.rivals"
+
 Arrays = Mapping[str, np.ndarray]
+
+
+def way(name: str) -> str:
+    """Return the entry point of a rival."""
+    return name.partition("@")[0]
+
+
+def strategy_of(name: str) -> str | None:
+    """Return the strategy by which a rival trains; None where it is that of the bundle."""
+    given = name.partition("@")[2] or getattr(plugins.load(GROUP, way(name)), "strategy", None)
+    return None if given is None else str(given)
 
 
 @dataclass(frozen=True)
 class RivalSetting:
     """Everything that a rival works with, for one seed.
 
+    runtime: of the bundle, or of another one where the rival has a strategy of its own.
     samples: the training photos, labelled as the bundle numbers its classes.
     options: epochs, batch, objective, seed and threads count for every rival; batch and
         learning_rate are never None here. All others are for pbc's own schedulers.

@@ -50,6 +50,10 @@ _DEFAULTS = TrainOptions()
 @click.option("--no-torch-compile", is_flag=True, help="PyTorch rivals run eagerly only.")
 @click.option("--max-accuracy-loss", type=float, default=_DEFAULTS.max_accuracy_loss,
               show_default=True, help="Points that pbc's cheap levels may cost.")  # fmt: skip
+@click.option("--rho", type=float, default=_DEFAULTS.rho, show_default=True,
+              help="For elastic: its share of a full training iteration's time.")  # fmt: skip
+@click.option("--select-every", type=int, default=_DEFAULTS.select_every, show_default=True,
+              help="For elastic: epochs from one selection to the next.")  # fmt: skip
 @click.option("--fidelity-floor", type=float, help="For pbc: never route below this fidelity.")
 @click.option("--cache-mb", type=int, default=_DEFAULTS.cache_mb, show_default=True)
 @click.option("--work", type=PATH, help="Where cells are kept.  [default: BUNDLE with .bench]")

@@ -118,8 +118,11 @@ def _shape(bundle: Bundle) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _source(bundle: Bundle, weights: Path | None) -> models.Source:
-    """Load the model with the very weights of the bundle."""
+def found(bundle: Bundle, weights: Path | None) -> tuple[str, str]:
+    """Return the model and the very weights of a bundle, by the names that `pbc compile` takes.
+
+    weights: a file, or a folder to look in. Raises PbcError where they are not found.
+    """
     known = bundle.manifest["provenance"]
     if not known.get("model"):
         raise PbcError(f"{bundle.path} does not say which model it was compiled from")
@@ -129,16 +132,22 @@ def _source(bundle: Bundle, weights: Path | None) -> models.Source:
     origin = Origin.load(bundle.path, bundle.digest)
     model = origin.model or known["model"]
     if digest is None:
-        return models.load(model, named, _shape(bundle), known["seed"])
+        return model, named
     places = [weights] if weights is not None else _places(bundle, origin)
     for path in weights_named(named, digest, places):
-        return models.load(model, str(path), _shape(bundle), known["seed"])
+        return model, str(path)
     there = weights is not None and weights.is_file()
     refused = f"{weights} holds other weights" if there else f"no file {named} was found"
     raise PbcError(
         f"{known['model']} cannot be rebuilt: {refused}; "
         f"--weights names the file {named} that the bundle was compiled from"
     )
+
+
+def _source(bundle: Bundle, weights: Path | None) -> models.Source:
+    """Load the model with the very weights of the bundle."""
+    model, named = found(bundle, weights)
+    return models.load(model, named, _shape(bundle), bundle.manifest["provenance"]["seed"])
 
 
 def _places(bundle: Bundle, origin: Origin) -> list[Path]:

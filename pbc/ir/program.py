@@ -121,6 +121,7 @@ class Program:
     costs: what a sample costs at each level on this machine; empty where nothing was measured.
     accuracy_map: (fidelity, points of accuracy lost), ascending in fidelity; empty where unknown.
     mixes: by kind of head (level, share of the samples there, points lost), of aligned levels.
+    memory: bytes that training holds, by optimizer and by what they hold; None where unknown.
     checks: what was verified, for the manifest. notes: what the user should know, one line each.
     history: the passes that ran. artifacts: the bundle's files, once lowered.
     """
@@ -139,6 +140,7 @@ class Program:
     policy: Policy | None = None
     accuracy_map: tuple[tuple[float, float], ...] = ()
     mixes: Mapping[str, tuple[tuple[int, float, float], ...]] = field(default_factory=dict)
+    memory: Mapping[str, Mapping[str, int]] | None = None
     checks: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     history: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from pbc.lower.iteration import IterationTimer, measure
 from pbc.proxies.fidelity import dtype_of, in_precision
 from pbc.runtime.costs import LevelCost
 from pbc.target import Target
+from pbc.training_graph.memory import Recorded
 
 
 class Lowering(ABC):
@@ -75,6 +76,13 @@ class Lowering(ABC):
 
     def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:  # noqa: B027 - what takes long to convert is not tried
         """Convert graphs and forget them; raises PbcError for an operator that it cannot run."""
+
+    def recorded_step(self, program: Program, level: LevelGraphs, classes: int) -> Recorded | None:
+        """Return what its engine runs of a derived step; None where that is not known to it.
+
+        The step is of the program's batch, and of so many classes where these are open.
+        """
+        return None
 
     def notes(self) -> tuple[str, ...]:
         """Return what whoever compiles must know of the files, beside what they hold."""

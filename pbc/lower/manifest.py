@@ -17,7 +17,7 @@ from pbc.ir.dims import Dims
 from pbc.ir.graph import PARAMETER, placeholders, shape_of
 from pbc.ir.levels import ladder
 from pbc.ir.program import Policy, Program
-from pbc.training_graph.memory import step_memory
+from pbc.training_graph.memory import Recorded, step_memory
 from pbc.util.processor import machine
 
 TRAINABLE = "trainable.safetensors"
@@ -31,15 +31,18 @@ def measured_costs(program: Program) -> dict[str, Any] | None:
     return {"machine": machine(), "levels": [asdict(cost) for cost in program.costs]}
 
 
-def training_memory(program: Program) -> dict[str, dict[str, int]] | None:
+def training_memory(
+    program: Program, recorded: Recorded | None = None
+) -> dict[str, dict[str, int]] | None:
     """Return what training holds at level 0, by optimizer; None where no step is derived.
 
     For the batch and the classes that are expected: as many as an added head has, if none are.
+    recorded: what the engine runs of that step, where it is known.
     """
     level = program.levels[0]
     if level.forward is None:
         return None
-    found = step_memory(level, program.request.batch, expected_classes(program))
+    found = step_memory(level, program.request.batch, expected_classes(program), recorded)
     return {optimizer: memory.to_json() for optimizer, memory in found.items()}
 
 
@@ -90,7 +93,7 @@ def manifest(
         "cost_model": levels.cost_model,
         "levels": levels.to_json(),
         "costs": measured_costs(program),
-        "memory": training_memory(program),
+        "memory": program.memory,
         "policy": None if program.policy is None else policy(program.policy),
         "accuracy_map": [list(point) for point in program.accuracy_map] or None,
         "mixes": {kind: [list(mix) for mix in found] for kind, found in program.mixes.items()},

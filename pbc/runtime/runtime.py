@@ -43,7 +43,11 @@ class Runtime:
     @classmethod
     def open(cls, path: Path | str) -> Runtime:
         """Verify the bundle's manifest and find its engine."""
-        bundle = open_trusted(path)
+        return cls.of(open_trusted(path))
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Runtime:
+        """Find the engine of a bundle that is trusted."""
         engine: Engine = plugins.load("pbc.engines", bundle.manifest["engine"])()
         return cls(bundle, engine, InputSpec.from_json(bundle.manifest["input"]))
 

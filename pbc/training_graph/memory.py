@@ -1,12 +1,11 @@
-"""Memory of a derived step: its graphs walked in the order in which an engine runs them.
+"""Memory of a derived step: what its engine runs of its graphs, in order, in a pool.
 
 What is frozen is not counted: it is there when the network is loaded.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -15,13 +14,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from pbc.bundle.graph_name import FORWARD, GraphName, update
 from pbc.bundle.optimizers import NEW, OPTIMIZERS
 from pbc.ir.graph import PARAMETER, graph_inputs, graph_outputs, output_nodes, placeholders
 from pbc.ir.levels import LevelGraphs
 from pbc.training_graph.names import LABELS, SAVED, SMOOTHING
+from pbc.training_graph.operations import Operation, run
 from pbc.training_graph.pool import Chunk, Pool
 
 aten = torch.ops.aten
+
+Recorded = Mapping[GraphName, Sequence[Operation]]
+"""By role, what an engine ran of a graph."""
 
 # The peak has settled when so many steps in a row found room in what there was; no network that
 # was tried took half of the most.
@@ -67,59 +71,81 @@ class StepMemory:
         return {f"{name}_bytes": size for name, size in {**asdict(self), "peak": self.peak}.items()}
 
 
-def step_memory(level: LevelGraphs, batch: int, classes: int) -> dict[str, StepMemory]:
+def step_memory(
+    level: LevelGraphs, batch: int, classes: int, recorded: Recorded | None = None
+) -> dict[str, StepMemory]:
     """Return what a training iteration at a level holds, by optimizer.
 
     level: with its derived step. batch: samples of a mini-batch. classes: of an open head.
+    recorded: what the engine runs of the step's graphs at that batch, where it was seen to.
     """
     assert level.forward is not None
-    forward = _Walk(level.forward, batch, classes)
+    recorded = recorded or {}
+    forward = _Sizes(level.forward, batch, classes)
+    forward_operations = recorded.get(FORWARD) or forward.operations()
     found = {}
     for name, graph in sorted(level.updates.items()):
-        update = _Walk(graph, batch, classes)
-        theta = {**forward.parameters, **update.parameters}
+        backward = _Sizes(graph, batch, classes)
+        theta = {**forward.parameters, **backward.parameters}
         held = {
             "parameters": sum(theta.values()),
             "features": forward.features,
             "saved": sum(size for made, size in forward.results.items() if made.startswith(SAVED)),
-            "gradients": sum(update.results.get(NEW + parameter, 0) for parameter in theta),
+            "gradients": sum(backward.results.get(NEW + parameter, 0) for parameter in theta),
             "state": sum(theta.values()) * len(OPTIMIZERS[name].state),
         }
-        given = held["parameters"] + held["state"]
-        peak = held["features"] + _peak(forward, update, given)
+        peak = held["features"] + _peak(
+            (forward_operations, forward.results),
+            (recorded.get(update(name)) or backward.operations(), backward.results),
+            held["parameters"] + held["state"],
+        )
         found[name] = StepMemory(**held, workspace=peak - sum(held.values()))
     return found
 
 
 def tensor_bytes(graph: GraphModule, batch: int, classes: int) -> dict[str, int]:
     """Return the sizes of what a graph returns, by the names that an engine knows."""
-    return _Walk(graph, batch, classes).results
+    return _Sizes(graph, batch, classes).results
 
 
-def _peak(forward: _Walk, update: _Walk, given: int) -> int:
-    """Return what steps hold in bytes, the first beside the parameters and state it was given.
+def input_shapes(graph: GraphModule, batch: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what a graph reads."""
+    return _Sizes(graph, batch, classes).inputs
+
+
+def _peak(
+    forward: tuple[Sequence[Operation], Collection[str]],
+    backward: tuple[Sequence[Operation], Collection[str]],
+    given: int,
+) -> int:
+    """Return what steps hold in bytes, of which the first finds the parameters and state given.
 
     Those that it makes are of the pool, which holds more than what is in use at any time: sizes do
     not always fit into one another. So it grows for some steps, each of which finds other chunks
-    taken by what the one before it left.
+    taken by what the one before it left, and the first of which also what was given.
     """
-    pool = Pool()
-    old: list[Chunk] = []
-    peaks = [0]
+    pool = Pool(held_bytes=given)
+    old: list[Chunk] | None = None
+    totals: list[int] = []
     for _ in range(_MOST_STEPS):
-        saved = forward.run(pool)
-        new = update.run(pool)
-        for chunk in (*saved, *old):
+        saved = run(*forward, pool)
+        new = run(*backward, pool)
+        for chunk in (*saved, *(old or ())):
             pool.release(chunk)
-        peaks.append(max(peaks[-1], pool.total_bytes + (0 if old else given)))
+        if old is None:
+            pool.spare_bytes = given
         old = new
-        if len(peaks) > _SETTLED_STEPS and len(set(peaks[-_SETTLED_STEPS:])) == 1:
+        totals.append(pool.total_bytes)
+        if len(totals) > _SETTLED_STEPS and len(set(totals[-_SETTLED_STEPS:])) == 1:
             break
-    return peaks[-1]
+    return totals[-1]
 
 
-class _Walk:
-    """A graph with the sizes of its tensors, which runs without their numbers."""
+class _Sizes:
+    """A graph with the sizes of its tensors.
+
+    inputs: shapes. parameters, results: bytes by name. features: bytes of all.
+    """
 
     def __init__(self, graph: GraphModule, batch: int, classes: int) -> None:
         inputs = dict(zip(graph_inputs(graph), placeholders(graph), strict=True))
@@ -131,82 +157,64 @@ class _Walk:
                 for size in node.meta["val"].shape:
                     if isinstance(size, torch.SymInt):
                         self._symbols.setdefault(size.node.expr, count)
-        self._nodes = list(graph.graph.nodes)
-        self._bytes = {node: self._size(node) for node in self._nodes if node.op != "output"}
-        self._owners = _owners(self._nodes)
+        self._nodes = [node for node in graph.graph.nodes if node.op != "output"]
+        self._bytes = {node: self._size(node) for node in self._nodes}
+        self.inputs = {name: self._shape(node.meta["val"]) for name, node in inputs.items()}
         self.parameters = {name: self._bytes[node] for name, node in theta.items()}
         self.features = sum(
             self._bytes[node]
             for name, node in inputs.items()
             if name not in theta and name not in (LABELS, SMOOTHING)
         )
-        results = zip(graph_outputs(graph), output_nodes(graph), strict=True)
-        self.results = {name: self._bytes[node] for name, node in results}
+        self._results = dict(zip(graph_outputs(graph), output_nodes(graph), strict=True))
+        self.results = {name: self._bytes[node] for name, node in self._results.items()}
+
+    def _shape(self, value: Tensor) -> tuple[int, ...]:
+        return tuple(
+            int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
+            for size in value.shape
+        )
 
     def _size(self, node: Node) -> int:
         """Bytes of a tensor; none of a number, or of several tensors, which others take apart."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return 0
-        sizes = [
-            int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
-            for size in value.shape
-        ]
-        return prod(sizes) * value.dtype.itemsize
+        return prod(self._shape(value)) * value.dtype.itemsize
 
-    def _read(self, node: Node) -> set[Node]:
-        return {self._owners[n] for n in node.all_input_nodes if n in self._owners}
-
-    def run(self, pool: Pool) -> list[Chunk]:
-        """Hold each tensor from its operator to its last reader; return those of the results.
+    def operations(self) -> list[Operation]:
+        """Return what an engine is expected to run, in the order of the graph.
 
         Nothing is computed in place but a ReLU behind a convolution, which is one operator with it:
         onnxruntime's arithmetic writes beside what it reads.
         """
-        readers = Counter(owner for node in self._nodes for owner in self._read(node))
-        chunks: dict[Node, Chunk] = {}
-        for node in self._nodes[:-1]:  # what the last one reads is returned
-            read = self._read(node)
-            readers.subtract(read)
-            done = {source for source in read if not readers[source]}
-            if _is_fused(node) and node.all_input_nodes[0] in done:
-                chunks[node] = chunks.pop(node.all_input_nodes[0])
-                done.remove(node.all_input_nodes[0])
-            elif node in self._owners and self._owners[node] == node:
-                beside = [pool.allocate(size) for size in self._workspace(node)]
-                chunks[node] = pool.allocate(self._bytes[node])
-                for chunk in beside:
-                    pool.release(chunk)
-            if node in chunks and not readers[node]:
-                done.add(node)
-            for source in done:
-                pool.release(chunks.pop(source))
-        return list(chunks.values())
-
-    def _workspace(self, node: Node) -> list[int]:
-        """Return what an operator holds beside its result while it works: a hard swish is two."""
-        return [self._bytes[node]] if node.target == aten.hardswish.default else []
-
-
-def _owners(nodes: Sequence[Node]) -> dict[Node, Node]:
-    """Whose memory each tensor lies in, of those that the graph makes each time that it runs."""
-    owners: dict[Node, Node] = {}
-    varying: set[Node] = set()
-    for node in nodes:
-        if node.op == "placeholder":
+        titles = {node: name for name, node in self._results.items()}
+        name = {node: titles.get(node, node.name) for node in self._nodes}
+        found = []
+        varying: set[Node] = set()
+        for node in self._nodes:
+            if node.op == "placeholder":
+                varying.add(node)
+            # What depends on frozen tensors alone is worked out once, when the graph is loaded.
+            if node.op != "call_function" or varying.isdisjoint(node.all_input_nodes):
+                continue
             varying.add(node)
-        # What depends on frozen tensors alone is worked out once, when the graph is loaded.
-        if node.op != "call_function" or varying.isdisjoint(node.all_input_nodes):
-            continue
-        varying.add(node)
-        if node.target not in _VIEWS:
-            owners[node] = node
-        elif (source := node.all_input_nodes[0]) in owners:
-            owners[node] = owners[source]
-    return owners
+            lies_within = node.target in _VIEWS or _is_fused(node)
+            found.append(
+                Operation(
+                    reads={name[read] for read in node.all_input_nodes},
+                    makes={name[node]: self._bytes[node]},
+                    within=name[node.all_input_nodes[0]] if lies_within else None,
+                    # A hard swish is two operators.
+                    workspace_bytes=self._bytes[node] * (node.target == aten.hardswish.default),
+                )
+            )
+        return found
 
 
 def _is_fused(node: Node) -> bool:
-    """Return whether a ReLU is computed by the convolution before it."""
-    source = node.all_input_nodes[0] if node.target == aten.relu.default else None
-    return source is not None and source.target == aten.convolution.default
+    """Return whether a ReLU is computed by the convolution before it, which nobody else reads."""
+    if node.target != aten.relu.default:
+        return False
+    (source,) = node.all_input_nodes
+    return source.target == aten.convolution.default and len(source.users) == 1

@@ -29,10 +29,16 @@ class Chunk:
 
 
 class Pool:
-    """Memory by chunks. total_bytes: what was taken from the system."""
+    """Memory by chunks.
 
-    def __init__(self) -> None:
-        self.total_bytes = 0
+    total_bytes: what was taken from the system, which begins with what others hold. spare_bytes: of
+    that, what they gave back, which is taken again first.
+    """
+
+    def __init__(self, held_bytes: int = 0) -> None:
+        self.total_bytes = held_bytes
+        self.spare_bytes = 0
+        self._places = 0
         self._free: set[Chunk] = set()
 
     def allocate(self, size: int) -> Chunk:
@@ -40,8 +46,12 @@ class Pool:
         size = max(1, -(-size // _ROUNDED_BYTES)) * _ROUNDED_BYTES
         chunk = min((c for c in self._free if c.size >= size), key=_order, default=None)
         if chunk is None:
-            self.total_bytes += size
-            return Chunk(size, self.total_bytes - size)
+            if size <= self.spare_bytes:
+                self.spare_bytes -= size
+            else:
+                self.total_bytes += size
+            self._places += size
+            return Chunk(size, self._places - size)
         self._free.remove(chunk)
         chunk.free = False
         rest = chunk.size - size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
@@ -12,7 +13,7 @@ from onnxruntime import InferenceSession
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pbc.bundle.graph_name import BODY, PREFIX, GraphName
+from pbc.bundle.graph_name import BODY, FORWARD, PREFIX, SAVED, GraphName, update
 from pbc.ir.graph import (
     get_tensor,
     graph_inputs,
@@ -41,6 +42,8 @@ from pbc.targets.onnxruntime.convert import (
     unresolved,
     with_tensors,
 )
+from pbc.targets.onnxruntime.recording import record
+from pbc.training_graph.memory import Recorded, input_shapes
 from pbc.training_graph.names import LABELS
 
 # One folder for all: a model may not name a file of weights outside its own.
@@ -146,14 +149,32 @@ class OnnxRuntimeLowering(Lowering):
 
     def session(self, program: Program, name: GraphName, graph: GraphModule) -> InferenceSession:
         """Return a session like the device's, with the graph's tensors in it."""
-        names = tensor_names(graph)
-        model = self._model(program, name, graph, names)
-        tensors = [inline(tensor, get_tensor(graph, tensor)) for tensor in names]
+        model = self._complete(program, name, graph)
         return InferenceSession(
-            with_tensors(model, tensors).SerializeToString(),
-            session_options(None),
-            providers=["CPUExecutionProvider"],
+            model.SerializeToString(), session_options(None), providers=["CPUExecutionProvider"]
         )
+
+    def _complete(self, program: Program, name: GraphName, graph: GraphModule) -> ModelProto:
+        """Return the graph's model with its tensors in it."""
+        names = tensor_names(graph)
+        tensors = [inline(tensor, get_tensor(graph, tensor)) for tensor in names]
+        return with_tensors(self._model(program, name, graph, names), tensors)
+
+    def recorded_step(self, program: Program, level: LevelGraphs, classes: int) -> Recorded:
+        assert level.forward is not None
+        known: dict[str, np.ndarray] = {}
+        found = {}
+        for role, graph in [(FORWARD, level.forward)] + [
+            (update(name), graph) for name, graph in level.updates.items()
+        ]:
+            shapes = input_shapes(graph, program.request.batch, classes)
+            for name, node in zip(graph_inputs(graph), placeholders(graph), strict=True):
+                dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+                known.setdefault(name, np.ones(shapes[name], dtype))
+            known[LABELS] = np.zeros_like(known[LABELS])
+            found[role], results = record(self._complete(program, role, graph), known)
+            known |= {name: value for name, value in results.items() if name.startswith(SAVED)}
+        return found
 
     def try_graphs(self, program: Program, graphs: Mapping[GraphName, GraphModule]) -> None:
         for name, graph in graphs.items():

@@ -17,12 +17,14 @@ import bench_net
 import pytest
 import tiny
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file
 
 from pbc import cli
 from pbc.bench.cells import Work
 from pbc.bench.compare import compare
 from pbc.bench.evaluator import Evaluator
 from pbc.bench.options import BenchOptions
+from pbc.bundle import Bundle
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
 
@@ -78,12 +80,55 @@ def lines_of(log: Path) -> list[dict[str, Any]]:
 def test_every_rival_runs_in_turn(match: Path) -> None:
     lines = [line for line in (match / "stderr").read_text().splitlines() if "epoch" in line]
     rivals = {"full", "pbc", "pbc-nocache", "pet", "pet-bf16", "pet-cache", "piebridge"}
-    rivals |= {"pet-cache-closed", "prunetrain"}
+    rivals |= {"pet-cache-closed", "prunetrain", "full-derived"}
     # Full training was told to run one epoch, and a closed form needs no second.
     assert len(lines) == 2 * (2 * len(rivals) - 2)
     first = {line.split()[4] for line in lines[: len(rivals)]}
     assert first == rivals
     assert set(loaded(match)["rivals"]) == rivals
+
+
+def test_a_rival_may_have_a_strategy_of_its_own(assets: Path, bundle: Path, tmp_path: Path) -> None:
+    """Its bundle is compiled for it once, and what it trains is what that strategy trains."""
+    work = tmp_path / "work"
+    given = (
+        "bench", bundle, assets / "photos", "--rivals", "pbc,pbc@last-k:1,pet@last-k:1",
+        "--seeds", "1", "--epochs", "2", "--work", work, *QUIET, "--json",
+    )  # fmt: skip
+    result = pbc(*given)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("compiling bench_example_net.py:factory for last-k:1") == 1
+    assert set(json.loads(result.stdout)["rivals"]) == {"pbc", "pbc@last-k:1", "pet@last-k:1"}
+    trained = load_file(work / "states" / "pet@last-k:1-0.safetensors")
+    assert not trained  # what a rival went on from is not kept beyond its last epoch
+    other = Bundle.open(work / "bundles" / "last-k:1.pbc")
+    assert other.manifest["strategy"] == "last-k:1"
+    assert {name.partition(".")[0] for name in other.manifest["parameters"]} == {"fc", "stem"}
+    again = pbc(*given, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "compiling" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("rival", "message"),
+    [
+        ("pbc@nosuch", "no strategy named 'nosuch'"),
+        ("pbc@", "no strategy named ''"),
+        ("nosuch@full", "no rival named 'nosuch'"),
+        ("pbc@last-k:0", "last-k:0"),
+        ("pbc@last-k:../../x", "last-k:"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused(
+    assets: Path, bundle: Path, tmp_path: Path, rival: str, message: str
+) -> None:
+    result = pbc(
+        "bench", bundle, assets / "photos", "--rivals", rival, "--seeds", "1", "--epochs", "2",
+        "--work", tmp_path / "work", *QUIET,
+    )  # fmt: skip
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert not list(tmp_path.glob("**/*.pbc"))
 
 
 def test_every_cell_is_in_the_json_and_in_the_log(match: Path) -> None:
