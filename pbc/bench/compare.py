@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from pbc.bench import photos, strategies, sweep, tuning
 from pbc.bench.about import about_bundle, about_machine
 from pbc.bench.cells import Work
 from pbc.bench.energy import find_meter
-from pbc.bench.match import MatchPlan, run_match
+from pbc.bench.match import MatchPlan, run_match, trial_accuracy
 from pbc.bench.notes import bench_notes, left_out
 from pbc.bench.options import BenchOptions
 from pbc.bench.results import Results
@@ -24,6 +25,7 @@ from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.meter import peak_memory_bytes
+from pbc.runtime.objective import default_rate
 from pbc.runtime.output.folder import Output
 from pbc.runtime.parameters import labelled_as, labelled_for
 from pbc.runtime.runtime import Runtime
@@ -82,6 +84,9 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
             options.weights,
             options.torch_compile,
         )
+        if options.tune_epochs is not None:
+            tuned = _tuned(plan, runtime, runtimes, train, options.tune_epochs, work, tell)
+            plan = replace(plan, rate_of={**tuned, **plan.rate_of})
         # An engine that runs on a GPU says so; none that pbc brings does.
         meter = find_meter(uses_gpu=getattr(runtime.engine, "uses_gpu", False))
         outcome = run_match(plan, runtime, train, test, work, meter, tell, runtimes)
@@ -205,6 +210,8 @@ def _rate(
     """Return the learning rate: as told, as found before the interruption, or tuned now."""
     if options.train.learning_rate is not None:
         return tuning.Rate(options.train.learning_rate, "as told")
+    if options.tune_epochs is not None:
+        return tuning.Rate(default_rate(options.train.optimizer), "the default, or a rival's own")
     known = work.remembered("learning-rate")
     if known is None:
         found = tuning.tune(runtime, train, options.train, batch, tell)
@@ -212,6 +219,33 @@ def _rate(
         work.remember("learning-rate", known)
         tell(f"learning rate {found.value:g}: {found.reason}")
     return tuning.Rate(known["value"], known["reason"])
+
+
+def _tuned(
+    plan: MatchPlan,
+    runtime: Runtime,
+    runtimes: Mapping[str, Runtime],
+    train: Samples,
+    epochs: int,
+    work: Work,
+    tell: Tell,
+) -> dict[str, float]:
+    """Return rates by rival, as found before an interruption or now; none where one is told."""
+    known: dict[str, float] | None = work.remembered("learning-rates")
+    if known is not None:
+        return known
+    options = replace(plan.options, epochs=epochs)
+
+    def trial(name: str, rate: float, learnt: Samples, held_out: Samples) -> float:
+        own = runtimes.get(strategy_of(name) or "", runtime)
+        tried = replace(plan, options=options, rate_of={name: rate})
+        with TemporaryDirectory(dir=work.root, prefix="trial-") as folder:
+            return trial_accuracy(name, tried, own, learnt, held_out, Path(folder))
+
+    open_rivals = [name for name in plan.rivals if name not in plan.rate_of]
+    found = tuning.tune_each(open_rivals, trial, train, options.optimizer, tell)
+    work.remember("learning-rates", found)
+    return found
 
 
 def _identity(
@@ -227,6 +261,7 @@ def _identity(
         "batch": batch,
         "epochs_of": dict(options.epochs_of),
         "lr_of": dict(options.rate_of),
+        "tune_epochs": options.tune_epochs,
         "torch_compile": options.torch_compile,
         "options": {**options.train.deciding(), "batch": batch},
     }

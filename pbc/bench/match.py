@@ -184,11 +184,10 @@ def run_match(
             ran = len(progress.cells)
             if name in left_out or ran >= plan.epochs(name) or done(progress.cells):
                 continue
-            strategy = strategy_of(name)
-            its_own = runtimes.get(strategy or "", runtime)
+            its_own = runtimes.get(strategy_of(name) or "", runtime)
             setting = plan.setting(name, seed, its_own, train, work.scratch(name, seed))
             try:
-                rival: Rival = plugins.load(GROUP, way(name))(setting)
+                rival = made(name, setting)
                 entry = Entry(name, seed, rival, progress, setting.marks)
                 entry.prepare(progress, meter)
             except PbcError as error:
@@ -228,6 +227,33 @@ def run_match(
         {name: known[name, 0].facts or {} for name in finished},
         left_out,
     )
+
+
+def made(name: str, setting: RivalSetting) -> Rival:
+    """Return a rival; raises PbcError where it cannot run."""
+    rival: Rival = plugins.load(GROUP, way(name))(setting)
+    return rival
+
+
+def trial_accuracy(
+    name: str, plan: MatchPlan, runtime: Runtime, train: Samples, validation: Samples, folder: Path
+) -> float:
+    """Return how a rival does, 0…1, that trains on some photos and is asked for others.
+
+    Raises PbcError where it cannot run, or diverges.
+    """
+    rival = made(name, plan.setting(name, 0, runtime, train, folder))
+    rival.prepare(None)
+    for _ in range(plan.epochs(name)):
+        times = rival.run_epoch()
+        if not math.isfinite(times.loss):
+            raise PbcError(f"the loss is {times.loss}")
+        if times.last:
+            break
+    theta = rival.parameters()
+    if theta is None:
+        return rival.evaluate(validation)
+    return Evaluator(runtime, validation, plan.options.threads).accuracy(theta)
 
 
 def cell_line(cell: Cell, plan: MatchPlan) -> str:

@@ -26,8 +26,9 @@ class BenchOptions:
     """Settings of a bench.
 
     train: what every rival trains with; None for batch is the bundle's, for the learning rate that
-    it is tuned. optional: a rival whose packages are not installed is left out with a note, not
-    refused. quick: one seed, few epochs and photos, one epoch of full training.
+    it is tuned. tune_epochs: of each trial, where every rival gets a learning rate of its own.
+    optional: a rival whose packages are not installed is left out with a note, not refused.
+    quick: one seed, few epochs and photos, one epoch of full training.
     policy_bundles: bundles by name for the sweep over policies' data.
     """
 
@@ -38,6 +39,7 @@ class BenchOptions:
     seeds: int = 3
     epochs_of: Mapping[str, int] = field(default_factory=dict)
     rate_of: Mapping[str, float] = field(default_factory=dict)
+    tune_epochs: int | None = None
     weights: Path | None = None
     torch_compile: bool = True
     quick: bool = False
@@ -50,6 +52,8 @@ class BenchOptions:
         """Refuse values that cannot be meant."""
         if self.seeds < 1:
             raise UsageError(f"--seeds is {self.seeds}; expected 1 or more")
+        if self.tune_epochs is not None and self.tune_epochs < 1:
+            raise UsageError(f"--tune-epochs is {self.tune_epochs}; expected 1 or more")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite exclude each other")
         if not self.rivals:

@@ -46,6 +46,8 @@ _DEFAULTS = TrainOptions()
 @click.option("--threads", type=int, help="Threads of every rival.  [default: the engine's choice]")
 @click.option("--epochs-of", multiple=True, metavar="RIVAL=N", help="Run only N epochs of a rival.")
 @click.option("--lr-of", multiple=True, metavar="RIVAL=X", help="A rival's own learning rate.")
+@click.option("--tune-epochs", type=int, metavar="N",
+              help="Tune every rival's own learning rate: N epochs at each of four.")  # fmt: skip
 @click.option("--weights", type=PATH, help="What the bundle was compiled from, if it moved.")
 @click.option("--no-torch-compile", is_flag=True, help="PyTorch rivals run eagerly only.")
 @click.option("--max-accuracy-loss", type=float, default=_DEFAULTS.max_accuracy_loss,
@@ -84,6 +86,7 @@ def bench(
     epochs_of: Sequence[str],
     lr_of: Sequence[str],
     lr: float | None,
+    tune_epochs: int | None,
     weights: Path | None,
     no_torch_compile: bool,
     work: Path | None,
@@ -117,6 +120,7 @@ def bench(
         seeds=seeds,
         epochs_of={name: _whole(name, text) for name, text in _pairs("--epochs-of", epochs_of)},
         rate_of={name: _number(name, text) for name, text in _pairs("--lr-of", lr_of)},
+        tune_epochs=tune_epochs,
         weights=weights,
         torch_compile=not no_torch_compile,
         quick=quick,

@@ -29,7 +29,7 @@ Recorded = Mapping[GraphName, Sequence[Operation]]
 
 # The peak has settled when so many steps in a row found room in what there was; no network that
 # was tried took half of the most.
-_SETTLED_STEPS = 4
+_SETTLED_STEPS = 8
 _MOST_STEPS = 64
 
 # What these return lies where the tensor lies that they read.
@@ -126,7 +126,7 @@ def _peak(
     """
     pool = Pool(held_bytes=given)
     old: list[Chunk] | None = None
-    totals: list[int] = []
+    taken: list[int] = []
     for _ in range(_MOST_STEPS):
         saved = run(*forward, pool)
         new = run(*backward, pool)
@@ -135,10 +135,10 @@ def _peak(
         if old is None:
             pool.spare_bytes = given
         old = new
-        totals.append(pool.total_bytes)
-        if len(totals) > _SETTLED_STEPS and len(set(totals[-_SETTLED_STEPS:])) == 1:
+        taken.append(pool.total_bytes - pool.spare_bytes)
+        if len(taken) > _SETTLED_STEPS and len(set(taken[-_SETTLED_STEPS:])) == 1:
             break
-    return totals[-1]
+    return pool.total_bytes
 
 
 class _Sizes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, helper
 from onnxruntime import InferenceSession
 
 from pbc.runtime.engines.onnxruntime.session import CPU, session_options
@@ -79,7 +79,11 @@ def _operation(node: onnx.NodeProto, results: list[dict[str, list[int]]]) -> Ope
 
 
 def _lays_out(node: onnx.NodeProto) -> bool:
-    return node.op_type in _CONVOLUTIONS and node.domain != _BLOCKED_LAYOUT
+    """Return whether it copies the windows that it reads: not where these are single positions."""
+    if node.op_type not in _CONVOLUTIONS or node.domain == _BLOCKED_LAYOUT:
+        return False
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return prod(given.get("kernel_shape", ())) > 1 and given.get("group", 1) == 1
 
 
 def _bytes(kind: str, shape: list[int]) -> int:

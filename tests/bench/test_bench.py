@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,29 @@ def test_a_rival_may_have_a_strategy_of_its_own(assets: Path, bundle: Path, tmp_
     again = pbc(*given, "--resume")
     assert again.exit_code == 0, again.output
     assert "compiling" not in again.stderr
+
+
+def test_every_rival_may_get_the_rate_that_suits_it(
+    assets: Path, bundle: Path, tmp_path: Path
+) -> None:
+    given = (
+        "bench", bundle, assets / "photos", "--rivals", "pet,full-derived", "--seeds", "1",
+        "--epochs", "2", "--tune-epochs", "1", "--lr-of", "full-derived=0.02", "--no-torch-compile",
+        "--work", tmp_path / "work", "--json",
+    )  # fmt: skip
+    result = pbc(*given)
+    assert result.exit_code == 0, result.output
+    (told,) = [line for line in result.stderr.splitlines() if "learning rate" in line]
+    tried = re.fullmatch(r"pet: learning rate (\S+) \((.+)\)", told)
+    assert tried is not None
+    accuracies = dict(pair.split(": ") for pair in tried[2].split(", "))
+    assert list(accuracies) == ["0.001", "0.003", "0.01", "0.03"]
+    assert float(accuracies[tried[1]][:-1]) == max(float(a[:-1]) for a in accuracies.values())
+    protocol = json.loads(result.stdout)["protocol"]
+    assert protocol["rates_of_their_own"] == {"full-derived": 0.02, "pet": float(tried[1])}
+    assert not list((tmp_path / "work").glob("trial-*"))
+    again = pbc(*given, "--resume")
+    assert "learning rate" not in again.stderr
 
 
 @pytest.mark.parametrize(
