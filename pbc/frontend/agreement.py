@@ -22,6 +22,7 @@ from pbc.frontend.gradient_stops import without_checkpoints
 from pbc.frontend.user_code import where_called
 from pbc.ir.graph import origin, output_node
 from pbc.ir.rewrite import ancestors, in_float64
+from pbc.runtime.engines.pytorch.group_norm import mend_group_norm
 
 TOLERANCE = 1e-4
 """Largest difference, relative to a tensor's largest value."""
@@ -55,6 +56,7 @@ def confirm(
     where they differ, naming the first parameter and what in the model a graph cannot keep, and
     where nothing of the model can be trained.
     """
+    mend_group_norm()
     images = torch.randn(_BATCH, *shape, generator=torch.Generator().manual_seed(_BATCH))
     watch = _Watch(module)
     names = _names_in_graph(module, graph, trainable)

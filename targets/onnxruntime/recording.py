@@ -83,7 +83,8 @@ def _lays_out(node: onnx.NodeProto) -> bool:
     if node.op_type not in _CONVOLUTIONS or node.domain == _BLOCKED_LAYOUT:
         return False
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    return prod(given.get("kernel_shape", ())) > 1 and given.get("group", 1) == 1
+    positions: int = prod(given.get("kernel_shape", ()))
+    return positions > 1 and given.get("group", 1) == 1
 
 
 def _bytes(kind: str, shape: list[int]) -> int:

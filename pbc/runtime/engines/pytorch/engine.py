@@ -14,6 +14,7 @@ from pbc.bundle.graph_name import BODY, POLICY, PREFIX, GraphName
 from pbc.errors import PbcError
 from pbc.runtime.engines import Arrays, NodeTimes, Shapes
 from pbc.runtime.engines.pytorch.graph import parse
+from pbc.runtime.engines.pytorch.group_norm import mend_group_norm
 from pbc.runtime.engines.pytorch.ops import OPS
 from pbc.runtime.engines.pytorch.optimizers import OPTIMIZERS, Optimizer, Sgd
 from pbc.runtime.engines.pytorch.resolved_graph import ResolvedGraph
@@ -30,6 +31,7 @@ class PyTorchEngine:
         return f"torch {torch.__version__} on {cpu_identity()}"
 
     def load(self, bundle: Bundle, *, threads: int | None = None) -> PyTorchExecutable:
+        mend_group_norm()
         if threads is not None:
             torch.set_num_threads(threads)
         return PyTorchExecutable(bundle)

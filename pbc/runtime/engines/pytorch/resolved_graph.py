@@ -207,20 +207,9 @@ def _function(op: str) -> Callable[..., Any]:
         return arithmetic.function(name)
     packet, _, overload = name.partition(".")
     try:
-        function: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
+        return getattr(getattr(torch.ops.aten, packet), overload)  # type: ignore[no-any-return]
     except AttributeError as error:
         raise PbcError(f"torch {torch.__version__} has no operator {op}") from error
-    return _of_contiguous(function) if packet in ("group_norm", "native_group_norm") else function
-
-
-def _of_contiguous(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A group norm whose scale alone trains: in channels_last torch 2.13 dies in its gradient."""
-
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        trains = any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
-        return norm(x.contiguous() if trains and not x.requires_grad else x, *args, **kwargs)
-
-    return run
 
 
 def _with_keywords(function: Callable[..., Any], call: OperatorCall) -> Callable[[_Values], Any]:
