@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,12 @@ def test_gradients_do_not_depend_on_the_layout(
     expected = gradients(x, groups, of_features)
     found = gradients(x.to(memory_format=last), groups, of_features)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_mended_without_a_word() -> None:
+    given = "from pbc.runtime.engines.pytorch.group_norm import mend_group_norm; mend_group_norm()"
+    ran = subprocess.run([sys.executable, "-c", given], capture_output=True, text=True, check=True)
+    assert ran.stdout + ran.stderr == ""
 
 
 class NormFirst(nn.Module):
