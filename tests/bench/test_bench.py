@@ -129,8 +129,9 @@ def test_every_rival_may_get_the_rate_that_suits_it(
     protocol = json.loads(result.stdout)["protocol"]
     assert protocol["rates_of_their_own"] == {"full-derived": 0.02, "pet": float(tried[1])}
     assert not list((tmp_path / "work").glob("trial-*"))
-    again = pbc(*given, "--resume")
+    again = pbc(*given[:-1], "--resume")
     assert "learning rate" not in again.stderr
+    assert f"sgd at 0.01 (pet {float(tried[1]):g}, full-derived 0.02)" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -197,12 +197,13 @@ def sweeps(results: Results) -> list[list[list[str]]]:
 def show(console: Console, results: Results, with_budgets: bool) -> None:
     """Print all tables and notes."""
     protocol, data = results.about["protocol"], results.about["data"]
+    own = ", ".join(f"{name} {rate:g}" for name, rate in protocol["rates_of_their_own"].items())
     console.print(
         f"{data['train_samples']} photos of {data['classes']} classes, tested on "
         f"{data['test_samples']}; {protocol['epochs']} epochs in turn, "
         f"{protocol['seeds']} seed{'s' if protocol['seeds'] > 1 else ''}, "
         f"batch {protocol['batch']}, {protocol['optimizer']} at "
-        f"{protocol['learning_rate']:g}, one process, "
+        f"{protocol['learning_rate']:g}{f' ({own})' if own else ''}, one process, "
         f"peak memory of the process {memory(results.peak_memory_bytes)}",
         soft_wrap=True,
     )
