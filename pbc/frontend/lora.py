@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from pbc.errors import PbcError
 from pbc.frontend.strategy import inserted, whole_number
@@ -20,8 +21,10 @@ class Lora:
 
     y + up(down(x)), with `up` at zero, so that the model starts unchanged (Hu et al., LoRA,
     ICLR 2022, section 4.1, equation 3). An ONNX file that is exported has no such branch: its
-    weight is W + up·down. Deviations: the paper scales the branch by a constant, which the learning
-    rate does as well; it adapts query and value alone, and no convolutions.
+    weight is W + up·down. Of an nn.MultiheadAttention, whose projections are weights and no layers,
+    these are corrected as weights, each of a stack by itself. Deviations: the paper scales the
+    branch by a constant, which the learning rate does as well; it adapts query and value alone, and
+    no convolutions.
     """
 
     rank: int
@@ -31,19 +34,22 @@ class Lora:
         return cls(whole_number(text, "R"))
 
     def insert(self, network: TracedNetwork, example: Tensor) -> None:
-        layers = list(_adapted(network))
-        if not layers:
+        layers, attentions = list(_adapted(network)), list(_attentions(network))
+        if not (layers or attentions):
             raise PbcError(
                 f"{type(network.module).__name__} has no attention projection and no 1x1 "
                 "convolution that runs as a module of its own: lora has nothing to correct"
-                f"{_whole_attention(network.module)}"
             )
+        for attention in attentions:
+            for owner, name, parts in _weights(attention):
+                low_rank = LowRankWeight(getattr(owner, name), parts, self.rank)
+                register_parametrization(owner, name, low_rank)
         for layer in layers:
             layer.add_module("lora", LowRank(layer, self.rank))
             layer.register_forward_hook(lambda owner, inputs, y: y + owner.lora(inputs[0]))
 
     def trainable(self, network: TracedNetwork) -> frozenset[str]:
-        return inserted(network, LowRank)
+        return inserted(network, LowRank) | inserted(network, LowRankWeight)
 
 
 class LowRank(nn.Module):
@@ -68,15 +74,40 @@ class LowRank(nn.Module):
         return up
 
 
-def _whole_attention(module: nn.Module) -> str:
-    """Return the reason why an attention has no projections, where torch's own layer is it."""
-    for name, layer in module.named_modules():
+class LowRankWeight(nn.Module):
+    """A stack of weights [parts · out, in], each corrected by a product that is zero at the start.
+
+    It is a parametrization: whoever reads the weight gets the corrected one.
+    """
+
+    def __init__(self, like: Tensor, parts: int, rank: int) -> None:
+        super().__init__()
+        out, width = len(like) // parts, like.shape[1]
+        rank = min(rank, out, width)
+        bound = width**-0.5  # as nn.Linear begins
+        self.down = nn.Parameter(like.new_empty(parts, rank, width).uniform_(-bound, bound))
+        self.up = nn.Parameter(like.new_zeros(parts, out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).reshape(weight.shape)
+
+
+def _attentions(network: TracedNetwork) -> Iterator[nn.MultiheadAttention]:
+    """Attention layers of torch itself, in the order in which they run first."""
+    for name in dict.fromkeys(call.name for call in network.trace.calls()):
+        layer = network.module.get_submodule(name)
         if isinstance(layer, nn.MultiheadAttention):
-            return (
-                f" ({name} is an nn.MultiheadAttention, whose projections are parameters of its "
-                "own; a model that has an nn.Linear for each, as timm's have, can be corrected)"
-            )
-    return ""
+            yield layer
+
+
+def _weights(attention: nn.MultiheadAttention) -> Iterator[tuple[nn.Module, str, int]]:
+    """What projects, by its owner and name, and how many projections it stacks."""
+    if attention.in_proj_weight is not None:
+        yield attention, "in_proj_weight", 3
+    else:
+        for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            yield attention, name, 1
+    yield attention.out_proj, "weight", 1
 
 
 def _adapted(network: TracedNetwork) -> Iterator[nn.Linear | nn.Conv2d]:

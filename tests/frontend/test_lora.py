@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from pbc import bundle, compiler
 from pbc.errors import PbcError
+from pbc.frontend.lora import LowRankWeight
 from pbc.ir.graph import op_name, parameter_names
 from pbc.ir.program import Program
 from pbc.ir.rewrite import in_sequence
 from pbc.lower.merge_low_rank import merge_low_rank
+from pbc.passes.derive_train_step import DeriveTrainStep
 from pbc.passes.fold_batch_norm import FoldBatchNorm
 from pbc.passes.lower import Lower
+from pbc.passes.mark_trainable import MarkTrainable
+from pbc.passes.split_prefix import SplitPrefix
 from pbc.runtime.output.export import _write_onnx
 from pbc.testing import (
     assert_gradients,
@@ -116,19 +121,67 @@ def test_a_network_with_nothing_to_correct() -> None:
 class TorchAttention(nn.Module):
     """Attention as torch's own layer, as torchvision's vision transformers have it."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: int = 16, values: int = 16) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 16, 4, 4)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.keys, self.values = nn.Conv2d(3, keys, 4, 4), nn.Conv2d(3, values, 4, 4)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True, kdim=keys, vdim=values)
         self.head = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch(x).flatten(2).transpose(1, 2)
-        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        tokens, keys, values = (
+            patch(x).flatten(2).transpose(1, 2) for patch in (self.patch, self.keys, self.values)
+        )
+        mixed, _ = self.attention(tokens, keys, values, need_weights=False)
         logits: Tensor = self.head((tokens + mixed).mean(1))
         return logits
 
 
-def test_an_attention_whose_projections_are_no_layers() -> None:
-    with pytest.raises(PbcError, match=r"attention is an nn\.MultiheadAttention, whose"):
-        make_program(TorchAttention(), "lora:4", (3, 16, 16))
+@pytest.mark.parametrize("widths", [(16, 16), (12, 20)])  # in one weight, and in three
+def test_projections_that_are_no_layers_are_corrected_as_weights(
+    tmp_path: Path, widths: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    module = TorchAttention(*widths).eval()
+    images = torch.randn(2, 3, 16, 16)
+    untouched = module(images)
+    program = make_program(module, "lora:4", (3, 16, 16))
+    torch.testing.assert_close(module(images), untouched)
+    corrected = {name.partition(".parametrizations.")[::2] for name in program.trainable}
+    assert ("attention.out_proj", "weight.0.up") in corrected
+    stacked = ("attention", "in_proj_weight.0.up") in corrected
+    assert stacked == (widths == (16, 16))
+    assert stacked or ("attention", "v_proj_weight.0.down") in corrected
+
+    program = with_request(program, engine="onnxruntime")
+    program = run_passes(
+        program, MarkTrainable(), SplitPrefix(), FoldBatchNorm(), DeriveTrainStep(), Lower()
+    )
+    theta = moved(program)
+    with torch.no_grad():
+        for name, value in theta.items():
+            module.get_parameter(name).copy_(value)
+    level = program.levels[0]
+    example = program.network.example
+    torch.testing.assert_close(level.logits(example, theta), module(example), rtol=1e-4, atol=1e-5)
+    begun = replace(program, parameters=theta)
+    assert_gradients(gradients(begun), eager_gradients(module, begun), tolerance=2e-3)
+
+    made = bundle.write(tmp_path / "lora.pbc", *compiler.package(program))
+    arrays = {name: value.detach().numpy() for name, value in theta.items()}
+    classes = [str(number) for number in range(10)]
+    _write_onnx(tmp_path / "mine.onnx", made, {"classes": classes}, arrays, 0)
+    session = onnxruntime.InferenceSession(str(tmp_path / "mine.onnx"))
+    (logits,) = session.run(["logits"], {"x": example.numpy()})
+    np.testing.assert_allclose(logits, module(example).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_each_projection_of_a_stack_has_a_product_of_its_own() -> None:
+    weight = torch.randn(12, 8)
+    low_rank = LowRankWeight(weight, 3, 2)
+    assert torch.equal(low_rank(weight), weight)
+    with torch.no_grad():
+        low_rank.up.normal_()
+    change = low_rank(weight) - weight
+    assert [int(torch.linalg.matrix_rank(part)) for part in change.split(4)] == [2, 2, 2]
+    assert int(torch.linalg.matrix_rank(change)) == 6
