@@ -15,7 +15,7 @@ from pbc.bench import photos, strategies, sweep, tuning
 from pbc.bench.about import about_bundle, about_machine
 from pbc.bench.cells import Work
 from pbc.bench.energy import find_meter
-from pbc.bench.match import MatchPlan, run_match, trial_accuracy
+from pbc.bench.match import MatchPlan, run_match, trial
 from pbc.bench.notes import bench_notes, left_out
 from pbc.bench.options import BenchOptions
 from pbc.bench.results import Results
@@ -236,14 +236,14 @@ def _tuned(
         return known
     options = replace(plan.options, epochs=epochs)
 
-    def trial(name: str, rate: float, learnt: Samples, held_out: Samples) -> float:
+    def tried(name: str, rate: float, learnt: Samples, held_out: Samples) -> tuple[float, float]:
         own = runtimes.get(strategy_of(name) or "", runtime)
-        tried = replace(plan, options=options, rate_of={name: rate})
+        at_rate = replace(plan, options=options, rate_of={name: rate})
         with TemporaryDirectory(dir=work.root, prefix="trial-") as folder:
-            return trial_accuracy(name, tried, own, learnt, held_out, Path(folder))
+            return trial(name, at_rate, own, learnt, held_out, Path(folder))
 
     open_rivals = [name for name in plan.rivals if name not in plan.rate_of]
-    found = tuning.tune_each(open_rivals, trial, train, options.optimizer, tell)
+    found = tuning.tune_each(open_rivals, tried, train, options.optimizer, tell)
     work.remember("learning-rates", found)
     return found
 

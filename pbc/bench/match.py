@@ -235,10 +235,10 @@ def made(name: str, setting: RivalSetting) -> Rival:
     return rival
 
 
-def trial_accuracy(
+def trial(
     name: str, plan: MatchPlan, runtime: Runtime, train: Samples, validation: Samples, folder: Path
-) -> float:
-    """Return how a rival does, 0…1, that trains on some photos and is asked for others.
+) -> tuple[float, float]:
+    """Return the accuracy, 0…1, of a rival on other photos than it learns, and its last loss there.
 
     Raises PbcError where it cannot run, or diverges.
     """
@@ -252,8 +252,8 @@ def trial_accuracy(
             break
     theta = rival.parameters()
     if theta is None:
-        return rival.evaluate(validation)
-    return Evaluator(runtime, validation, plan.options.threads).accuracy(theta)
+        return rival.evaluate(validation), times.loss
+    return Evaluator(runtime, validation, plan.options.threads).accuracy(theta), times.loss
 
 
 def cell_line(cell: Cell, plan: MatchPlan) -> str:

@@ -24,7 +24,11 @@ RATES = {
     "adamw": (0.0003, 0.001, 0.003),
 }
 # For rivals of any kind: full training wants a smaller one than a new head.
-RATES_OF_EACH = {name: (min(rates) / 3, *rates) for name, rates in RATES.items()}
+RATES_OF_EACH = {
+    "sgd": (0.001, *RATES["sgd"]),
+    "adam": (0.0001, *RATES["adam"]),
+    "adamw": (0.0001, *RATES["adamw"]),
+}
 _VALIDATION_SHARE = 0.2
 _SEED = 0
 _MOST_BYTES = 2 << 30
@@ -90,19 +94,20 @@ def tune(
 
 def tune_each(
     rivals: Iterable[str],
-    trial: Callable[[str, float, Samples, Samples], float],
+    trial: Callable[[str, float, Samples, Samples], tuple[float, float]],
     samples: Samples,
     optimizer: str,
     tell: Callable[[str], None],
 ) -> dict[str, float]:
     """Return the rate by rival that is the most accurate on held-out photos, as many tries for all.
 
-    trial: trains a rival at a rate on some photos; returns the share of others that it has right.
-    Of equals the lowest rate; a rival all of whose rates fail has none.
+    trial: trains a rival at a rate on some photos; returns the share of others that it has right,
+    and the loss that it ended with. Of equals the one of the lowest loss; a rival all of whose
+    rates fail has none.
     """
     train, validation = split(samples, _VALIDATION_SHARE, _SEED)
 
-    def accuracy(name: str, rate: float) -> float | None:
+    def outcome(name: str, rate: float) -> tuple[float, float] | None:
         try:
             return trial(name, rate, train, validation)
         except PbcError as error:
@@ -111,10 +116,10 @@ def tune_each(
 
     best: dict[str, float] = {}
     for name in rivals:
-        tries = {rate: accuracy(name, rate) for rate in RATES_OF_EACH[optimizer]}
-        found = {rate: share for rate, share in tries.items() if share is not None}
+        tries = {rate: outcome(name, rate) for rate in RATES_OF_EACH[optimizer]}
+        found = {rate: (end[0], -end[1]) for rate, end in tries.items() if end is not None}
         if found:
             best[name] = max(found, key=lambda rate: found[rate])
-            tried = ", ".join(f"{rate:g}: {share:.1%}" for rate, share in found.items())
+            tried = ", ".join(f"{rate:g}: {right:.1%}" for rate, (right, _) in found.items())
             tell(f"{name}: learning rate {best[name]:g} ({tried})")
     return best

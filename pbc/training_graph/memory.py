@@ -151,6 +151,7 @@ class _Sizes:
         inputs = dict(zip(graph_inputs(graph), placeholders(graph), strict=True))
         theta = {name: node for name, node in inputs.items() if PARAMETER in node.meta}
         self._symbols: dict[Any, int] = {}
+        self._values: dict[Any, int] = {}
         # θ first: it has no batch, and what is left has.
         for nodes, count in ((theta, classes), (inputs, batch)):
             for node in nodes.values():
@@ -171,9 +172,15 @@ class _Sizes:
 
     def _shape(self, value: Tensor) -> tuple[int, ...]:
         return tuple(
-            int(size.node.expr.subs(self._symbols)) if isinstance(size, torch.SymInt) else size
+            self._value(size.node.expr) if isinstance(size, torch.SymInt) else size
             for size in value.shape
         )
+
+    def _value(self, expression: Any) -> int:
+        """The number that it stands for; of few expressions, of which each takes long."""
+        if expression not in self._values:
+            self._values[expression] = int(expression.subs(self._symbols))
+        return self._values[expression]
 
     def _size(self, node: Node) -> int:
         """Bytes of a tensor; none of a number, or of several tensors, which others take apart."""
