@@ -114,7 +114,7 @@ def test_a_start_is_no_steeper_than_steps_bear(
 
     monkeypatch.setattr(closed_head.ClosedHead, "use", watch)
     case.fit("whole", epochs=1)
-    assert steep == [pytest.approx(2.0)]
+    assert steep == [pytest.approx(0.5)]
     case = Case(tmp_path / "probe")  # nothing trains by steps: as steep as the photos say
     case.fit("probe")
     assert steep[-1] > 2.5
