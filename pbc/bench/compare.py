@@ -15,7 +15,8 @@ from pbc.bench import photos, strategies, sweep, tuning
 from pbc.bench.about import about_bundle, about_machine
 from pbc.bench.cells import Work
 from pbc.bench.energy import find_meter
-from pbc.bench.match import MatchPlan, run_match, trial
+from pbc.bench.match import MatchPlan, Outcome, run_match, trial
+from pbc.bench.memory import training_bytes
 from pbc.bench.notes import bench_notes, left_out
 from pbc.bench.options import BenchOptions
 from pbc.bench.results import Results
@@ -90,6 +91,8 @@ def compare(bundle: Path, data: Path, options: BenchOptions, folder: Path, tell:
         # An engine that runs on a GPU says so; none that pbc brings does.
         meter = find_meter(uses_gpu=getattr(runtime.engine, "uses_gpu", False))
         outcome = run_match(plan, runtime, train, test, work, meter, tell, runtimes)
+        if options.memory:
+            outcome = _with_memory(outcome, plan, runtime, runtimes, train, work, tell)
         studies = [
             sweep.study(name, plan, runtime, train, test, work, options.policy_bundles, tell)
             for name in options.sweeps
@@ -246,6 +249,30 @@ def _tuned(
     found = tuning.tune_each(open_rivals, tried, train, options.optimizer, tell)
     work.remember("learning-rates", found)
     return found
+
+
+def _with_memory(
+    outcome: Outcome,
+    plan: MatchPlan,
+    runtime: Runtime,
+    runtimes: Mapping[str, Runtime],
+    train: Samples,
+    work: Work,
+    tell: Tell,
+) -> Outcome:
+    """Add to each rival's facts what its training takes, as known from before or measured now."""
+    known: dict[str, int | None] = work.remembered("memory") or {}
+    for name in outcome.facts:
+        if name not in known:
+            tell(f"measuring the memory of {name}")
+            own = runtimes.get(strategy_of(name) or "", runtime)
+            known[name] = training_bytes(name, plan.setting(name, 0, own, train, work.root))
+            work.remember("memory", known)
+    facts = {
+        name: {**of_rival, "training_memory_bytes": known[name]}
+        for name, of_rival in outcome.facts.items()
+    }
+    return replace(outcome, facts=facts)
 
 
 def _identity(

@@ -28,6 +28,7 @@ class BenchOptions:
     train: what every rival trains with; None for batch is the bundle's, for the learning rate that
     it is tuned. tune_epochs: of each trial, where every rival gets a learning rate of its own.
     optional: a rival whose packages are not installed is left out with a note, not refused.
+    memory: each rival's is measured, in a process of its own.
     quick: one seed, few epochs and photos, one epoch of full training.
     policy_bundles: bundles by name for the sweep over policies' data.
     """
@@ -42,6 +43,7 @@ class BenchOptions:
     tune_epochs: int | None = None
     weights: Path | None = None
     torch_compile: bool = True
+    memory: bool = False
     quick: bool = False
     sweeps: tuple[str, ...] = ()
     policy_bundles: Mapping[str, Path] = field(default_factory=dict)

@@ -62,6 +62,8 @@ _DEFAULTS = TrainOptions()
 @click.option("--resume", is_flag=True, help="Go on from the cells in the work folder.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a bench.")
 @click.option("--quick", is_flag=True, help="A few minutes: one seed, few epochs and photos.")
+@click.option("--memory", is_flag=True,
+              help="Measure what training takes, each rival in its own process.")  # fmt: skip
 @click.option("--accuracy-budgets", is_flag=True,
               help="Add the time to 85/90/95/99 % of full training's accuracy.")  # fmt: skip
 @click.option("--sweep", help="Studies to add: levels, policy-data, shots.")
@@ -92,6 +94,7 @@ def bench(
     work: Path | None,
     resume: bool,
     overwrite: bool,
+    memory: bool,
     quick: bool,
     accuracy_budgets: bool,
     sweep: str | None,
@@ -123,6 +126,7 @@ def bench(
         tune_epochs=tune_epochs,
         weights=weights,
         torch_compile=not no_torch_compile,
+        memory=memory,
         quick=quick,
         sweeps=_list(sweep or ""),
         policy_bundles={name: Path(path) for name, path in _pairs("--bundle", bundles)},

@@ -134,6 +134,27 @@ def test_every_rival_may_get_the_rate_that_suits_it(
     assert f"sgd at 0.01 (pet {float(tried[1]):g}, full-derived 0.02)" in again.stdout
 
 
+def test_the_memory_of_each_rival_is_measured_by_itself(
+    assets: Path, bundle: Path, tmp_path: Path
+) -> None:
+    given = (
+        "bench", bundle, assets / "photos", "--rivals", "pet,pbc@last-k:1", "--seeds", "1",
+        "--epochs", "1", "--work", tmp_path / "work", "--memory", *QUIET,
+        "-o", tmp_path / "r.json", "--html", tmp_path / "r.html",
+    )  # fmt: skip
+    result = pbc(*given)
+    assert result.exit_code == 0, result.output
+    rivals = json.loads((tmp_path / "r.json").read_text())["rivals"]
+    sizes = {name: rival["facts"]["training_memory_bytes"] for name, rival in rivals.items()}
+    assert all(0 < size < 2**30 for size in sizes.values())
+    assert "memory of training" in result.stdout
+    assert result.stderr.count("measuring the memory of") == 2
+    assert "memory of training, MiB" in (tmp_path / "r.html").read_text()
+    again = pbc(*given, "--resume")
+    assert again.exit_code == 0, again.output
+    assert "measuring the memory" not in again.stderr
+
+
 @pytest.mark.parametrize(
     ("rival", "message"),
     [

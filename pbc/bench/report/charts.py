@@ -78,15 +78,21 @@ def scatter(
     y_label: str,
     y_low: float,
     height: int = 300,
+    *,
+    joined: bool = True,
 ) -> str:
-    """Return labelled dots: (label, title, x, y) each; the y axis reaches down to `y_low`."""
+    """Return labelled dots: (label, title, x, y) each; the y axis reaches down to `y_low`.
+
+    joined: a line goes through them in their order.
+    """
     if not points:
         return ""
     x_axis = _Axis.of([0.0, *(x for _, _, x, _ in points)], _LEFT, _WIDTH - 90)
     y_axis = _Axis.of([y_low, *(y for *_, y in points)], height - _BOTTOM, _TOP)
     marks = [_frame(x_axis, y_axis, height, x_label, y_label)]
     path = " L".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for _, _, x, y in points)
-    marks.append(f'<path class="line thin" d="M{path}"/>')
+    if joined:
+        marks.append(f'<path class="line thin" d="M{path}"/>')
     taken: list[float] = []
     for index, (label, title, x, y) in enumerate(points):
         at_x, at_y = x_axis(x), y_axis(y)

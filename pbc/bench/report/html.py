@@ -41,6 +41,7 @@ def html(results: Results, with_budgets: bool) -> str:
         section("Time to an accuracy", table(tables.clock(results)), _marks()),
         section("Whole runs", _headline(results), _reading(results)),
         section("Accuracy over time", _accuracy(results)),
+        section("Accuracy and memory", _memory(results)),
         section("Routing: visits per level and epoch", _routing(results)),
         section("The ladder: what a level costs, and how faithful it is", _ladder(results)),
         section("Where the time goes", _stages(results)),
@@ -151,6 +152,28 @@ def _accuracy(results: Results) -> str:
         logarithmic=True,
     )
     return chart and charts.legend(series) + chart
+
+
+def _memory(results: Results) -> str:
+    """What training takes beside what is loaded, each rival in a process of its own."""
+    found = [
+        (standing, standing.facts[tables.MEMORY])
+        for standing in results.standings
+        if standing.facts.get(tables.MEMORY)
+    ]
+    points = [
+        (
+            standing.rival,
+            f"{standing.label}: {tables.memory(size)}, {tables.percent(standing.accuracy)}",
+            size / 2**20,
+            100 * standing.accuracy.mean,
+        )
+        for standing, size in found
+    ]
+    least = min((accuracy for *_, accuracy in points), default=0.0)
+    return charts.scatter(
+        points, "memory of training, MiB", "test accuracy, %", 5 * (least // 5), joined=False
+    )
 
 
 def _routing(results: Results) -> str:

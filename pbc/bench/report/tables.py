@@ -18,6 +18,10 @@ _OURS = ("pbc", "pbc-nocache", "piebridge")
 _SECONDS_PER_HOUR = 3600
 
 
+MEMORY = "training_memory_bytes"
+"""The fact of a rival that says what its training takes, where that was measured."""
+
+
 def percent(spread: Spread) -> str:
     """Write an accuracy: `71.4 ± 0.2 %`."""
     more = "" if spread.sd is None else f" ± {100 * spread.sd:.1f}"
@@ -108,6 +112,7 @@ def clock(results: Results) -> list[list[str]]:
 def headline(results: Results) -> list[list[str]]:
     """Return the table of whole runs: a header row, then a row per rival, the fastest first."""
     energy = any(standing.joules is not None for standing in results.standings)
+    measured = any(standing.facts.get(MEMORY) for standing in results.standings)
     baselines = [name for name in BASELINES if results.standing(name) is not None]
     rows = [
         [
@@ -116,6 +121,7 @@ def headline(results: Results) -> list[list[str]]:
             "time of all epochs",
             *(f"{name} = 1" for name in baselines),
             "cache",
+            *(["memory of training"] if measured else []),
             *(["energy"] if energy else []),
         ]
     ]
@@ -126,6 +132,7 @@ def headline(results: Results) -> list[list[str]]:
             seconds(standing.seconds),
             *(ratio(standing.faster.get(name)) for name in baselines),
             memory(standing.facts.get("cache_bytes")),
+            *([memory(standing.facts.get(MEMORY))] if measured else []),
             *([joules(standing.joules)] if energy else []),
         ]
         for standing in by_speed(results)
