@@ -42,12 +42,12 @@ class Lower:
     """Measure what each level costs as it will run, write its files, and check what was lowered.
 
     Graphs stay as they are; `program.artifacts` is filled, and `program.memory` with what training
-    will hold. On this machine's own target the
-    levels' costs become measured latencies, unless a device's profile gave them, and
-    `program.costs` has their parts, so that training here need not measure again; a level that
-    turns out no cheaper than the one above it is noted. Prefixes, bodies and derived steps are run
-    as the engine will run them, in libraries for this machine where those of the target cannot be
-    run, and held against torch's; `program.checks` has the errors.
+    will hold. On this machine's own target the levels' costs become measured latencies, unless a
+    device's profile gave them, and `program.costs` has their parts, so that training here need not
+    measure again; a level that turns out no cheaper than the one above it is noted. Prefixes,
+    bodies and derived steps are run as the engine will run them, in libraries for this machine
+    where those of the target cannot be run, and held against torch's; `program.checks` has the
+    errors.
 
     tune: minutes to search faster code for, where the engine's lowering can.
     """

@@ -240,7 +240,7 @@ def _tuned(
     options = replace(plan.options, epochs=epochs)
 
     def tried(name: str, rate: float, learnt: Samples, held_out: Samples) -> tuple[float, float]:
-        own = runtimes.get(strategy_of(name) or "", runtime)
+        own = runtimes.get(name, runtime)
         at_rate = replace(plan, options=options, rate_of={name: rate})
         with TemporaryDirectory(dir=work.root, prefix="trial-") as folder:
             return trial(name, at_rate, own, learnt, held_out, Path(folder))
@@ -265,7 +265,7 @@ def _with_memory(
     for name in outcome.facts:
         if name not in known:
             tell(f"measuring the memory of {name}")
-            own = runtimes.get(strategy_of(name) or "", runtime)
+            own = runtimes.get(name, runtime)
             known[name] = training_bytes(name, plan.setting(name, 0, own, train, work.root))
             work.remember("memory", known)
     facts = {

@@ -15,7 +15,7 @@ from pbc.bench.cells import Cell, EntryProgress, Work
 from pbc.bench.energy import EnergyMeter, NoMeter
 from pbc.bench.evaluator import Evaluator
 from pbc.bench.marks import FIRST_EPOCH, Marks
-from pbc.bench.rival import GROUP, Rival, RivalSetting, strategy_of, way
+from pbc.bench.rival import GROUP, Rival, RivalSetting, way
 from pbc.data import Samples
 from pbc.errors import PbcError
 from pbc.runtime.options import TrainOptions
@@ -160,12 +160,13 @@ def run_match(
     """Run all seeds, or what is left of them after an interruption.
 
     A rival that cannot run (PbcError, a package that is missing) is reported and left out; the
-    others go on. runtimes: of the strategies by which some rivals train.
+    others go on. runtimes: of rivals that train by another strategy than the bundle's.
     """
-    evaluator = Evaluator(runtime, test, plan.options.threads)
+    own = {name: runtimes.get(name, runtime) for name in plan.rivals}
+    # One for rivals of one bundle: it keeps what that one's prefix sends.
     evaluators = {
-        strategy: Evaluator(other, test, plan.options.threads)
-        for strategy, other in runtimes.items()
+        bundle: Evaluator(other, test, plan.options.threads)
+        for bundle, other in {each.bundle.digest: each for each in own.values()}.items()
     }
     known = {
         (name, seed): work.load(name, seed) for name in plan.rivals for seed in range(plan.seeds)
@@ -184,8 +185,7 @@ def run_match(
             ran = len(progress.cells)
             if name in left_out or ran >= plan.epochs(name) or done(progress.cells):
                 continue
-            its_own = runtimes.get(strategy_of(name) or "", runtime)
-            setting = plan.setting(name, seed, its_own, train, work.scratch(name, seed))
+            setting = plan.setting(name, seed, own[name], train, work.scratch(name, seed))
             try:
                 rival = made(name, setting)
                 entry = Entry(name, seed, rival, progress, setting.marks)
@@ -210,8 +210,8 @@ def run_match(
                 if entry.name in left_out:
                     continue
                 try:
-                    judge = evaluators.get(strategy_of(entry.name) or "", evaluator)
-                    cell = entry.run_epoch(judge, test, meter)
+                    evaluator = evaluators[own[entry.name].bundle.digest]
+                    cell = entry.run_epoch(evaluator, test, meter)
                 except PbcError as error:
                     leave_out(entry.name, error)
                     continue

@@ -14,16 +14,15 @@ import numpy as np
 from pbc.bench.match import made
 from pbc.bench.rival import RivalSetting
 from pbc.bundle import Bundle
-from pbc.data import Samples
 from pbc.data.arrays import decoded
 from pbc.errors import PbcError
+from pbc.profile.memory import forget_peak, peak_above
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.runtime import Runtime
 
 # By then the pool of no engine grows any more.
 _BATCHES = 12
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ def training_bytes(rival: str, setting: RivalSetting) -> int | None:
     Pages of files that are mapped do not count. None where the system does not say, or where the
     rival cannot run.
     """
-    if not _CLEAR.exists():
-        return None
     count = min(len(setting.samples), _BATCHES * setting.batch)
     chosen = np.linspace(0, len(setting.samples) - 1, count).astype(int)
     task = Task(
@@ -67,28 +64,18 @@ def training_bytes(rival: str, setting: RivalSetting) -> int | None:
         return None
 
 
-def _measured(task: Task) -> int:
+def _measured(task: Task) -> int | None:
     keep_freed_memory()  # as in a bench
     runtime = Runtime.of(Bundle.open(task.bundle))
     samples = decoded(task.images, task.labels, task.classes, runtime.spec)
     with TemporaryDirectory(prefix="pbc-") as folder:
-        rival = made(task.rival, _setting(task, runtime, samples, Path(folder)))
-        _CLEAR.write_text("5")  # the peak is that from here on
-        before = _resident_bytes()
+        setting = RivalSetting(
+            runtime, samples, task.options, Path(folder), task.weights, task.torch_compile
+        )
+        rival = made(task.rival, setting)
+        before = forget_peak()
+        if before is None:
+            return None
         rival.prepare(None)
         rival.run_epoch()
-        after = _resident_bytes()
-    return max(0, after["VmHWM"] - after["RssFile"] - before["RssAnon"])
-
-
-def _setting(task: Task, runtime: Runtime, samples: Samples, folder: Path) -> RivalSetting:
-    return RivalSetting(runtime, samples, task.options, folder, task.weights, task.torch_compile)
-
-
-def _resident_bytes() -> dict[str, int]:
-    lines = (line.split() for line in _STATUS.read_text().splitlines())
-    return {
-        words[0].rstrip(":"): 1024 * int(words[1])
-        for words in lines
-        if words[0].startswith(("VmHWM", "Rss"))
-    }
+        return max(0, peak_above(before))

@@ -18,20 +18,23 @@ Tell = Callable[[str], None]
 def runtimes(
     rivals: Iterable[str], runtime: Runtime, work: Work, weights: Path | None, tell: Tell
 ) -> tuple[dict[str, Runtime], dict[str, str]]:
-    """Return a runtime by strategy, and why some rivals have none.
+    """Return the runtime of each rival that has its own, and why some have none.
 
     What no earlier call has left in the work folder is compiled from the bundle's provenance.
     """
-    found: dict[str, Runtime] = {runtime.bundle.manifest["strategy"]: runtime}
+    known: dict[str, Runtime] = {runtime.bundle.manifest["strategy"]: runtime}
+    found: dict[str, Runtime] = {}
     left_out: dict[str, str] = {}
     for name in rivals:
         strategy = strategy_of(name)
-        if strategy is None or strategy in found:
+        if strategy is None:
             continue
         try:
-            # The compiler: devices that train have none.
-            compiled = importlib.import_module("pbc.bench.compiled")
-            found[strategy] = compiled.runtime(runtime.bundle, strategy, weights, work, tell)
+            if strategy not in known:
+                # The compiler: devices that train have none.
+                compiled = importlib.import_module("pbc.bench.compiled")
+                known[strategy] = compiled.runtime(runtime.bundle, strategy, weights, work, tell)
+            found[name] = known[strategy]
         except ModuleNotFoundError as error:
             if (needs := missing(error)) is None:
                 raise

@@ -46,6 +46,23 @@ def peak_bytes() -> int:
     return _kilobytes("status", "VmHWM") or peak_memory_bytes()
 
 
+def forget_peak() -> int | None:
+    """Have the peak count from here on; return what this process holds of its own, in bytes.
+
+    None where the system does not say: then `peak_above` cannot be asked.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _kilobytes("status", "RssAnon")
+
+
+def peak_above(own_bytes: int) -> int:
+    """Return the peak since `forget_peak`, above what was there then, without mapped files."""
+    return peak_bytes() - (_kilobytes("status", "RssFile") or 0) - own_bytes
+
+
 def _kilobytes(file: str, entry: str) -> int | None:
     """Return a figure of /proc in bytes; None where the system has none."""
     try:

@@ -33,6 +33,7 @@ def _here(path: Path, optimizer: str) -> int:
     import numpy as np
 
     from pbc.bundle import Bundle
+    from pbc.profile.memory import forget_peak, peak_above
     from pbc.runtime.allocator import keep_freed_memory
     from pbc.runtime.engines.alignment import aligned
     from pbc.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
@@ -52,15 +53,14 @@ def _here(path: Path, optimizer: str) -> int:
     executable = OnnxRuntimeEngine().load(bundle, threads=1)
     for name in ("forward/0", f"update/0/{optimizer}"):
         executable._loader.graph(name)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident_bytes()
+    before = forget_peak()
+    assert before is not None
     executable.start(theta, Objective(optimizer=optimizer))
     for _ in range(STEPS):
         executable.forward(0, features, np.zeros(batch, np.int64))
         executable.update()
-    after = _resident_bytes()
-    held = sum(value.nbytes for value in features.values())
-    return held + after["VmHWM"] - after["RssFile"] - before["RssAnon"]
+    held: int = sum(value.nbytes for value in features.values())
+    return held + peak_above(before)
 
 
 def _classes(manifest: dict[str, Any], optimizer: str) -> int:
@@ -70,15 +70,6 @@ def _classes(manifest: dict[str, Any], optimizer: str) -> int:
     of_class: int = sum(prod(shape[1:]) for shape in shapes if None in shape)
     values: int = manifest["memory"][optimizer]["parameters_bytes"] // 4
     return (values - fixed) // max(of_class, 1)
-
-
-def _resident_bytes() -> dict[str, int]:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        words[0].rstrip(":"): 1024 * int(words[1])
-        for words in lines
-        if words[0].startswith(("VmHWM", "Rss"))
-    }
 
 
 def main() -> None:

@@ -207,9 +207,10 @@ def _function(op: str) -> Callable[..., Any]:
         return arithmetic.function(name)
     packet, _, overload = name.partition(".")
     try:
-        return getattr(getattr(torch.ops.aten, packet), overload)  # type: ignore[no-any-return]
+        function: Callable[..., Any] = getattr(getattr(torch.ops.aten, packet), overload)
     except AttributeError as error:
         raise PbcError(f"torch {torch.__version__} has no operator {op}") from error
+    return function
 
 
 def _with_keywords(function: Callable[..., Any], call: OperatorCall) -> Callable[[_Values], Any]:
