@@ -330,7 +330,7 @@ def test_ctrl_c_ends_it_and_its_processes(tmp_path: Path) -> None:
             time.sleep(0.002)
         assert children
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)  # on a busy machine
         assert process.returncode == 130
         assert errors.strip() == "interrupted: nothing was kept"
     finally:

@@ -18,6 +18,8 @@ def compiled(folder: Path, examples: Path) -> Path:
     source = folder / "light_example_net.py"
     source.write_text(bench_net.SOURCE)
     options = compiler.CompileOptions(
+        # Not this machine's own: nothing is measured, so a busy one plans the same ladder.
+        target="generic-x86-64",
         engine="onnxruntime",
         weights="random",
         shape=(3, 32, 32),
