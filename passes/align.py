@@ -8,14 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-from torch.fx import GraphModule
-
 from pbc.bundle.ladder import INT8
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
 from pbc.ir.dims import Dims
-from pbc.ir.graph import get_tensor, op_name, tensor_names
+from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.ir.rewrite import replace_tensor
@@ -30,14 +27,16 @@ from pbc.proxies.distillation import (
     unaugmented,
 )
 from pbc.proxies.fidelity import UpToInterface, standards
+from pbc.proxies.halving import FIRST, LAST, WHOLE, Round, halves, worth_the_rest
+from pbc.proxies.recalibration import batch_norms, recalibrate
 from pbc.proxies.sample_fidelity import measured
+from pbc.proxies.use import USED
 
 LEARNING_RATE = 5e-4
 # Who lost channels has further to go; without batch norms that is not stable.
 LEARNING_RATE_AFTER_PRUNING = 1e-3
 # Of the ladder's time: the first proxy pays for all, since each further one starts from it.
 FIRST_LEVEL_SHARE = 0.5
-TRAINING, MOMENTUM = 5, 6  # positions among batch_norm's arguments
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Align:
     to learn and worse on images of another kind (docs/alignment.md). It runs on a GPU where there
     is one, in bfloat16 autocast; processes started by torchrun share each step's batch.
 
+    Levels planned by use are aligned in two rounds (successive halving: Jamieson and Talwalkar,
+    AISTATS 2016): after a quarter those that no run would use go, with a note, and the others get
+    the rest. An alignment of less than 100 steps or 2 minutes is not parted.
+
     A level that differs from the original in precision alone keeps the original's weights, and is
     only measured. Does nothing without calibration data: levels stay unaligned and unrouted.
 
@@ -62,11 +65,13 @@ class Align:
     align_steps: steps per level; None lets `align_time` decide alone.
     align_time: minutes for the whole ladder, of which the first level that is trained gets half;
         None lets `align_steps` decide alone. With neither, ten minutes.
+    ladder: "even" gives no level up.
     """
 
     align_steps: int | None = None
     align_time: float | None = None
     align_loss: str = FEATURES
+    ladder: str = USED
     stage: ClassVar[str] = "align"
 
     def __post_init__(self) -> None:
@@ -78,68 +83,77 @@ class Align:
         program = program.copy()
         if calibration is None or len(program.levels) < 2:
             return program
-        if any(_gives_up_more_than_precision(level) for level in program.levels[1:]):
-            self._train(program, calibration)
+        if _trained(program):
+            program = self._aligned(program, calibration)
         # Rounding to integers is still to come, and is measured then.
         proxies = [level for level in program.levels[1:] if level.precision != INT8]
         return measured(program, proxies, calibration)
 
-    def _train(self, program: Program, calibration: Calibration) -> None:
-        """Distil levels, each from the one above; their graphs take the result over."""
-        device, dims = parallel.device(), dims_of(program)
-        # A copy of its own: moving a module moves the tensors it shares.
-        original = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
-        batches = unaugmented(calibration, STATISTICS_BATCHES)
-        standard = standards(program, (original(batch.to(device)) for batch in batches))
-        loss = AlignmentLoss.of(program, standard, terms_of(self.align_loss))
-        inside = None if loss.feature_map is None else loss.feature_map.node
-        looked_at = partial(UpToInterface, program, inside=inside, logits=LOGITS in loss.terms)
-        original = copy.deepcopy(looked_at(program.levels[0])).to(device).eval()
-        numbers = [
-            number
-            for number, level in enumerate(program.levels)
-            if _gives_up_more_than_precision(level)
-        ]
+    def _aligned(self, program: Program, calibration: Calibration) -> Program:
+        """Distil levels in place, and return the program with those that were worth it."""
+        teacher = _Teacher.of(program, calibration, self.align_loss)
+        if not halves(self.ladder, self.align_steps, self._minutes()):
+            self._round(program, teacher, WHOLE)
+            return program
+        self._round(program, teacher, FIRST)
+        program = worth_the_rest(program, _trained(program))
+        self._round(program, teacher, LAST)
+        return program
+
+    def _round(self, program: Program, teacher: _Teacher, turn: Round) -> None:
+        """Distil levels, each from the one above; their graphs take the result over.
+
+        After an earlier round the first one goes on from where it was.
+        """
+        numbers = _trained(program)
         for number in numbers:
-            level, above = program.levels[number], program.levels[number - 1]
-            if number > 1:
-                start_from_above(level, above, dims)
+            level, first = program.levels[number], number == numbers[0]
+            fresh = turn.begins or not first
+            if number > 1 and fresh:
+                start_from_above(level, program.levels[number - 1], dims_of(program))
             # A copy of its own: tensors that no plan shrank are level 0's too.
-            proxy = copy.deepcopy(looked_at(level))
-            recalibrates = bool(level.keep) and bool(_batch_norms(proxy))
+            proxy = copy.deepcopy(teacher.looked_at(level))
+            pruned = bool(level.keep) and bool(batch_norms(proxy))
+            afresh = partial(recalibrate, proxy, teacher.calibration)
             Distillation(
-                original,
-                proxy.to(device),
-                loss,
-                calibration,
-                program.request.seed * 1000 + number,
-                steps=self.align_steps,
-                seconds=self._seconds(number == numbers[0], len(numbers)),
-                saved=self._saved_as(program, number, calibration),
-                rate=LEARNING_RATE_AFTER_PRUNING if recalibrates else LEARNING_RATE,
+                teacher.original,
+                proxy.to(parallel.device()),
+                teacher.loss,
+                teacher.calibration,
+                program.request.seed * 1000 + turn.seed + number,
+                steps=turn.steps(self.align_steps),
+                seconds=self._seconds(turn, first, len(numbers)),
+                saved=self._saved_as(program, number, turn, teacher.calibration),
+                rate=LEARNING_RATE_AFTER_PRUNING if pruned else LEARNING_RATE,
                 task="align",
-                label=f"level {number} of {len(program.levels) - 1}",
-                begin=partial(_recalibrate, proxy, calibration) if recalibrates else None,
+                label=f"level {number} of {len(program.levels) - 1}{turn.words}",
+                begin=afresh if pruned and fresh else None,
             ).train()
             adopt(level, proxy.cpu())
 
-    def _seconds(self, first: bool, count: int) -> float | None:
-        """The time for one of `count` levels; None when steps alone decide."""
-        minutes = self.align_time
-        if minutes is None and self.align_steps is None:
-            minutes = MINUTES
+    def _minutes(self) -> float | None:
+        """The time for the whole ladder; None when steps alone decide."""
+        if self.align_time is None and self.align_steps is None:
+            return MINUTES
+        return self.align_time
+
+    def _seconds(self, turn: Round, first: bool, count: int) -> float | None:
+        """The time for one of `count` levels in a round; None when steps alone decide."""
+        minutes, share = self._minutes(), 1.0
         if minutes is None:
             return None
-        share = 1.0
         if count > 1:
             share = FIRST_LEVEL_SHARE if first else (1 - FIRST_LEVEL_SHARE) / (count - 1)
-        return minutes * 60 * share
+        return minutes * 60 * turn.share * share
 
-    def _saved_as(self, program: Program, number: int, calibration: Calibration) -> Path | None:
+    def _saved_as(
+        self, program: Program, number: int, turn: Round, calibration: Calibration
+    ) -> Path | None:
         """The file that keeps this level's training, named by all that decides it."""
         levels = program.levels[: number + 1]
         decided_by = [
             asdict(self),
+            asdict(turn),
             program.request.seed,
             [level.keep for level in levels],
             [level.resolution for level in levels],
@@ -150,53 +164,47 @@ class Align:
         return work_file(program, name, decided_by, program.levels[0].frozen, ".safetensors")
 
 
+@dataclass(frozen=True)
+class _Teacher:
+    """What levels learn from: level 0, up to what the loss looks at, and its statistics."""
+
+    program: Program
+    calibration: Calibration
+    original: UpToInterface
+    loss: AlignmentLoss
+
+    @staticmethod
+    def of(program: Program, calibration: Calibration, terms: str) -> _Teacher:
+        device = parallel.device()
+        # A copy of its own: moving a module moves the tensors it shares.
+        plain = copy.deepcopy(UpToInterface(program, program.levels[0])).to(device).eval()
+        images = unaugmented(calibration, STATISTICS_BATCHES)
+        standard = standards(program, (plain(batch.to(device)) for batch in images))
+        loss = AlignmentLoss.of(program, standard, terms_of(terms))
+        original = copy.deepcopy(_looked_at(program, program.levels[0], loss)).to(device).eval()
+        return _Teacher(program, calibration, original, loss)
+
+    def looked_at(self, level: LevelGraphs) -> UpToInterface:
+        return _looked_at(self.program, level, self.loss)
+
+
+def _looked_at(program: Program, level: LevelGraphs, loss: AlignmentLoss) -> UpToInterface:
+    inside = None if loss.feature_map is None else loss.feature_map.node
+    return UpToInterface(program, level, inside=inside, logits=LOGITS in loss.terms)
+
+
+def _trained(program: Program) -> list[int]:
+    """The levels that give up more than precision."""
+    return [
+        number
+        for number, level in enumerate(program.levels)
+        if level.keep or level.resolution is not None or level.merges
+    ]
+
+
 def start_from_above(level: LevelGraphs, above: LevelGraphs, dims: Dims) -> None:
     """Replace a proxy's tensors by the slices of the level above, which is aligned already."""
     for graph, aligned in zip(level.frozen, above.frozen, strict=True):
         for name in tensor_names(graph):
             kept = dims.slice(name, get_tensor(aligned, name), level.keep, above.keep)
             replace_tensor(graph, name, kept)
-
-
-def _gives_up_more_than_precision(level: LevelGraphs) -> bool:
-    return bool(level.keep) or level.resolution is not None or bool(level.merges)
-
-
-@torch.no_grad()
-def _recalibrate(proxy: UpToInterface, calibration: Calibration) -> None:
-    """Measure the batch norms' statistics afresh, of the channels that are left."""
-    norms = _batch_norms(proxy)
-    device = next(proxy.parameters()).device
-    _use_batch_statistics(proxy, True)
-    for number, images in enumerate(unaugmented(calibration, STATISTICS_BATCHES)):
-        for graph, node in norms:
-            _set_argument(graph, node, MOMENTUM, 1 / (number + 1))
-        for graph in proxy.graphs:
-            graph.recompile()
-        proxy(images.to(device))
-    _use_batch_statistics(proxy, False)
-
-
-def _batch_norms(proxy: UpToInterface) -> list[tuple[GraphModule, torch.fx.Node]]:
-    return [
-        (graph, node)
-        for graph in proxy.graphs
-        for node in graph.graph.nodes
-        if node.op == "call_function"
-        and op_name(node) == "aten.batch_norm.default"
-        and all(a.op == "get_attr" for a in node.args[1:5] if isinstance(a, torch.fx.Node))
-    ]
-
-
-def _set_argument(graph: GraphModule, node: torch.fx.Node, position: int, value: object) -> None:
-    arguments = list(node.args)
-    arguments[position] = value  # type: ignore[call-overload]
-    node.args = tuple(arguments)
-
-
-def _use_batch_statistics(proxy: UpToInterface, on: bool) -> None:
-    """Switch batch norms between their batch's statistics (updating the running ones) and those."""
-    for graph, node in _batch_norms(proxy):
-        _set_argument(graph, node, TRAINING, on)
-    for graph in proxy.graphs:
-        graph.recompile()

@@ -53,8 +53,8 @@ class ChooseLevels:
         ]
         kept = sorted(number + 1 for number in used(costs, losses))
         notes = tuple(
-            f"level {number} is dropped: within {BOUNDS[-1]:g} points of accuracy no run would use "
-            f"it (cost {level.cost:.2f}, {_words(level.accuracy_loss)})"
+            f"no level {level.title}: within {BOUNDS[-1]:g} points of accuracy no run would use it "
+            f"(cost {level.cost:.2f}, {_words(level.accuracy_loss)})"
             for number, level in enumerate(program.levels)
             if number and number not in kept
         )
@@ -97,4 +97,4 @@ def _renumbered(
 
 
 def _words(points: float | None) -> str:
-    return "its loss unknown" if points is None else f"{points:.1f} points lost"
+    return "an unknown loss" if points is None else f"{points:.1f} points lost"

@@ -18,16 +18,17 @@ from pbc.ir.program import Program
 from pbc.lower.cost_profile import CostProfile
 from pbc.proxies import parallel
 from pbc.proxies.forms import AXES, INT8_COST, PRECISION, WORTHWHILE, Form, Forms
-from pbc.proxies.pseudo_tasks import losses_unaligned
-from pbc.proxies.use import EVEN, LADDERS, USED, used
+from pbc.proxies.halving import halves
+from pbc.proxies.pseudo_tasks import losses_by_share
+from pbc.proxies.use import EVEN, LADDERS, USED, Losses, used
 from pbc.runtime.routing.outlook import BOUNDS
 
 _Chosen = list[tuple[Form, float]]
 _Found = tuple[_Chosen, tuple[str, ...]]
 
-# What is left of a loss after alignment. At 96x96, MobileNetV3-Large loses 7.7 points on
-# Caltech-101 before and 2.2 after ten minutes (heads in closed form).
-LEFT = 0.4
+# What alignment leaves of a loss, at worst and at best (docs/alignment.md): what either plans is
+# judged again on the way. Of a short one little is expected.
+LEFT_BY_LONG, LEFT_BY_SHORT = (0.6, 0.25), (0.8,)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,11 @@ class PlanLevels:
     ladder: "used" plans the levels that a run within some bound would use: without narrowing, forms
     are judged before alignment on calibration images (`pbc.proxies.pseudo_tasks`), of whose losses
     alignment is taken to leave a part, and for each bound the one is planned that makes a run
-    shortest (`pbc.proxies.use`); `choose-levels` judges them again. "even" plans the even steps of
-    PieBridge, as is done without calibration, or where only channels can go.
+    shortest (`pbc.proxies.use`). What a long alignment may leave is a wide range: those that are
+    best at either end of it are planned, and `align` gives up what does not keep its promise.
+    `choose-levels` judges them again. "even" plans the even steps of PieBridge, as is done without
+    calibration, or where only channels can go.
+    align_steps, align_time: as for `align`.
     axes: those that may be used, of "precision", "resolution", "tokens", "width". cost: a file that
     `pbc profile` wrote on the device, of a bundle compiled with the same options. trials: False
     plans forms untried, in seconds; of those that fail, a compilation makes no level.
@@ -72,6 +76,8 @@ class PlanLevels:
     cost: Path | None = None
     trials: bool = True
     ladder: str = USED
+    align_steps: int | None = None
+    align_time: float | None = None
     slow_precisions: tuple[str, ...] = ()
     stage: ClassVar[str] = "plan"
 
@@ -107,11 +113,11 @@ class PlanLevels:
                 "multiply-accumulate for an int8 one",
             )
         count = levels - len(chosen)
-        further = self._of_use(program, forms, chosen) if count else None
+        further = self._of_use(program, forms, chosen, count) if count else None
         if further is None and count:
             further = self._even(forms, precision, count)
         if further is not None:
-            chosen += further[0][:count]
+            chosen += further[0]
             notes += further[1]
         taken: list[Form] = [Form()]
         plans: list[LevelPlan] = [forms.plan(Form(), 1.0)]
@@ -140,8 +146,13 @@ class PlanLevels:
             notes=notes,
         )
 
-    def _of_use(self, program: Program, forms: Forms, planned: _Chosen) -> _Found | None:
-        """The forms that a run would use beside those planned already, and what to note.
+    def _halves(self) -> bool:
+        return halves(self.ladder, self.align_steps, self.align_time)
+
+    def _of_use(
+        self, program: Program, forms: Forms, planned: _Chosen, count: int
+    ) -> _Found | None:
+        """At most `count` forms that a run would use beside those planned, and what to note.
 
         None where nothing says so, or only channels can go.
         """
@@ -154,26 +165,35 @@ class PlanLevels:
         costs = [float(cost) for cost in forms.costs(candidates)]
         pairs = [pair for pair in zip(candidates, costs, strict=True) if math.isfinite(pair[1])]
         # Rounding needs ranges, which are to come, and loses little beside what else is given up.
-        trials = [forms.trial(replace(form, precision=FLOAT32)).fused() for form, _ in pairs]
+        trials = [forms.trial(replace(form, precision=FLOAT32)) for form, _ in pairs]
         macs = forms.whole + sum(forms.macs(form) for form, _ in pairs)
-        losses = parallel.once(lambda: losses_unaligned(program, trials, macs))
+        words = "points lost before alignment"
+        losses = parallel.once(lambda: losses_by_share(program, trials, macs, "plan-levels", words))
         if losses is None:
             return None
-        expected = [[(share, LEFT * lost) for share, lost in found] for found in losses]
-        # A precision costs next to nothing; what gives up more has to be worth more.
-        above = [(cost, [(1.0, 0.0)]) for _, cost in planned]
-        best = used(
-            [cost for cost, _ in above] + [cost for _, cost in pairs],
-            [[lost for _, lost in above] + expected],
-        )
-        chosen = [pair for index, pair in enumerate(pairs, len(above)) if index in best]
+        promising = self._promising(planned, [cost for _, cost in pairs], losses)
         notes = tuple(
             f"no level {form.title}: within {BOUNDS[-1]:g} points of accuracy no run would use it "
             f"(cost {cost:.2f}, {found[-1][1]:.1f} points lost before alignment)"
-            for (form, cost), found in zip(pairs, losses, strict=True)
-            if (form, cost) not in chosen
+            for index, ((form, cost), found) in enumerate(zip(pairs, losses, strict=True))
+            if index not in promising
         )
-        return sorted(chosen, key=lambda pair: -pair[1]), notes
+        return sorted((pairs[i] for i in promising[:count]), key=lambda pair: -pair[1]), notes
+
+    def _promising(
+        self, planned: _Chosen, costs: Sequence[float], losses: Sequence[Losses]
+    ) -> list[int]:
+        """The forms, by position, that a run would use beside those planned; the surest first."""
+        # A precision costs next to nothing; what gives up more has to be worth more.
+        above = [[(1.0, 0.0)] for _ in planned]
+        all_costs = [*(cost for _, cost in planned), *costs]
+        found: list[int] = []
+        for left in LEFT_BY_LONG if self._halves() else LEFT_BY_SHORT:
+            expected = [[(share, left * lost) for share, lost in of_form] for of_form in losses]
+            positions = used(all_costs, [[*above, *expected]])
+            forms = {position - len(planned) for position in positions if position >= len(planned)}
+            found += sorted(forms.difference(found), key=lambda form: -costs[form])
+        return found
 
     def _even(self, forms: Forms, precision: str, count: int) -> _Found:
         """So many forms whose costs fall in even steps, and what to note."""

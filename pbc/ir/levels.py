@@ -86,6 +86,15 @@ class LevelGraphs:
     merges: tuple[int, ...] = ()
 
     @property
+    def title(self) -> str:
+        """What it gives up, as notes say it; empty for the original."""
+        parts = ["with fewer channels"] if self.keep else []
+        parts += ["at {}x{}".format(*self.resolution)] if self.resolution else []
+        parts += [f"with {sum(self.merges)} tokens merged"] if any(self.merges) else []
+        parts += [f"in {self.precision}"] if self.precision != FLOAT32 else []
+        return " ".join(parts)
+
+    @property
     def graphs(self) -> dict[GraphName, GraphModule]:
         """Every graph by its role, in the order of their names."""
         steps = {update(name): self.updates[name] for name in sorted(self.updates)}

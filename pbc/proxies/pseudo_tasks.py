@@ -40,9 +40,9 @@ RIDGE = 0.3
 SHARES = (1.0, 0.75, 0.5, 0.25)
 # Of the tasks, those for heads in closed form, each of which takes a solution of its own.
 CLOSED_TASKS = 4
-# What a plan is judged on: it is judged again, aligned.
-UNALIGNED_SAMPLES = 600
-UNALIGNED_LEAST = 200
+# What levels are judged on before they are aligned to the end, when they are judged again.
+EARLY_SAMPLES = 600
+EARLY_LEAST = 200
 LEAST_SAMPLES = 100
 
 
@@ -208,27 +208,27 @@ def falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     return [mean for mean, _, length in blocks for _ in range(length)]
 
 
-def losses_unaligned(
-    program: Program, trials: Sequence[LevelGraphs], macs: float
-) -> list[list[tuple[float, float]]] | None:
-    """Return (share, points lost) by ascending share for each level, as it is before alignment.
+def losses_by_share(
+    program: Program, levels: Sequence[LevelGraphs], macs: float, task: str, words: str
+) -> list[list[Point]] | None:
+    """Return (share, points lost) by ascending share for each level, as it is now.
 
     A head that SGD would learn is what loses them. macs: of a sample at level 0 and all of these.
-    None where there are too few images.
+    task, words: whose progress it is, and how it names it. None where there are too few images.
     """
     calibration = program.calibration
     assert calibration is not None
     original, seed = program.levels[0].fused(), program.request.seed
-    chosen = affordable(macs, calibration.align, UNALIGNED_SAMPLES, UNALIGNED_LEAST)
+    chosen = affordable(macs, calibration.align, EARLY_SAMPLES, EARLY_LEAST)
     if len(chosen) < LEAST_SAMPLES:
         return None
     known = head_inputs(program, original, calibration, chosen)
     tested = head_inputs(program, original, calibration, calibration.held_out)
     tasks = Tasks.of(known, tested, seed)
     best, found = tasks.right(known), []
-    for turn, level in enumerate(trials, 1):
-        report("plan-levels", turn / (len(trials) + 1), "points lost before alignment")
-        read = head_inputs(program, level, calibration, chosen)
+    for turn, level in enumerate(levels, 1):
+        report(task, turn / (len(levels) + 1), words)
+        read = head_inputs(program, level.fused(), calibration, chosen)
         right = [tasks.right(blend(read, known, share, seed)) for share in SHARES]
         lost = falling([max(0.0, points_lost(best, one)[0]) for one in right], [1.0] * len(right))
         found.append(sorted(zip(SHARES, lost, strict=True)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, pruned, settled
 
 from pbc.ir.graph import get_tensor, tensor_names
+from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
 from pbc.passes.align import Align
 from pbc.passes.independent_dims import IndependentDims
@@ -17,7 +19,7 @@ from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.passes.split_prefix import SplitPrefix
-from pbc.proxies import distillation
+from pbc.proxies import distillation, halving
 from pbc.proxies.align_losses import feature_loss
 from pbc.proxies.distillation import augment
 from pbc.proxies.fidelity import Standard
@@ -167,6 +169,77 @@ def test_what_was_saved_for_another_alignment_is_not_used(photos: Path, tmp_path
     assert_same(
         Align(align_steps=3)(program), Align(align_steps=3)(with_request(program, work=None))
     )
+
+
+def steps_of(program: Program, steps: int, *, stop: int = 10**6) -> tuple[Program, list[str]]:
+    """Align, and return the levels of the steps; Interrupted after so many of them."""
+    levels: list[str] = []
+
+    def count(stage: str, fraction: float, text: str) -> None:
+        if ", step " in text:
+            levels.append(text.rpartition(", step ")[0])
+            if len(levels) == stop:
+                raise Interrupted
+
+    with reporting_to(count):
+        return Align(align_steps=steps)(program), levels
+
+
+@pytest.fixture
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge alignments that are short enough for a test: the first level is ruinous."""
+
+    def losses(program: Program, levels: Sequence[LevelGraphs], *_: object) -> object:
+        return [[(1.0, 90.0)], [(1.0, 0.1)]][: len(levels)]
+
+    monkeypatch.setattr(halving, "losses_by_share", losses)
+    monkeypatch.setattr(halving, "LEAST_STEPS", 4)
+    monkeypatch.setattr(distillation, "SAVE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("halved")
+def test_a_level_that_no_run_would_use_is_given_up_after_a_quarter(photos: Path) -> None:
+    before = with_data(ConvNet, "linear-probe", photos)
+    after, levels = steps_of(before, 8)
+    assert {level: levels.count(level) for level in levels} == {
+        "level 1 of 2, first quarter": 2,
+        "level 2 of 2, first quarter": 2,
+        "level 1 of 1, the rest": 6,
+    }
+    (only,) = after.levels[1:]
+    assert only.keep == before.levels[2].keep
+    assert only.status == "aligned"
+    assert "points lost after a quarter of its alignment" in after.notes[-1]
+    even = Align(align_steps=8, ladder="even")(before)
+    assert len(even.levels) == 3
+
+
+@pytest.mark.usefixtures("halved")
+@pytest.mark.parametrize("stop", [1, 3, 5, 9])
+def test_an_interrupted_alignment_in_rounds_continues_to_the_same_bits(
+    photos: Path, tmp_path: Path, stop: int
+) -> None:
+    program = with_data(ConvNet, "linear-probe", photos)
+    whole, levels = steps_of(program, 8)
+    program = with_request(program, work=tmp_path / "work")
+    with pytest.raises(Interrupted):
+        steps_of(program, 8, stop=stop)
+    resumed, further = steps_of(program, 8)
+    assert_same(whole, resumed)
+    assert len(levels) - stop <= len(further) <= len(levels) - stop + 1
+
+
+@pytest.mark.usefixtures("halved")
+def test_what_goes_on_is_the_better_for_it(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second round starts where the first one ended, and draws other images."""
+    program = trained_norms(photos)
+    monkeypatch.setattr(halving, "losses_by_share", lambda *_: None)
+    quarter = Align(align_steps=15, ladder="even")(program)
+    whole, _ = steps_of(program, 60)
+    for level, start in zip(rungs(whole).levels[1:], rungs(quarter).levels[1:], strict=True):
+        assert level.fidelity is not None
+        assert start.fidelity is not None
+        assert level.fidelity > start.fidelity
 
 
 def test_a_time_budget_ends(photos: Path) -> None:

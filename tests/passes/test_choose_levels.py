@@ -58,8 +58,8 @@ def test_levels_that_no_run_would_use_go_and_the_others_close_up() -> None:
     assert after.levels[1].keep == before.levels[2].keep
     assert after.mixes["sgd"] == ((1, 1.0, 0.1), (1, 0.75, 0.0), (1, 0.5, 0.0), (1, 0.25, 0.0))
     assert [note.partition(":")[0] for note in after.notes[-2:]] == [
-        "level 1 is dropped",
-        "level 3 is dropped",
+        "no level with fewer channels",
+        "no level with fewer channels",
     ]
     assert "(cost 0.30, 60.0 points lost)" in after.notes[-1]
     assert_equivalent(before, after)

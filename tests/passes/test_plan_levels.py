@@ -207,13 +207,13 @@ def test_calibration_images_say_which_levels_a_run_would_use(
     assert costs(after) == sorted(costs(after), reverse=True)
     # A form that loses nothing is used alone: the cheapest.
     monkeypatch.setattr(
-        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 0.0)]] * len(trials)
+        plan_levels, "losses_by_share", lambda program, trials, *_: [[(1.0, 0.0)]] * len(trials)
     )
     (alone,) = plan(judgeable).plans
     assert alone.resolution == (32, 32)
     # Where all lose everything there is no level, and that is said.
     monkeypatch.setattr(
-        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 90.0)]] * len(trials)
+        plan_levels, "losses_by_share", lambda program, trials, *_: [[(1.0, 90.0)]] * len(trials)
     )
     none = plan(judgeable)
     assert none.plans == ()
@@ -239,10 +239,28 @@ def test_a_level_in_a_faster_precision_has_to_be_beaten(
 ) -> None:
     monkeypatch.setattr(plugins, "load", lambda group, name: OffersInt8())
     monkeypatch.setattr(
-        plan_levels, "losses_unaligned", lambda program, trials, macs: [[(1.0, 9.0)]] * len(trials)
+        plan_levels, "losses_by_share", lambda program, trials, *_: [[(1.0, 9.0)]] * len(trials)
     )
-    (only,) = PlanLevels(levels=3)(judgeable).plans
+    # A long alignment may do it, and is judged on the way; of a short one that is not expected.
+    alone, promising = PlanLevels(levels=3)(judgeable).plans
+    assert (promising.precision, promising.resolution) == ("int8", (32, 32))
+    (only,) = PlanLevels(levels=3, align_steps=20)(judgeable).plans
+    assert only == alone
     assert (only.precision, only.resolution) == ("int8", None)
+
+
+def test_of_more_than_may_be_planned_the_surest_are(
+    judgeable: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(program: Program, trials: Sequence[object], *_: object) -> object:
+        return [[(1.0, 0.5 + 7.0 * number)] for number in range(len(trials))]
+
+    monkeypatch.setattr(plan_levels, "losses_by_share", losses)
+    several = PlanLevels(levels=4)(judgeable)
+    assert [one.resolution for one in several.plans] == [(48, 48), (32, 32)]
+    limited = PlanLevels(levels=1)(judgeable)
+    assert [one.resolution for one in limited.plans] == [(48, 48)]
+    assert not any("no run would use it" in note for note in limited.notes)
 
 
 def test_an_unknown_ladder_is_refused() -> None:
