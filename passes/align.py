@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 from pbc.bundle.ladder import INT8
 from pbc.ir.calibration import Calibration
 from pbc.ir.dim_rules import dims_of
@@ -32,7 +34,9 @@ from pbc.proxies.recalibration import batch_norms, recalibrate
 from pbc.proxies.sample_fidelity import measured
 from pbc.proxies.use import USED
 
-LEARNING_RATE = 5e-4
+# Of weights with this root mean square, and of whatever has one axis; of others in proportion.
+LEARNING_RATE, TYPICAL_WEIGHT = 5e-4, 0.1
+LEAST_WEIGHT = 1e-3  # zeros learn too
 # Who lost channels has further to go; without batch norms that is not stable.
 LEARNING_RATE_AFTER_PRUNING = 1e-3
 # Of the ladder's time: the first proxy pays for all, since each further one starts from it.
@@ -124,7 +128,9 @@ class Align:
                 steps=turn.steps(self.align_steps),
                 seconds=self._seconds(turn, first, len(numbers)),
                 saved=self._saved_as(program, number, turn, teacher.calibration),
-                rate=LEARNING_RATE_AFTER_PRUNING if pruned else LEARNING_RATE,
+                rate=partial(
+                    relative_rate, LEARNING_RATE_AFTER_PRUNING if pruned else LEARNING_RATE
+                ),
                 task="align",
                 label=f"level {number} of {len(program.levels) - 1}{turn.words}",
                 begin=afresh if pruned and fresh else None,
@@ -200,6 +206,19 @@ def _trained(program: Program) -> list[int]:
         for number, level in enumerate(program.levels)
         if level.keep or level.resolution is not None or level.merges
     ]
+
+
+def relative_rate(rate: float, tensor: Tensor) -> float:
+    """The learning rate of a tensor, in proportion to its values.
+
+    AdamW's steps are as long whatever the weights are: ResNet-50's are a fifth of MobileNetV3's,
+    and steps that suit these ruin those (docs/alignment.md). Relative step sizes are those of
+    Adafactor (Shazeer and Stern, ICML 2018, section 8).
+    """
+    if tensor.dim() < 2:
+        return rate
+    size = float(tensor.detach().square().mean().sqrt())
+    return rate * max(size, LEAST_WEIGHT) / TYPICAL_WEIGHT
 
 
 def start_from_above(level: LevelGraphs, above: LevelGraphs, dims: Dims) -> None:

@@ -199,7 +199,7 @@ class _Quantization:
             steps=steps,
             seconds=seconds,
             saved=saved,
-            rate=LEARNING_RATE,
+            rate=lambda _: LEARNING_RATE,
             task="quantize",
             label=label,
             autocast=False,  # rounding is simulated in float32

@@ -39,7 +39,8 @@ STATISTICS_BATCHES = 16
 class Distillation:
     """One level learns to send what level 0 sends; it can be saved at any step and continued.
 
-    loss: of what both make of the same images. AdamW with cosine decay from `rate`.
+    loss: of what both make of the same images. rate: the learning rate of a tensor, from which it
+        decays (cosine); AdamW.
 
     steps, seconds: the budget, whichever ends first; None leaves it to the other.
     saved: where the state is kept between interruptions; None where it is not.
@@ -56,7 +57,7 @@ class Distillation:
     steps: int | None
     seconds: float | None
     saved: Path | None
-    rate: float
+    rate: Callable[[Tensor], float]
     task: str
     label: str
     begin: Callable[[], None] | None = None
@@ -69,7 +70,8 @@ class Distillation:
         for weight in weights:
             weight.requires_grad_(True)
         self._forward = self._distributed()
-        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=1e-4)
+        groups = [{"params": [weight], "first": self.rate(weight)} for weight in weights]
+        optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
         if not self._resume(optimizer):
             if self.step == 0 and self.begin is not None:
                 self.begin()
@@ -89,7 +91,7 @@ class Distillation:
         last = saved_at = time.monotonic()
         while parallel.once(self.fraction) < 1:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate * self._decay()
+                group["lr"] = group["first"] * self._decay()
             loss = self._step(optimizer)
             if not math.isfinite(loss):
                 raise PbcError(

@@ -127,7 +127,7 @@ class _Training:
             steps=None if how.align_steps is None else max(1, round(how.align_steps * SHARE)),
             seconds=self._seconds(count),
             saved=self._saved_as(number),
-            rate=LEARNING_RATE,
+            rate=lambda _: LEARNING_RATE,
             task=how.task,
             label=label,
         ).train()

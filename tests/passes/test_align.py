@@ -13,7 +13,8 @@ from networks import AttentionNet, ConvNet, Kind, ResidualNet, calibration, prun
 from pbc.ir.graph import get_tensor, tensor_names
 from pbc.ir.levels import LevelGraphs
 from pbc.ir.program import Program
-from pbc.passes.align import Align
+from pbc.ir.rewrite import replace_tensor
+from pbc.passes.align import Align, relative_rate
 from pbc.passes.independent_dims import IndependentDims
 from pbc.passes.mark_trainable import MarkTrainable
 from pbc.passes.plan_levels import PlanLevels
@@ -94,6 +95,33 @@ def test_alignment_brings_proxies_nearer_and_leaves_level_0_alone(
         assert start < level.fidelity <= 1.0
     measured = sample_fidelity(after, after.levels[1:], data, data.held_out).mean(0)
     assert [level.fidelity for level in levels[1:]] == pytest.approx(measured, abs=1e-5)
+
+
+def test_steps_are_as_long_as_weights_are_large() -> None:
+    weight = torch.randn(8, 4, 3, 3)
+    assert relative_rate(1e-3, 7 * weight) == pytest.approx(7 * relative_rate(1e-3, weight))
+    assert relative_rate(1e-3, torch.zeros(8, 4)) > 0
+    assert relative_rate(1e-3, torch.full((8,), 40.0)) == 1e-3
+
+
+def test_it_is_the_same_for_weights_of_another_size(photos: Path) -> None:
+    """What a batch norm takes out again decides nothing, or steps would suit one network alone."""
+
+    def aligned(factor: float) -> Program:
+        program = trained_norms(photos)
+        for level in program.levels:
+            assert level.prefix is not None
+            for name, power in (
+                ("conv2.weight", 1),
+                ("bn2.running_mean", 1),
+                ("bn2.running_var", 2),
+            ):
+                tensor = get_tensor(level.prefix, name)
+                replace_tensor(level.prefix, name, tensor * factor**power)
+        return Align(align_steps=20)(program)
+
+    found = [[level.fidelity for level in aligned(factor).levels] for factor in (1.0, 8.0)]
+    assert found[0] == pytest.approx(found[1], abs=0.02)
 
 
 def test_gradients_still_reach_everything_that_trains(photos: Path) -> None:
