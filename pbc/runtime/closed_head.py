@@ -115,11 +115,20 @@ class ClosedHead:
         raise UsageError(f"no closed form: {reason} (--head auto or sgd)")
 
     def options(self, options: TrainOptions) -> TrainOptions:
-        """Return the options to prepare a run with: one visit of every view needs no cache."""
+        """Return the options of the run: one visit of every view needs no cache, and no patience.
+
+        Patience is of epochs; the heads on the way are as many as time allows.
+        """
         if not self.complete:
             return options
-        cache = "disk" if options.cache == "disk" else "off"
-        return replace(options, epochs=min(options.views, options.epochs), cache=cache, skip=False)
+        epochs, cache = min(options.views, options.epochs), options.cache
+        return replace(
+            options,
+            epochs=epochs,
+            cache="disk" if cache == "disk" else "off",
+            skip=False,
+            patience=None,
+        )
 
     def learn(
         self, batch: Batch, features: Arrays, labels: np.ndarray, meter: Meter

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pbc.data import Samples
-from pbc.runtime.closed_form import Head
 from pbc.runtime.evaluation import Evaluation, evaluate
 from pbc.runtime.level_trial import LevelTrial, Tried
 from pbc.runtime.options import AUTO
@@ -55,12 +54,12 @@ class Results:
         )
 
     def finish(
-        self, run: Prepared, epochs: int, head: Head | None
+        self, run: Prepared, epochs: int, head: Mapping[str, float | int] | None
     ) -> tuple[Validation | None, dict[str, Any]]:
         """Choose the level if that is left to the run, evaluate, and write the last model.
 
-        epochs: that were done. head: in closed form, if it is. Returns what was evaluated, and the
-        last line of the metrics.
+        epochs: that were done. head: how it was found in closed form, if it was. Returns what was
+        evaluated, and the last line of the metrics.
         """
         if self.context.options.deploy_level == AUTO:
             self._choose_level(run, epochs)
@@ -72,7 +71,7 @@ class Results:
             validation.save(self.context.output.validation)
             final |= {"val_accuracy": result.accuracy, "val_loss": result.loss}
         if head is not None:
-            final["head"] = head.facts()
+            final["head"] = dict(head)
         if run.decisions.findings:
             final["audit"] = [found.to_json() for found in run.decisions.findings]
         self.write(run.floor, final)

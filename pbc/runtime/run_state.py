@@ -8,7 +8,17 @@ from typing import Any
 
 from pbc.runtime.loop import Totals
 from pbc.runtime.meter import STAGES
-from pbc.util.shapes import ShapeError, check, flag, integer, list_of, number, record
+from pbc.util.shapes import (
+    ShapeError,
+    check,
+    dict_of,
+    flag,
+    integer,
+    list_of,
+    maybe,
+    number,
+    record,
+)
 
 _TOTALS = record(
     {
@@ -29,7 +39,8 @@ class RunState:
 
     epoch, step: what is done, whole epochs and iterations of the epoch under way. rounds: begun.
     totals: of the epoch under way. spent_seconds: of the epochs that are done. late: whether the
-    time budget ended the run; stopped: whether it had learnt enough.
+    time budget ended the run; stopped: whether it had learnt enough. head: how one in closed
+    form was found, which its sums tell no more once they are gone.
     """
 
     totals: Totals
@@ -39,6 +50,7 @@ class RunState:
     spent_seconds: float = 0.0
     late: bool = False
     stopped: bool = False
+    head: dict[str, float | int] | None = None
 
     @classmethod
     def at_start(cls, levels: int) -> RunState:
@@ -68,5 +80,7 @@ class RunState:
         names = ("epoch", "step", "rounds", "spent_seconds", "late")
         stopped = facts.get("stopped", False)
         check(stopped, flag, "stopped")
+        head = facts.get("head")
+        check(head, maybe(dict_of(number())), "head")
         known = {name: facts[name] for name in names}
-        return cls(Totals(**facts["totals"]), **known, stopped=stopped)
+        return cls(Totals(**facts["totals"]), **known, stopped=stopped, head=head)

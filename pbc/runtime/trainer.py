@@ -91,7 +91,7 @@ class Trainer:
         self._epochs = options.epochs
         # Set by prepare(); None where SGD alone makes the head.
         self._closed: ClosedHead | None = None
-        self._growing = GrowingModel.of(self._val, options, len(self._samples))
+        self._growing: GrowingModel  # set by prepare()
         self._selection: Selection | None = None
         self._metrics: Metrics
         self._run: Prepared
@@ -185,6 +185,8 @@ class Trainer:
         self._closed = ClosedHead.find(
             self._bundle, self._executable, parameters, options, len(self._samples)
         )
+        visiting = options if self._closed is None else self._closed.options(options)
+        self._growing = GrowingModel.of(self._val, visiting, len(self._samples))
         self._require_held_out()
         if checkpoint is not None:
             with self._resumption.reading():
@@ -261,8 +263,7 @@ class Trainer:
         """
         if self.options.patience is not None and self._growing.best:
             self._executable.start(self._growing.best, self.objective)
-        head = None if self._closed is None else self._closed.head
-        validation, final = self._results.finish(self._run, self.epoch, head)
+        validation, final = self._results.finish(self._run, self.epoch, self._state.head)
         self._metrics.rewind(self.epoch)
         self._metrics.append(final)
         return validation
@@ -380,12 +381,14 @@ class Trainer:
         if closed.head is None or closed.head is self._growing.shown:
             return
         visited = self._state.totals.samples
+        summed, total = self.epoch * len(self._samples) + visited, self._growing.total
         with self.unmeasured():
-            judged = self._growing.of_head(closed.head, visited, self._executable, self.batch)
+            judged = self._growing.of_head(closed.head, summed, self._executable, self.batch)
         self._stop(self._growing.reason_to_stop())
         if judged is None:
             return
-        self._report(SoFar(f"after {visited} of {len(self._samples)} photos: {judged}"))
+        what = "photos" if self.options.views == 1 else "views"
+        self._report(SoFar(f"after {summed} of {total} {what}: {judged}"))
         self._leave_model(visited)
 
     def _leave_what_there_is(self) -> None:
@@ -426,6 +429,7 @@ class Trainer:
     def _settle(self, closed: ClosedHead) -> None:
         """Make the head of all samples, and tell how it was judged."""
         head = closed.settle(last=True)
+        self._state.head = head.facts()
         self._state.totals.loss = head.loss * self._state.totals.samples
         self._meter.lap("backward")
         self._report(Note(told(head)))
@@ -445,6 +449,7 @@ class Trainer:
             labels, totals = self._samples.labels, Totals.zero(len(self._bundle.ladder))
             for visited in start_epochs(closed, self._run, labels, self._meter, totals):
                 self._prepared("starting the head", visited, len(self._samples))
+            self._state.head = None if closed.head is None else closed.head.facts()
 
     def _sums(self) -> dict[str, np.ndarray]:
         """Return what the closed form was made of; once every view was seen, nothing."""
@@ -469,15 +474,18 @@ class Trainer:
                 levels=tuple(self._state.totals.visits),
             )
         )
-        if self._interrupt.requested:
-            self.save_checkpoint()
-            self._leave_what_there_is()
-            raise KeyboardInterrupt
+        # Before a checkpoint: a run that goes on from it makes the head of this step no more.
         if self._closed is not None and self._closed.complete:
             self._leave(self._closed)
         if self._growing.stop is not None:
             spent = self._state.spent_seconds + self._meter.total_seconds()
             self._stop(self._growing.stop.late(spent))
+        if self._state.stopped:
+            return  # its epoch ends here, and a checkpoint before that would end the run without
+        if self._interrupt.requested:
+            self.save_checkpoint()
+            self._leave_what_there_is()
+            raise KeyboardInterrupt
         if monotonic() - self._saved_at > self.options.checkpoint_seconds:
             self.save_checkpoint()
 

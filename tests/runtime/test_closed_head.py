@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from pbc.data import ImageFolder
 from pbc.errors import UsageError
 from pbc.runtime import closed_head
 from pbc.runtime.closed_head import stratified
-from pbc.runtime.events import EpochReport, Event, Note, Plan, StepReport
+from pbc.runtime.evaluation import KeptFeatures
+from pbc.runtime.events import EpochReport, Event, Note, Plan, SoFar, StepReport
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
@@ -241,6 +243,67 @@ def test_a_model_grows_while_photos_come(tmp_path: Path, monkeypatch: pytest.Mon
     assert all("on the held-out photos" in text for text in seen)
     assert len(set(stored)) == len(seen)
     assert theta(tmp_path / "mine") not in stored  # the last one is of all photos
+
+
+def test_views_of_photos_are_counted_through_all_visits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_head, "PAUSE_SECONDS", 0.0)
+    case = Case(tmp_path, per_class=40)
+    events: list[Event] = []
+    options = case.options(augment=2, epochs=9)
+    case.runtime.fit(case.samples, options, tmp_path / "mine", report=events.append)
+    seen = [event.text.partition(":")[0] for event in events if isinstance(event, SoFar)]
+    assert seen == [f"after {count} of 240 views" for count in (64, 104, 124, 164)]
+
+
+def test_patience_is_of_epochs_not_of_heads_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_head, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(KeptFeatures, "accuracy", lambda *_: 0.5)
+    case = Case(tmp_path, per_class=80)
+    events: list[Event] = []
+    case.runtime.fit(
+        case.samples,
+        case.options(patience=1),
+        tmp_path / "mine",
+        val=case.test,
+        report=events.append,
+    )
+    (epoch,) = [event for event in events if isinstance(event, EpochReport)]
+    assert sum(epoch.levels) == 240
+
+
+@pytest.mark.parametrize("end", ["stopping", "head in closed form", "Ctrl-C"])
+def test_a_run_that_stops_early_does_so_wherever_it_was_cut(tmp_path: Path, end: str) -> None:
+    case = Case(tmp_path, per_class=40)
+    options = case.options(stop="90%", checkpoint_seconds=0)
+    case.runtime.fit(case.samples, options, tmp_path / "whole", val=case.test)
+
+    def cut(event: Event) -> None:
+        if end == "Ctrl-C" and isinstance(event, StepReport) and event.step == 16:
+            os.kill(os.getpid(), signal.SIGINT)  # while the head that ends the run is judged
+        if isinstance(event, Note) and event.text.startswith(end):
+            raise RuntimeError
+
+    with suppress(RuntimeError, KeyboardInterrupt):
+        case.runtime.fit(case.samples, options, tmp_path / "cut", val=case.test, report=cut)
+    case.runtime.fit(case.samples, options, tmp_path / "cut", val=case.test, resume=True)
+    assert theta(tmp_path / "cut") == theta(tmp_path / "whole")
+    facts = [json.loads((tmp_path / out / "model.json").read_text()) for out in ("cut", "whole")]
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize("kind", ["probe", "bodies"])
+def test_how_the_head_was_found_is_told_after_a_kill_at_the_end(tmp_path: Path, kind: str) -> None:
+    case = Case(tmp_path, kind)
+    case.fit("mine", epochs=2)
+    told = json.loads((tmp_path / "mine" / "model.json").read_text())
+    (tmp_path / "mine" / "model.json").unlink()
+    case.runtime.fit(case.samples, case.options(epochs=2), tmp_path / "mine", resume=True)
+    assert json.loads((tmp_path / "mine" / "model.json").read_text()) == told
+    assert told["metrics"]["head"]["judged"] == 30
 
 
 def test_every_class_comes_evenly() -> None:
