@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,12 +45,14 @@ _SHARPNESS = tuple(2.0 ** (step / 2) for step in range(-16, 5))
 class Head:
     """A linear head and how it was found: weight f32[C, d], bias f32[C].
 
-    accuracy, loss: of `judged` samples, each by the head that would be without it.
+    sharpness: factor of the logits. accuracy, loss: of `judged` samples, each by the head that
+    would be without it.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     shrinkage: float
+    sharpness: float
     accuracy: float
     loss: float
     judged: int
@@ -58,6 +61,7 @@ class Head:
         """Return the JSON-able facts, without the weights."""
         return {
             "shrinkage": self.shrinkage,
+            "sharpness": self.sharpness,
             "left_out_accuracy": self.accuracy,
             "left_out_loss": self.loss,
             "judged": self.judged,
@@ -148,6 +152,10 @@ class ClassStatistics:
     def glance(self) -> Head:
         """Return a head for the time being, of the guessed shrinkage, judged by fewer rows."""
         return _Analysis.of(self._with_pending()).judged(self._guess(), most=_GLANCED)
+
+    def solve_like(self, facts: Mapping[str, Any]) -> Head:
+        """Return the head of all that was added, found as `facts` of another one say."""
+        return _Analysis.of(self._with_pending()).like(facts)
 
     def _guess(self) -> float:
         strength = _GUESSED * (len(self._origin) / self.count) ** 2
@@ -270,14 +278,39 @@ class _Analysis:
         solved = self._solved(rows, shrinkage)
         scores = self._left_out(solved, labels, shrinkage)
         loss, sharpness = _sharpest(scores, labels)
+        accuracy = float((scores.argmax(axis=1) == labels).mean())
+        return self._head(solved, shrinkage, sharpness, accuracy, loss, len(labels))
+
+    def like(self, facts: Mapping[str, Any]) -> Head:
+        """Return the head of another one's shrinkage and sharpness; it is not judged anew."""
+        shrinkage = facts["shrinkage"]
+        return self._head(
+            self._solved(self.kept[:0], shrinkage),
+            shrinkage,
+            facts["sharpness"],
+            facts["left_out_accuracy"],
+            facts["left_out_loss"],
+            facts["judged"],
+        )
+
+    def _head(
+        self,
+        solved: _Solved,
+        shrinkage: float,
+        sharpness: float,
+        accuracy: float,
+        loss: float,
+        judged: int,
+    ) -> Head:
         offsets = 0.5 * np.einsum("ii->i", solved.means) + solved.weight @ self.origin
         return Head(
             (sharpness * solved.weight).astype(np.float32),
             (sharpness * (self.log_priors - offsets)).astype(np.float32),
             shrinkage,
-            float((scores.argmax(axis=1) == labels).mean()),
+            sharpness,
+            accuracy,
             loss,
-            len(labels),
+            judged,
         )
 
     def _solved(self, rows: np.ndarray, shrinkage: float) -> _Solved:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -50,17 +51,23 @@ class ClosedHead:
         options: TrainOptions,
         classes: int,
         *,
+        samples: int | None,
         complete: bool,
         pause_seconds: float,
     ) -> None:
         """Take a head's inputs, the parameters it starts from, and those options that count.
 
+        samples: how many there are, None for a stream.
         pause_seconds: the least time between two heads on the way; 0 for none, whatever they take.
         """
         self.complete = complete
         self._least_pause_seconds = self._pause_seconds = pause_seconds
         self._made_at = monotonic()
         self.head: Head | None = None
+        # How the head of the first visit was found, from the second on: left out, a view would be
+        # judged by a head that knows its photo's other views.
+        self._found: Mapping[str, Any] | None = None
+        self._samples = samples
         self._inputs = inputs
         self._executable = executable
         self._theta = dict(theta)
@@ -101,6 +108,7 @@ class ClosedHead:
                 theta,
                 options,
                 classes,
+                samples=samples,
                 complete=complete,
                 pause_seconds=pause,
             )
@@ -157,7 +165,12 @@ class ClosedHead:
         last: whether it is to stay; one for the time being costs a fifth.
         """
         begun = monotonic()
-        self.head = self._statistics.solve() if last else self._statistics.glance()
+        if self._found is not None:
+            self.head = self._statistics.solve_like(self._found)
+        else:
+            self.head = self._statistics.solve() if last else self._statistics.glance()
+            if self._statistics.count == self._samples and last:
+                self._found = self.head.facts()
         if self._least_pause_seconds:
             took = monotonic() - begun
             self._pause_seconds = max(self._least_pause_seconds, _PAUSE_FACTOR * took)
@@ -185,10 +198,11 @@ class ClosedHead:
         """Return the sums, for a checkpoint; none before the first sample."""
         return self._statistics.state() if self._statistics.count else {}
 
-    def load_state(self, state: Arrays) -> None:
-        """Continue from what `state` returned."""
+    def load_state(self, state: Arrays, found: Mapping[str, Any] | None) -> None:
+        """Continue from what `state` returned; found: facts of the head of the last whole visit."""
         if state:
             self._statistics.load_state(state)
+        self._found = found
 
 
 def _gentle(head: Head) -> Head:

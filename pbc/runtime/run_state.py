@@ -11,7 +11,6 @@ from pbc.runtime.meter import STAGES
 from pbc.util.shapes import (
     ShapeError,
     check,
-    dict_of,
     flag,
     integer,
     list_of,
@@ -29,6 +28,15 @@ _TOTALS = record(
         "skipped_updates": integer(),
         "seconds": record(dict.fromkeys(STAGES, number())),
         "iterating_seconds": number(),
+    }
+)
+_HEAD = record(
+    {
+        "shrinkage": number(0, 1),
+        "sharpness": number(0),
+        "left_out_accuracy": number(0, 1),
+        "left_out_loss": number(),
+        "judged": integer(),
     }
 )
 
@@ -81,6 +89,6 @@ class RunState:
         stopped = facts.get("stopped", False)
         check(stopped, flag, "stopped")
         head = facts.get("head")
-        check(head, maybe(dict_of(number())), "head")
+        check(head, maybe(_HEAD), "head")
         known = {name: facts[name] for name in names}
         return cls(Totals(**facts["totals"]), **known, stopped=stopped, head=head)

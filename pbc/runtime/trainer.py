@@ -438,7 +438,7 @@ class Trainer:
         """Take up the sums of a closed form, or start the epochs with its head."""
         if closed.complete:
             if checkpoint is not None:
-                closed.load_state(checkpoint.part("closed"))
+                closed.load_state(checkpoint.part("closed"), self._state.head)
             closed.use(self.parameters())
             self._learner = closed
             return

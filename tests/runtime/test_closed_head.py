@@ -257,6 +257,25 @@ def test_views_of_photos_are_counted_through_all_visits(
     assert seen == [f"after {count} of 240 views" for count in (64, 104, 124, 164)]
 
 
+def test_views_of_a_photo_do_not_judge_each_other(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    events = case.fit("whole", augment=3)
+    told = [event.text for event in events if isinstance(event, Note) and "shrink" in event.text]
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert told[0].endswith("by leave-one-out on 30 photos")
+
+    def cut(event: Event) -> None:
+        if isinstance(event, StepReport) and (event.epoch, event.step) == (2, 3):
+            raise RuntimeError
+
+    options = case.options(augment=3, checkpoint_seconds=0)
+    with pytest.raises(RuntimeError):
+        case.runtime.fit(case.samples, options, tmp_path / "cut", report=cut)
+    case.runtime.fit(case.samples, options, tmp_path / "cut", resume=True)
+    assert theta(tmp_path / "cut") == theta(tmp_path / "whole")
+
+
 def test_patience_is_of_epochs_not_of_heads_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
