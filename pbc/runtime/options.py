@@ -134,6 +134,11 @@ class TrainOptions:
             )
         if not 0 < self.rho <= 1:
             raise UsageError(f"rho is {self.rho}; it must be in 0…1, and above 0")
+        if not self.checkpoint_seconds >= 0:
+            raise UsageError(
+                f"the seconds between checkpoints are {self.checkpoint_seconds}; "
+                "they must be at least 0"
+            )
         if self.time_budget is not None and not self.time_budget > 0:
             raise UsageError(f"the time budget is {self.time_budget} s; it must be above 0")
         if self.max_level is not None and self.max_level < 0:
@@ -144,6 +149,13 @@ class TrainOptions:
             raise UsageError(
                 f"the level to deploy is {self.deploy_level!r}; it must be a number from 0 on, "
                 f"or {AUTO}"
+            )
+        most = self.max_level if self.routing else 0
+        if self.fixed_level is not None and most is not None and most < self.fixed_level:
+            why = f"the cheapest level is {most}" if self.routing else "there is no routing"
+            raise UsageError(
+                f"the level to deploy is {self.fixed_level}, where all photos are learnt from too, "
+                f"but {why}: give one of the two"
             )
         if self.stop is not None:
             Stop.parse(self.stop)  # which refuses what cannot be meant

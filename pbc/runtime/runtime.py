@@ -102,6 +102,7 @@ class Runtime:
         trainer = Trainer(self.bundle, self.engine, samples, options, output, report, val=val)
         with output.locked(), deferred_interrupt() as interrupt:
             if not resume:
+                trainer.check()  # while what an earlier run left is still there
                 output.clear(overwrite=overwrite)
             output.adopt(self.bundle)
             trainer.prepare(resume=resume, interrupt=interrupt)
@@ -129,11 +130,11 @@ class Runtime:
         """
         output = Output(Path(out))
         with output.locked(), deferred_interrupt() as interrupt:
-            output.clear(overwrite=overwrite)
-            output.adopt(self.bundle)
             training = StreamTraining(
                 self.bundle, self.engine, tuple(classes), options, output, report, interrupt
             )
+            output.clear(overwrite=overwrite)
+            output.adopt(self.bundle)
             result = training(stream)
             if interrupt.requested:
                 raise KeyboardInterrupt

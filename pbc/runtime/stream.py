@@ -13,7 +13,7 @@ from typing import Any
 from pbc.bundle import Bundle
 from pbc.bundle.ladder import CLOSED, SGD
 from pbc.data import Samples
-from pbc.errors import PbcError
+from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, told
 from pbc.runtime.engines import Engine, Executable, guarded
@@ -22,7 +22,7 @@ from pbc.runtime.events import EpochReport, Note, Progress, Report, silent
 from pbc.runtime.frames import Stream, blocks
 from pbc.runtime.loop import DivergedError, Steps, Totals, finite_parameters, train
 from pbc.runtime.meter import Meter
-from pbc.runtime.options import TrainOptions
+from pbc.runtime.options import AUTO, TrainOptions
 from pbc.runtime.output.folder import Output
 from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import write_model
@@ -53,6 +53,7 @@ class StreamTraining:
         report: Report,
         interrupt: Interrupt,
     ) -> None:
+        _refuse_what_needs_photos_again(options)
         # What a second visit would need is off.
         options = replace(options, epochs=1, cache="off", augment=0, time_budget=None)
         self._options = options.for_bundle(bundle)
@@ -163,6 +164,22 @@ class StreamTraining:
                 pass
         except DivergedError as error:
             raise _diverged(error, totals) from error
+
+
+def _refuse_what_needs_photos_again(options: TrainOptions) -> None:
+    """Raise UsageError for an option that a stream, of which nothing is kept, cannot follow."""
+    asked = (
+        ("stop", options.stop, None),
+        ("patience", options.patience, None),
+        ("selector", options.selector, None),
+        ("deploy_level", options.deploy_level if options.deploy_level == AUTO else 0, 0),
+    )
+    for name, value, default in asked:
+        if value != default:
+            raise UsageError(
+                f"{name} is {value!r}; a stream comes once, and nothing of it is kept to judge by: "
+                f"it must be {default}"
+            )
 
 
 def _diverged(error: DivergedError, totals: Totals) -> PbcError:

@@ -17,6 +17,7 @@ from pbc.data import Samples
 from pbc.errors import PbcError, UsageError
 from pbc.runtime.allocator import keep_freed_memory
 from pbc.runtime.closed_head import ClosedHead, start_epochs, stratified, told
+from pbc.runtime.costs import Costs
 from pbc.runtime.engines import Engine, Executable, guarded
 from pbc.runtime.engines.bounds import check_mini_batch
 from pbc.runtime.evaluation import Evaluation
@@ -89,9 +90,10 @@ class Trainer:
         self._interrupt = Interrupt()
         self._saved_at = monotonic()
         self._epochs = options.epochs
-        # Set by prepare(); None where SGD alone makes the head.
+        # Set by check(); the closed form is None where SGD alone makes the head.
+        self._initial: dict[str, np.ndarray] = {}
         self._closed: ClosedHead | None = None
-        self._growing: GrowingModel  # set by prepare()
+        self._growing: GrowingModel
         self._selection: Selection | None = None
         self._metrics: Metrics
         self._run: Prepared
@@ -164,6 +166,31 @@ class Trainer:
             self._executable.load_optimizer_state(state)
         self._state.begin_epoch_again()
 
+    def check(self, *, resume: bool = False) -> None:
+        """Refuse options that these samples cannot be trained with, before anything is written.
+
+        `prepare` does it too; whoever removes an earlier run first wants to know before that.
+        """
+        options, bundle, classes = self.options, self._bundle, len(self._samples.classes)
+        check_mini_batch(bundle.manifest, min(self.batch, len(self._samples)))
+        plugins.load("pbc.schedulers", options.scheduler)
+        if options.costs is not None and not resume:
+            Costs.load(options.costs, len(bundle.ladder))
+        self._executable.foresee(body_inputs(bundle, classes))
+        self._initial = initial_parameters(bundle, classes, options.seed)
+        self._closed = ClosedHead.find(
+            bundle, self._executable, self._initial, options, len(self._samples)
+        )
+        visiting = options if self._closed is None else self._closed.options(options)
+        self._growing = GrowingModel.of(self._val, visiting, len(self._samples))
+        self._require_held_out()
+        if options.selector is not None:
+            plugins.load("pbc.selectors", options.selector)
+            if self._closed is not None and self._closed.complete:
+                raise UsageError(
+                    "a head in closed form has no steps to select for: give --head sgd"
+                )
+
     def prepare(self, *, resume: bool = False, interrupt: Interrupt | None = None) -> None:
         """Set up parameters, routing and cache; take up the checkpoint's state on `resume`.
 
@@ -174,20 +201,14 @@ class Trainer:
         self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
         self._resumption = Resumption(self._output.checkpoint, self._identity(), options.epochs)
-        check_mini_batch(self._bundle.manifest, min(self.batch, len(self._samples)))
-        self._executable.foresee(body_inputs(self._bundle, len(self._samples.classes)))
-        parameters = initial_parameters(self._bundle, len(self._samples.classes), options.seed)
+        if not self._initial:
+            self.check(resume=resume)
+        parameters, self._initial = self._initial, {}
         checkpoint = self._resumable() if resume else None
         for line in filter(None, [other_classes(self._bundle, self._samples.classes)]):
             self._report(Note(line))
         if self._val is not None:
             self._report(Note(_split_line(self._samples, self._val)))
-        self._closed = ClosedHead.find(
-            self._bundle, self._executable, parameters, options, len(self._samples)
-        )
-        visiting = options if self._closed is None else self._closed.options(options)
-        self._growing = GrowingModel.of(self._val, visiting, len(self._samples))
-        self._require_held_out()
         if checkpoint is not None:
             with self._resumption.reading():
                 theta = checkpoint.part("theta")
@@ -340,8 +361,6 @@ class Trainer:
 
     def _selecting(self, name: str, checkpoint: Checkpoint | None) -> Selection:
         """Return what selects tensors in this run, at the checkpoint's choice."""
-        if self._closed is not None and self._closed.complete:
-            raise UsageError("a head in closed form has no steps to select for: give --head sgd")
         selector = plugins.load("pbc.selectors", name)()
         head = list(self._bundle.manifest["head"])
         found = Selection(self._executable, selector, self.objective, head, self.options.rho)

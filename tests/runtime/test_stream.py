@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from pbc.data import ImageFolder
-from pbc.errors import PbcError
+from pbc.errors import PbcError, UsageError
 from pbc.runtime.engines.pytorch.engine import PyTorchExecutable
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
@@ -176,6 +176,20 @@ def test_ctrl_c_ends_the_stream_and_keeps_the_model(runtime: Runtime, tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         runtime.fit_stream(endless(), CLASSES, TrainOptions(), tmp_path / "out")
     assert Personal.open(tmp_path / "out").model["samples"] == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop", "5s"), ("patience", 2), ("selector", "elastic"), ("deploy_level", "auto")],
+)
+def test_what_a_stream_cannot_follow_is_refused(
+    runtime: Runtime, tmp_path: Path, name: str, value: Any
+) -> None:
+    runtime.fit_stream(frames(30), CLASSES, TrainOptions(), tmp_path / "out")
+    wish = TrainOptions(**{name: value})
+    with pytest.raises(UsageError, match=f"{name} is {value!r}; a stream comes once"):
+        runtime.fit_stream(frames(30), CLASSES, wish, tmp_path / "out", overwrite=True)
+    assert Personal.open(tmp_path / "out").model["samples"] == 30
 
 
 def test_a_run_is_not_overwritten_by_accident(runtime: Runtime, tmp_path: Path) -> None:

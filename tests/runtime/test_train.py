@@ -570,6 +570,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_by_accident(run: Run) -> N
     run("train", "@maps.pbc", "@photos", "-o", "a", "--overwrite", "--resume", fails=2)
 
 
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--costs", "gone.json"], "cannot read gone.json", 1),
+        (["--scheduler", "pie"], "no scheduler named 'pie'", 2),
+        (["--selector", "elastc"], "no selector named 'elastc'", 2),
+        (["--selector", "elastic", "--head", "closed"], "a head in closed form has no steps", 2),
+        (["--patience", "2", "--val", "none", "--head", "sgd"], "need held-out photos", 2),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_the_one_that_it_was_to_overwrite(
+    run: Run, words: list[str], message: str, code: int
+) -> None:
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1")
+    before = theta("a")
+    result = run("train", "@probe.pbc", "@photos", "-o", "a", "--overwrite", *words, fails=code)
+    assert message in result.stderr
+    assert theta("a") == before
+    run("eval", "a", "@test")
+
+
 def test_two_runs_do_not_share_a_folder(assets: Path, tmp_path: Path) -> None:
     runtime = Runtime.open(assets / "probe.pbc")
     samples = ImageFolder.open(assets / "photos", runtime.spec)
@@ -777,6 +798,9 @@ def test_a_personal_model_that_was_tampered_with(run: Run, assets: Path) -> None
         (["--max-accuracy-loss", "-1"], "the most accuracy to lose is -1.0 points; it must be at"),
         (["--time-budget", "0"], "the time budget is 0.0 s; it must be above 0"),
         (["--max-level", "-1"], "the cheapest level is -1; it must be at least 0"),
+        (["--checkpoint-seconds", "nan"], "the seconds between checkpoints are nan; they must be"),
+        (["--deploy-level", "1", "--no-routing"], "the level to deploy is 1, where all photos are"),
+        (["--deploy-level", "2", "--max-level", "1"], "but the cheapest level is 1: give one of"),
         (["--augment", "65"], "augment is 65; it must be in 0…64"),
         (["--prefix-batch", "0"], "prefix_batch is 0; it must be at least 1"),
     ],
