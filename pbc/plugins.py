@@ -9,6 +9,7 @@ from typing import Any
 
 from pbc.errors import PbcError, UsageError, suggest
 from pbc.util import source
+from pbc.util.interrupt import held_interrupt
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Plugin:
         Raises PbcError where there is none, or one that lacks what the group's protocol asks for.
         """
         try:
-            module = importlib.import_module(self.module)
+            with held_interrupt():
+                module = importlib.import_module(self.module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{self.module}.".startswith(f"{error.name}."):
                 raise  # what the plugin needs is missing, not the plugin itself

@@ -49,3 +49,15 @@ def deferred_interrupt() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def held_interrupt() -> Iterator[None]:
+    """Let the first Ctrl-C or SIGTERM arrive when the block is over.
+
+    An extension module that meets one while it is imported may say of itself that it is broken.
+    """
+    with deferred_interrupt() as interrupt:
+        yield
+    if interrupt.requested:
+        signal.raise_signal(signal.SIGINT)

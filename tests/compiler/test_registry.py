@@ -170,3 +170,20 @@ def test_an_unknown_name_is_a_usage_error_with_a_suggestion() -> None:
         plugins.load("pbc.passes", "prun")
     with pytest.raises(UsageError, match="no target named 'jetson-tx3'; did you mean 'jetson-tx2'"):
         load_target("jetson-tx3")
+
+
+def test_an_interrupt_waits_for_the_import_of_a_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_extension.py").write_text(
+        "import signal\n"
+        "try:\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ImportError('initialization failed')\n"
+        "plugin = object()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = plugins.Plugin("slow", "pbc.none", "slow_extension:plugin", "slow", "1")
+    with pytest.raises(KeyboardInterrupt):
+        plugin.load()
