@@ -27,7 +27,7 @@ from pbc.ir.slice_graph import refresh_shapes
 
 aten = torch.ops.aten
 
-# The key of a node's meta under which it says what was merged of it, one Merge after the other.
+# The key of a node's meta under which it says what was merged of it, as _Fewer.
 _MERGES = "pbc_merges"
 _END = 2**63 - 1
 # bfloat16 counts no further; more tokens of either half are left alone.
@@ -110,15 +110,17 @@ def merged(level: LevelGraphs, tokens: Tokens, dims: Dims, *, shapes: bool = Tru
 def cut_unmerged(graph: GraphModule, names: Sequence[str]) -> GraphModule:
     """Return a copy that returns the named nodes with all their tokens, under these names."""
     by_name = {node.name: node for node in graph.graph.nodes}
-    if not any(by_name[name].meta.get(_MERGES) for name in names):
+    if not any(_MERGES in by_name[name].meta for name in names):
         return cut_at(graph, names)
     whole = copy_graph(graph)
     by_name = {node.name: node for node in whole.graph.nodes}
     ends = []
     for name in names:
         node = by_name[name]
-        build = _Builder(whole, output_node(whole), f"{name}_whole")
-        ends.append(_unmerged(build, node, node.meta.get(_MERGES, ()), by_name))
+        if _MERGES in node.meta:
+            build = _Builder(whole, output_node(whole), f"{name}_whole")
+            node = _unmerged(build, node, node.meta[_MERGES], by_name)
+        ends.append(node)
     output_node(whole).args = (tuple(ends),)
     whole.recompile()
     refresh_shapes(whole)
@@ -233,6 +235,19 @@ class _Merge:
     second: int
 
 
+@dataclass(frozen=True)
+class _Fewer:
+    """What was merged of a value's tokens, and which of its axes they and the batch are.
+
+    batch: None where the batch shares its axis, as with heads that are folded into it.
+    """
+
+    merges: tuple[_Merge, ...]
+    batch: int | None
+    tokens: int
+    rank: int
+
+
 class _Builder:
     """Adds operators to a graph in front of a node, under names of their own."""
 
@@ -249,8 +264,8 @@ class _Builder:
                 "call_function", op, args, name=f"{self._title}_{self._count}"
             )
 
-    def part(self, node: Node, start: int, end: int = _END, step: int = 1) -> Node:
-        return self(aten.slice.Tensor, node, 1, start, end, step)
+    def part(self, node: Node, start: int, end: int = _END, step: int = 1, axis: int = 1) -> Node:
+        return self(aten.slice.Tensor, node, axis, start, end, step)
 
     def chosen(self, condition: Node, like: Node) -> Node:
         """One where a condition holds, else zero, in the type of another value."""
@@ -279,6 +294,7 @@ class _Merging:
         self.tokens = tokens
         # Of level 0; the nodes that are added get axes too.
         self.axes = dict(dims.axes)
+        self.batch = dims.batch
         self.by_name = {node.name: node for node in graph.graph.nodes}
         # Of every node that has fewer tokens now: since which merge.
         self.states: dict[Node, _State] = {}
@@ -310,15 +326,17 @@ class _Merging:
         if any(other.merges != state.merges for other in known) or not self.adapts(node, state):
             self.bring_back(node)
             return
-        if self.has_tokens(node) or isinstance(node.meta.get("val"), (tuple, list)):
+        if self.has_tokens(node):
             self.states[node] = state
-            node.meta[_MERGES] = state.merges
+            node.meta[_MERGES] = self.fewer(node, state)
+        elif isinstance(node.meta.get("val"), (tuple, list)):
+            self.states[node] = state
 
     def adapts(self, node: Node, state: _State) -> bool:
         """Rewrite an operator for fewer tokens; False where it cannot be."""
         name = op_name(node)
         kind = name.split(".")[1]
-        if any(self.has_tokens(v) for v in node.all_input_nodes if v not in self.states):
+        if any(self.counts_tokens(v) for v in node.all_input_nodes if v not in self.states):
             return False
         if name == "aten.sym_size.int":
             return bool(node.args[1] == 0)
@@ -328,7 +346,7 @@ class _Merging:
             return self.reshape(node, state)
         if kind in _ALONG and self.along_tokens(node, _ALONG[kind]):
             return kind in ("select", "slice") and self.of_leading(node)
-        if kind not in _PER_POSITION:
+        if kind not in _PER_POSITION or self.normalises_tokens(node, kind):
             return False
         return isinstance(node.meta.get("val"), (tuple, list)) or self.has_tokens(node)
 
@@ -369,6 +387,13 @@ class _Merging:
             return False
         return 0 <= start < end <= self.tokens.leading
 
+    def normalises_tokens(self, node: Node, kind: str) -> bool:
+        """Whether a norm is over the tokens, too."""
+        if kind not in ("layer_norm", "rms_norm"):
+            return False
+        count = len(node.args[1])  # type: ignore[arg-type]
+        return any(self.is_tokens(axis) for axis in self.axes.get(node.name, [])[-count:])
+
     def is_tokens(self, axis: Axis) -> bool:
         return tuple(atoms(axis)) == self.tokens.axis
 
@@ -380,6 +405,17 @@ class _Merging:
         touched = [axis for axis in axes if set(self.tokens.axis) & set(atoms(axis))]
         return len(touched) == 1 and self.is_tokens(touched[0])
 
+    def counts_tokens(self, node: Node) -> bool:
+        """Whether any axis has to do with tokens, as both of a layer's that mixes them."""
+        axes = self.axes.get(node.name) or []
+        return any(set(self.tokens.axis) & set(atoms(axis)) for axis in axes)
+
+    def fewer(self, node: Node, state: _State) -> _Fewer:
+        axes = self.axes[node.name]
+        alone = [at for at, axis in enumerate(axes) if atoms(axis) == [self.batch]]
+        (tokens,) = (at for at, axis in enumerate(axes) if self.is_tokens(axis))
+        return _Fewer(state.merges, alone[0] if alone else None, tokens, len(axes))
+
     def bring_back(self, node: Node) -> None:
         """Let a node read all tokens again."""
         node.args = torch.fx.map_arg(node.args, lambda value: self.whole(value, node))
@@ -390,7 +426,8 @@ class _Merging:
             return value
         if value not in self._whole:
             build = _Builder(self.graph, before, f"{value.name}_all")
-            self._whole[value] = _unmerged(build, value, self.states[value].merges, self.by_name)
+            fewer = self.fewer(value, self.states[value])
+            self._whole[value] = _unmerged(build, value, fewer, self.by_name)
         return self._whole[value]
 
     # ---- merging --------------------------------------------------------------------------------
@@ -430,7 +467,7 @@ class _Merging:
         merges = (*state.merges, _Merge(kept.name, into.name, leading, first, second))
         state = _State(merges, sizes, state.count - gone)
         self.by_name |= {kept.name: kept, into.name: into}
-        result.meta[_MERGES] = merges
+        result.meta[_MERGES] = _Fewer(merges, batch=0, tokens=1, rank=3)
         # For dimensions the merged tokens are those that they were.
         self.axes[result.name] = self.axes[node.name]
         self.states[result] = state
@@ -493,25 +530,46 @@ def _likeness(build: _Builder, key: Node) -> Node:
     return build(aten.mul.Tensor, mean, length)
 
 
-def _unmerged(
-    build: _Builder, node: Node, merges: Sequence[_Merge], by_name: dict[str, Node]
-) -> Node:
-    """All tokens again, each with the value of what it was merged into."""
-    for merge in reversed(merges):
-        kept, into = by_name[merge.kept], by_name[merge.into]
-        middle = build.part(node, merge.leading, -merge.second)
-        other = build.part(node, -merge.second)
+def _unmerged(build: _Builder, node: Node, fewer: _Fewer, by_name: dict[str, Node]) -> Node:
+    """All tokens again, each with the value of what it was merged into; axes stay in their order.
+
+    Raises ValueError where the batch shares its axis with something else.
+    """
+    if fewer.batch is None:
+        raise ValueError(f"{node.name} has no axis of its own for the batch beside its tokens")
+    others = [at for at in range(fewer.rank) if at not in (fewer.batch, fewer.tokens)]
+    # Tokens last but one, whatever is in front of them: products with matrices are over the last.
+    order = [fewer.batch, *others[:-1], fewer.tokens, *others[-1:]]
+    moved = order != sorted(order)
+    if moved:
+        node = build(aten.permute.default, node, order)
+    if not others:
+        node = build(aten.unsqueeze.default, node, 2)
+    axis = max(fewer.rank, 3) - 2
+    for merge in reversed(fewer.merges):
+        kept, into = (
+            build(aten.transpose.int, by_name[name], 1, 2) for name in (merge.kept, merge.into)
+        )
+        for _ in range(axis - 1):
+            kept, into = (build(aten.unsqueeze.default, one, 1) for one in (kept, into))
+        middle = build.part(node, merge.leading, -merge.second, axis=axis)
+        other = build.part(node, -merge.second, axis=axis)
         one = build(
             aten.add.Tensor,
-            build(aten.matmul.default, build(aten.transpose.int, kept, 1, 2), middle),
-            build(aten.matmul.default, build(aten.transpose.int, into, 1, 2), other),
+            build(aten.matmul.default, kept, middle),
+            build(aten.matmul.default, into, other),
         )
         # In turn, one of the first half and one of the second; the first may have one more.
-        pairs = build(aten.stack.default, [build.part(one, 0, merge.second), other], 2)
-        parts = [build(aten.flatten.using_ints, pairs, 1, 2)]
+        first = build.part(one, 0, merge.second, axis=axis)
+        pairs = build(aten.stack.default, [first, other], axis + 1)
+        parts = [build(aten.flatten.using_ints, pairs, axis, axis + 1)]
         if merge.first > merge.second:
-            parts.append(build.part(one, merge.second))
+            parts.append(build.part(one, merge.second, axis=axis))
         if merge.leading:
-            parts.insert(0, build.part(node, 0, merge.leading))
-        node = build(aten.cat.default, parts, 1)
+            parts.insert(0, build.part(node, 0, merge.leading, axis=axis))
+        node = build(aten.cat.default, parts, axis)
+    if not others:
+        node = build(aten.select.int, node, 2, 0)
+    if moved:
+        node = build(aten.permute.default, node, [order.index(at) for at in range(fewer.rank)])
     return node

@@ -112,6 +112,67 @@ def merged_one_by_one(t: Tensor, sizes: Tensor, key: Tensor, gone: int) -> tuple
     return (sums / counts[:, None])[stay], counts[stay]
 
 
+class Pooled(TokenNet):
+    """Tokens are averaged, in one of the layouts that networks have them in."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__(depth=2)
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = self.norm(self.blocks(x))
+        if self.layout == "channels first":  # as for a pool in one dimension
+            x = torch.amax(x.transpose(1, 2), -1)
+        elif self.layout == "tokens first":  # as torch's own attention has them
+            x = torch.amax(x.transpose(0, 1), 0)
+        elif self.layout == "heads first":
+            x = torch.amax(x.unflatten(2, (2, 8)).transpose(1, 2), 2).flatten(1)
+        elif self.layout == "no channels":
+            x = x[:, 0] * torch.amax(x.mean(2), 1, keepdim=True)
+        else:
+            x = x[:, 0] * torch.amax(x.mean(2, keepdim=True), 1)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Mixing(TokenNet):
+    """The tokens are also mixed by a layer over them, or normed all together."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2)
+        self.mix = nn.Linear(17, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        x = self.blocks(x)
+        x = nn.functional.layer_norm(x, x.shape[1:])
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
+        logits: Tensor = self.head(x[:, 0])
+        return logits
+
+
+class NormedQueries(TokenNet):
+    """Queries are normed, head by head: a layer that trains reads tokens behind the heads."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3)
+        for block in self.blocks:
+            block.register_module("query_norm", nn.LayerNorm(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
+        for block in self.blocks:
+            q, k, v = block.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(block.query_norm(q), k, v)
+            x = x + block.proj(y.transpose(1, 2).flatten(2))
+        logits: Tensor = self.head(x[:, 0])
+        return logits
+
+
 def merged(kind: Kind, strategy: str, *merges: int) -> Program:
     """Level 1 merges tokens, as a plan that a pass made would have it."""
     program = analysed(kind, strategy)
@@ -164,6 +225,50 @@ def test_a_graph_returns_all_tokens_again() -> None:
     distinct = [len(np.unique(np.round(one.numpy(), 5), axis=0)) for one in sent]
     assert distinct == [17 - 8] * len(images)
     assert level1.body is level0.body or str(level1.body.graph) == str(level0.body.graph)
+
+
+@pytest.mark.parametrize(
+    ("layout", "other"),
+    [
+        ("channels first", "tokens first"),
+        ("channels first", "heads first"),
+        ("no channels", "one channel"),
+    ],
+)
+def test_all_tokens_are_there_again_in_any_layout(layout: str, other: str) -> None:
+    features = []
+    for kind in (layout, other):
+        torch.manual_seed(0)
+        net = Pooled(kind).eval()
+        program = merged(lambda net=net: net, "linear-probe", 5, 3)
+        images = program.network.example
+        with torch.no_grad():
+            features.append(program.levels[1].features(images)["feature_0"])
+            whole = program.levels[0].features(images)["feature_0"]
+        assert not torch.allclose(features[-1], whole, atol=1e-4)
+    assert torch.allclose(*features, atol=1e-5)
+
+
+def test_layers_over_tokens_read_all_of_them() -> None:
+    program = merged(Mixing, "linear-probe", 5, 3)
+    level0, level1 = program.levels
+    images = program.network.example
+    with torch.no_grad():
+        sent, whole = level1.features(images)["feature_0"], level0.features(images)["feature_0"]
+    assert sent.shape == whole.shape
+    assert not torch.allclose(sent, whole, atol=1e-4)
+
+
+def test_an_interface_behind_the_heads_has_all_tokens() -> None:
+    program = merged(NormedQueries, "norm", 5, 0)
+    images = program.network.example
+    with torch.no_grad():
+        wanted = UpToInterface(program, program.levels[0])(images)
+        found = UpToInterface(program, program.levels[1])(images)
+    assert [value.shape for value in found] == [value.shape for value in wanted]
+    queries = [value for value in found if value.dim() == 4][-1]  # of the last block
+    distinct = [len(np.unique(np.round(one[0].numpy(), 5), axis=0)) for one in queries]
+    assert distinct == [17 - 5] * len(images)
 
 
 def test_what_trains_in_blocks_sees_fewer_tokens() -> None:
