@@ -333,6 +333,8 @@ def _normalise(graph: GraphModule, trainable: Collection[str] | None) -> None:
         elif node.target is aten.clamp.default and node.meta["val"].is_floating_point():
             # Exporters give each bound its own type, and 0 beside 0.5 is two of them.
             node.args = (node.args[0], *(_as_float(bound) for bound in node.args[1:]))
+        elif node.target is aten.split.Tensor and isinstance(node.args[1], Node):
+            _parts_of_the_batch(graph, node)
         elif node.target is aten.copy.default:
             _written_value(graph, node)
         elif node.target is aten._to_copy.default and _is_float32(node):
@@ -415,6 +417,31 @@ def _mean_of_windows(graph: GraphModule, node: Node) -> None:
     mean.meta, total.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(total)
     graph.graph.erase_node(node)
+
+
+def _parts_of_the_batch(graph: GraphModule, node: Node) -> None:
+    """Let parts that are as long as the batch be slices, which every engine has for any batch."""
+    size: Any
+    source, size, *axis = node.args
+    for part in list(node.users):
+        number: Any = part.args[1]
+        with graph.graph.inserting_before(part):
+            start, end = (_times(graph, size, factor) for factor in (number, number + 1))
+            taken = graph.graph.call_function(
+                aten.slice.Tensor, (source, *(axis or [0]), start, end)
+            )
+        taken.meta = dict(part.meta)
+        part.replace_all_uses_with(taken)
+        graph.graph.erase_node(part)
+    graph.graph.erase_node(node)
+
+
+def _times(graph: GraphModule, size: Node, factor: int) -> Node | int:
+    if factor < 2:
+        return size if factor else 0
+    product = graph.graph.call_function(operator.mul, (size, factor))
+    product.meta["val"] = size.meta["val"] * factor
+    return product
 
 
 def _written_value(graph: GraphModule, node: Node) -> None:

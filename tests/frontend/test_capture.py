@@ -54,6 +54,22 @@ def test_in_place_operators_dropout_and_copies_are_gone() -> None:
     assert torch.equal(x, untouched)
 
 
+@pytest.mark.parametrize("share", [2, 3])
+def test_parts_as_long_as_the_batch_are_slices(share: int) -> None:
+    def forward(module: Functional, x: Tensor) -> Tensor:
+        views = [x.roll(number, 3) * (1 + number) for number in range(share)]
+        parts = module.fc(pooled(torch.cat(views))).chunk(share)
+        return parts[0] - parts[-1]
+
+    module = Functional(forward)
+    graph = capture(module, SHAPE)
+    # The ONNX exporter cannot fold a split whose length is the batch.
+    assert "aten.split.Tensor" not in [op_name(node) for node in graph.graph.nodes]
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, *SHAPE)
+        assert torch.allclose(graph(x)[0], module(x))
+
+
 @pytest.mark.parametrize("kind", [ConvNet, AttentionNet])
 def test_any_batch_runs(kind: Kind) -> None:
     module, program = captured(kind)

@@ -44,7 +44,9 @@ def _slice(
         if start == 0 and step == 1:
             return x
         end = size
-    elif not isinstance(start, int) or start < 0 or (isinstance(end, int) and end < 0):
+    elif not isinstance(start, int):
+        raise Unsupported("a start that depends on the batch")
+    elif start < 0 or (isinstance(end, int) and end < 0):
         raise Unsupported("negative bounds along the batch")
     return relax.op.strided_slice(x, [axis], [start], [end], [step], assume_inbound=True)
 
