@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pbc.bundle.optimizers import OPTIMIZERS
 from pbc.errors import PbcError, reason_of
 from pbc.frontend import head, models, strategy
 from pbc.frontend.agreement import confirm
@@ -16,9 +17,17 @@ from pbc.frontend.capture import capture
 from pbc.frontend.open_classes import open_classes
 from pbc.frontend.traced_network import TracedNetwork
 from pbc.ir.fold_constants import fold_constants
+from pbc.ir.levels import IMAGES
 from pbc.ir.program import Head, Network, Program, Request
 from pbc.ir.rewrite import copy_graph
+from pbc.ir.split import FEATURE
 from pbc.runtime.engines.pytorch.ops import OPS
+from pbc.training_graph.names import LABELS, LOGITS, LOSS, LOSSES, SMOOTHING
+
+# What graphs read and return beside features; a user's tensor goes by its own name in them.
+_OF_GRAPHS = frozenset({IMAGES, LABELS, SMOOTHING, LOSS, LOSSES, LOGITS}).union(
+    *(facts.scalars for facts in OPTIMIZERS.values())
+)
 
 
 def begin(
@@ -46,6 +55,7 @@ def begin(
     traced = prepared(source, chosen, example, request.blocks)
     reference = _scores(traced, source)
     trainable, frozen = _trained(chosen, traced)
+    _refuse_names_of_graphs(source)
     graph = capture(source.module, source.input.shape, trainable, operators)
     graph = fold_constants(graph, trainable)
     unreached = confirm(source.name, source.module, graph, source.input.shape, trainable)
@@ -67,6 +77,17 @@ def begin(
         model=graph,
         notes=(*_notes(source), *frozen, *unreached, *bound),
     )
+
+
+def _refuse_names_of_graphs(source: models.Source) -> None:
+    """Raise PbcError where a graph would have one name for two, a user's tensor and its own."""
+    for name, _ in (*source.module.named_parameters(), *source.module.named_buffers()):
+        number = name.removeprefix(FEATURE)
+        if name in _OF_GRAPHS or (number != name and number.isdigit()):
+            raise PbcError(
+                f"{source.name} has a tensor called {name!r}, as pbc's graphs call an input or "
+                f"output of theirs; give the attribute another name, such as own_{name}"
+            )
 
 
 def _with_open_classes(

@@ -177,7 +177,10 @@ def extract(
 
 
 def rename_input(graph: GraphModule, node: Node, name: str) -> None:
-    """Call a placeholder otherwise, as an identifier that no other node has."""
+    """Call a placeholder otherwise; a node of a user's tensor that has this name gives it up."""
+    for other in graph.graph.nodes:
+        if other.name == name and other is not node:
+            other.name = f"own_{name}"
     node.name = node.target = name
     graph.recompile()
 

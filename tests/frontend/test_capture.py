@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import AttentionNet, ConvNet, Kind, captured
+from networks import AttentionNet, ConvNet, Kind, captured, split
 from torch import Tensor, nn
 
 from pbc.errors import PbcError
 from pbc.frontend.capture import capture
 from pbc.ir.fold_constants import fold_constants
-from pbc.ir.graph import graph_text, op_name, origin, tensor_names
-from pbc.testing import graph_of
+from pbc.ir.graph import graph_text, op_name, origin, parameter_names, tensor_names
+from pbc.testing import graph_of, make_program
 
 SHAPE = (3, 16, 16)
 
@@ -59,7 +59,8 @@ def test_parts_as_long_as_the_batch_are_slices(share: int) -> None:
     def forward(module: Functional, x: Tensor) -> Tensor:
         views = [x.roll(number, 3) * (1 + number) for number in range(share)]
         parts = module.fc(pooled(torch.cat(views))).chunk(share)
-        return parts[0] - parts[-1]
+        logits: Tensor = parts[0] - parts[-1]
+        return logits
 
     module = Functional(forward)
     graph = capture(module, SHAPE)
@@ -246,3 +247,47 @@ def test_names_may_be_keywords_and_a_forward_may_take_any_number_of_inputs() -> 
     assert {"heads.class.weight", "not.weight"} <= set(tensor_names(graph))
     x = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(graph(x)[0], net(x))
+
+
+class Named(nn.Module):
+    """A network with a tensor of this name behind a layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.register_parameter(name, nn.Parameter(torch.ones(8)))
+        self.last = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.last(self.conv(x).relu()) * self.get_parameter(self.name)[:, None, None]
+        logits: Tensor = self.fc(maps.mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize("name", ["x", "labels", "loss", "momentum", "learning_rate", "feature_0"])
+@pytest.mark.parametrize("strategy", ["full", "linear-probe"])
+def test_a_parameter_called_as_an_input_of_graphs_is_told(name: str, strategy: str) -> None:
+    with pytest.raises(PbcError, match=f"has a tensor called '{name}'.*such as own_{name}"):
+        make_program(Named(name), strategy)
+
+
+class Listed(Named):
+    """The same in a list, whose first is called feature.0."""
+
+    def __init__(self) -> None:
+        super().__init__("scale")
+        self.feature = nn.ParameterList([self.scale])
+
+
+def test_a_node_of_a_tensor_gives_up_the_name_of_a_feature() -> None:
+    torch.manual_seed(0)
+    module = Listed().eval()
+    del module.scale
+    module.name = "feature.0"
+    program = split(lambda: module, "bias")
+    level, images = program.levels[0], torch.randn(2, *SHAPE)
+    theta = [program.parameters[title].detach() for title in parameter_names(level.body)]
+    (logits,) = level.body(*level.features(images).values(), *theta)
+    assert torch.allclose(logits, module(images), atol=1e-6)

@@ -166,8 +166,11 @@ class NormedQueries(TokenNet):
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
         for block in self.blocks:
+            assert isinstance(block, Block)
             q, k, v = block.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-            y = nn.functional.scaled_dot_product_attention(block.query_norm(q), k, v)
+            y = nn.functional.scaled_dot_product_attention(
+                block.get_submodule("query_norm")(q), k, v
+            )
             x = x + block.proj(y.transpose(1, 2).flatten(2))
         logits: Tensor = self.head(x[:, 0])
         return logits
@@ -236,17 +239,17 @@ def test_a_graph_returns_all_tokens_again() -> None:
     ],
 )
 def test_all_tokens_are_there_again_in_any_layout(layout: str, other: str) -> None:
-    features = []
-    for kind in (layout, other):
+    def features(layout: str) -> Tensor:
         torch.manual_seed(0)
-        net = Pooled(kind).eval()
-        program = merged(lambda net=net: net, "linear-probe", 5, 3)
+        net = Pooled(layout).eval()
+        program = merged(lambda: net, "linear-probe", 5, 3)
         images = program.network.example
         with torch.no_grad():
-            features.append(program.levels[1].features(images)["feature_0"])
-            whole = program.levels[0].features(images)["feature_0"]
-        assert not torch.allclose(features[-1], whole, atol=1e-4)
-    assert torch.allclose(*features, atol=1e-5)
+            whole, found = (level.features(images)["feature_0"] for level in program.levels)
+        assert not torch.allclose(found, whole, atol=1e-4)
+        return found
+
+    assert torch.allclose(features(layout), features(other), atol=1e-5)
 
 
 def test_layers_over_tokens_read_all_of_them() -> None:
