@@ -257,8 +257,9 @@ def block_outputs(module: nn.Module, names: Iterable[str], example: Tensor) -> d
 
     def keep(name: str, output: Tensor) -> None:
         if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise PbcError(
-                f"block {name} puts out {type(output).__name__}; adapters need one tensor of "
+                f"block {name} puts out {found}; adapters need one tensor of "
                 "shape [batch, tokens, channels] or [batch, channels, height, width]"
             )
         outputs[name] = output

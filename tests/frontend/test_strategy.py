@@ -142,6 +142,13 @@ def test_adapters_need_one_tensor_per_block() -> None:
         make_program(Model(), "adapters:1")
 
 
+def test_a_block_without_positions_is_told_by_its_shape() -> None:
+    example = torch.zeros(2, 3, 8, 8)
+    pooled = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(PbcError, match=r"block 2 puts out \[2, 3\]; adapters need one tensor"):
+        strategy.block_outputs(pooled, ["2"], example)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
