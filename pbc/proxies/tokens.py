@@ -11,6 +11,7 @@ run a scatter that adds one value after the other.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,7 +44,7 @@ _PER_POSITION = (
     "dropout", "transpose", "permute", "unsqueeze", "unbind", "getitem", "chunk", "split",
     "split_with_sizes", "contiguous", "clone", "pow", "sqrt", "rsqrt", "exp", "neg", "_to_copy",
     "to", "detach", "mean", "sum", "hardswish", "elu", "leaky_relu", "softplus", "select", "slice",
-    "rms_norm", "mish",
+    "rms_norm", "mish", "squeeze",
 )  # fmt: skip
 # Where operators that take parts along an axis have that axis among their arguments.
 _ALONG = {"select": 1, "slice": 1, "unbind": 1, "chunk": 2, "split": 2, "split_with_sizes": 2}
@@ -361,14 +362,25 @@ class _Merging:
         axes, sizes = self.axes.get(node.name), node.args[1]
         if axes is None or not isinstance(sizes, (list, tuple)) or not self.has_tokens(node):
             return False
-        node.args = (
-            node.args[0],
-            [
-                state.count if self.is_tokens(axis) and entry != -1 else entry
-                for axis, entry in zip(axes, sizes, strict=True)
-            ],
-        )
+        fewer = [
+            self.size(entry, state, node) if self.is_tokens(axis) or self.folds(axis) else entry
+            for axis, entry in zip(axes, sizes, strict=True)
+        ]
+        if None in fewer:
+            return False
+        node.args = (node.args[0], fewer)
         return True
+
+    def size(self, entry: Any, state: _State, before: Node) -> Any:
+        """The size of an axis of fewer tokens, or of fewer for each sample; None if not known."""
+        if entry == -1:
+            return entry
+        if isinstance(entry, int):
+            return state.count
+        if not isinstance(entry, Node) or entry.target is not operator.mul:
+            return None
+        factors = [state.count if f == self.tokens.count else f for f in entry.args]
+        return _Builder(self.graph, before, f"{before.name}_size")(operator.mul, *factors)
 
     def along_tokens(self, node: Node, position: int) -> bool:
         """Whether an operator takes parts along the tokens; position: of the axis in its args."""
@@ -397,13 +409,18 @@ class _Merging:
     def is_tokens(self, axis: Axis) -> bool:
         return tuple(atoms(axis)) == self.tokens.axis
 
+    def folds(self, axis: Axis) -> bool:
+        """Whether an axis is all tokens of all samples."""
+        folded = {*self.tokens.axis, self.batch}
+        return len(atoms(axis)) == len(folded) and set(atoms(axis)) == folded
+
     def has_tokens(self, node: Node) -> bool:
         """Whether one axis of a node's result counts tokens, and no other has a part in them."""
         axes = self.axes.get(node.name)
         if axes is None:
             return False
         touched = [axis for axis in axes if set(self.tokens.axis) & set(atoms(axis))]
-        return len(touched) == 1 and self.is_tokens(touched[0])
+        return len(touched) == 1 and (self.is_tokens(touched[0]) or self.folds(touched[0]))
 
     def counts_tokens(self, node: Node) -> bool:
         """Whether any axis has to do with tokens, as both of a layer's that mixes them."""
@@ -413,7 +430,7 @@ class _Merging:
     def fewer(self, node: Node, state: _State) -> _Fewer:
         axes = self.axes[node.name]
         alone = [at for at, axis in enumerate(axes) if atoms(axis) == [self.batch]]
-        (tokens,) = (at for at, axis in enumerate(axes) if self.is_tokens(axis))
+        (tokens,) = (at for at, axis in enumerate(axes) if set(self.tokens.axis) & set(atoms(axis)))
         return _Fewer(state.merges, alone[0] if alone else None, tokens, len(axes))
 
     def bring_back(self, node: Node) -> None:

@@ -22,6 +22,7 @@ from pbc.passes.merge_tokens import MergeTokens
 from pbc.passes.plan_levels import PlanLevels
 from pbc.passes.prune_dims import PruneDims
 from pbc.proxies.fidelity import UpToInterface
+from pbc.proxies.resolution import macs
 from pbc.proxies.tokens import cut_unmerged, tokens_of
 from pbc.testing import (
     assert_gradients,
@@ -69,6 +70,32 @@ class TokenNet(nn.Module):
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.position
         logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
         return logits
+
+
+class TorchBlock(Block):
+    """With the attention of torch's own modules: tokens first, then all of all images in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x).transpose(0, 1)
+        weights = (self.qkv.weight, self.qkv.bias, None, None, False, 0.0)
+        y, _ = nn.functional.multi_head_attention_forward(
+            y, y, y, y.shape[2], self.heads, *weights, self.proj.weight, self.proj.bias,
+            training=False, need_weights=False,
+        )  # fmt: skip
+        x = x + y.transpose(0, 1)
+        x = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return x
+
+
+class TorchTokenNet(TokenNet):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__(depth=depth)
+        self.blocks = nn.Sequential(*[TorchBlock(16, 2) for _ in range(depth)])
+
+
+class OneTorchBlock(TorchTokenNet):
+    def __init__(self) -> None:
+        super().__init__(depth=1)
 
 
 class OneBlock(TokenNet):
@@ -183,10 +210,11 @@ def merged(kind: Kind, strategy: str, *merges: int) -> Program:
     return run_passes(replace(program, plans=(plan,)), PruneDims(), MergeTokens())
 
 
+@pytest.mark.parametrize("kind", [TokenNet, TorchTokenNet])
 @pytest.mark.parametrize("merges", [(1, 0, 0), (5, 3, 0), (7, 4, 2)])
-def test_it_is_the_method_as_published(merges: tuple[int, ...]) -> None:
+def test_it_is_the_method_as_published(kind: type[TokenNet], merges: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    net = TokenNet().eval()
+    net = kind().eval()
     program = merged(lambda: net, "linear-probe", *merges)
     images = program.network.example
     with torch.no_grad():
@@ -274,6 +302,15 @@ def test_an_interface_behind_the_heads_has_all_tokens() -> None:
     assert distinct == [17 - 5] * len(images)
 
 
+def test_torch_s_own_attention_runs_on_fewer_tokens_throughout() -> None:
+    """As many multiply-accumulates go as of a network that is written by hand."""
+    found = [
+        macs(body) for kind in (TokenNet, TorchTokenNet)
+        for body in [merged(kind, "norm", 7, 4, 2).levels[1].body]
+    ]  # fmt: skip
+    assert found[0] == pytest.approx(found[1])
+
+
 def test_what_trains_in_blocks_sees_fewer_tokens() -> None:
     program = merged(TokenNet, "adapters:3", 5, 3)
     nodes = program.levels[1].body.graph.nodes
@@ -331,18 +368,21 @@ def test_strategies_without_a_prefix_get_levels() -> None:
     assert not any("nothing to prune" in note for note in planned.notes)
 
 
+@pytest.mark.parametrize("kind", [OneBlock, OneTorchBlock])
 @pytest.mark.parametrize("engine", ["pytorch", "onnxruntime", "tvm"])
-def test_every_engine_takes_merged_graphs(engine: str) -> None:
-    program = with_request(merged(OneBlock, "norm", 5), engine=engine)
+def test_every_engine_takes_merged_graphs(engine: str, kind: Kind) -> None:
+    program = with_request(merged(kind, "norm", 5), engine=engine)
     graphs = {role.at(1): graph for role, graph in program.levels[1].graphs.items()}
     backend(engine).lowering().try_graphs(program, graphs)
 
 
-def test_onnxruntime_computes_the_same() -> None:
-    assert_logits(merged(OneBlock, "norm", 5), 1, 1e-5)
+@pytest.mark.parametrize("kind", [OneBlock, OneTorchBlock])
+def test_onnxruntime_computes_the_same(kind: Kind) -> None:
+    assert_logits(merged(kind, "norm", 5), 1, 1e-5)
 
 
-def test_the_derived_step_is_torch_s() -> None:
-    program = with_request(merged(OneBlock, "norm", 5), engine="onnxruntime")
+@pytest.mark.parametrize("kind", [OneBlock, OneTorchBlock])
+def test_the_derived_step_is_torch_s(kind: Kind) -> None:
+    program = with_request(merged(kind, "norm", 5), engine="onnxruntime")
     derived = run_passes(program, DeriveTrainStep())
     assert max(derived.checks["train_step"]["1"].values()) < 1e-4
