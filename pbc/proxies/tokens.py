@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -57,7 +57,8 @@ class Tokens:
 
     count: of tokens. leading: how many in front are no image's, such as a class token; they are
     never merged. sums: the node after each attention, in order, where it joins what went around it.
-    keys: the keys that each attention read. axis: the tokens' axis, as dimensions know it.
+    keys: the keys that each attention read. written: the nodes of attentions that are written out,
+    from the product of queries and keys on. axis: the tokens' axis, as dimensions know it.
     """
 
     role: GraphName
@@ -65,6 +66,7 @@ class Tokens:
     leading: int
     sums: tuple[str, ...]
     keys: tuple[str, ...]
+    written: frozenset[str]
     axis: tuple[Variable, ...]
 
     def schedule(self, rate: float) -> tuple[int, ...]:
@@ -134,29 +136,75 @@ def cut_unmerged(graph: GraphModule, names: Sequence[str]) -> GraphModule:
 def _tokens_in(
     role: GraphName, graph: GraphModule, level: LevelGraphs, dims: Dims
 ) -> Tokens | None:
+    written: set[str] = set()
     sums, keys, axis = [], [], None
     for node in graph.graph.nodes:
-        if op_name(node) != "aten.scaled_dot_product_attention.default" or not _plain(node):
-            continue
-        joined = _joined(node)
+        attention = _attention(node)
+        joined = None if attention is None else _joined(node)
         known = dims.axes.get(joined.name, []) if joined is not None else []
         if joined is None or len(known) != 3 or dims.batch not in atoms(known[0]):
             continue
+        assert attention is not None
         along = tuple(atoms(known[1]))
-        key_axes = dims.axes[node.args[1].name]
+        key_axes = dims.axes[attention.key.name]
         if len(key_axes) != 4 or tuple(atoms(key_axes[2])) != along:
             continue
         axis = axis or along
         if along == axis:
             sums.append(joined.name)
-            keys.append(node.args[1].name)
+            keys.append(attention.key.name)
+            written.update(one.name for one in attention.written)
     if axis is None:
         return None
     leading = _leading(level, axis, dims)
     count = shape_of(next(node for node in graph.graph.nodes if node.name == sums[0]))[1]
     if leading is None or (count - leading + 1) // 2 > _MOST:
         return None
-    return Tokens(role, count, leading, tuple(sums), tuple(keys), axis)
+    return Tokens(role, count, leading, tuple(sums), tuple(keys), frozenset(written), axis)
+
+
+class _Attention(NamedTuple):
+    """What an attention compares with; written: its nodes, where it is not one operator."""
+
+    key: Node
+    written: tuple[Node, ...] = ()
+
+
+def _attention(node: Node) -> _Attention | None:
+    """The attention that a node is the result of, without a mask; None where it is not of one."""
+    name = op_name(node)
+    if name == "aten.scaled_dot_product_attention.default":
+        key = node.args[1]
+        assert isinstance(key, Node)
+        return _Attention(key) if _plain(node) else None
+    if name != "aten.matmul.default" or len(shape_of(node)) != 4:
+        return None
+    softmax, _ = node.args
+    if not isinstance(softmax, Node) or not _over_last(softmax, "aten.softmax.int"):
+        return None
+    written, scores = [node, softmax], softmax.args[0]
+    # Scaled, or not.
+    while isinstance(scores, Node) and op_name(scores) in ("aten.mul.Tensor", "aten.div.Tensor"):
+        if any(isinstance(other, Node) for other in scores.args[1:]):
+            return None
+        written.append(scores)
+        scores = scores.args[0]
+    if not isinstance(scores, Node) or op_name(scores) != "aten.matmul.default":
+        return None
+    written.append(scores)
+    turned = scores.args[1]
+    assert isinstance(turned, Node)
+    if op_name(turned) != "aten.transpose.int" or {int(a) % 4 for a in turned.args[1:]} != {2, 3}:  # type: ignore[arg-type]
+        return None
+    if any(len(one.users) > 1 for one in written[1:]):
+        return None
+    key = turned.args[0]
+    assert isinstance(key, Node)
+    return _Attention(key, tuple(written))
+
+
+def _over_last(node: Node, name: str) -> bool:
+    return op_name(node) == name and node.args[1] in (-1, len(shape_of(node)) - 1)
 
 
 def _plain(attention: Node) -> bool:
@@ -330,7 +378,7 @@ class _Merging:
         if self.has_tokens(node):
             self.states[node] = state
             node.meta[_MERGES] = self.fewer(node, state)
-        elif isinstance(node.meta.get("val"), (tuple, list)):
+        elif isinstance(node.meta.get("val"), (tuple, list)) or node.name in self.tokens.written:
             self.states[node] = state
 
     def adapts(self, node: Node, state: _State) -> bool:
@@ -343,6 +391,8 @@ class _Merging:
             return bool(node.args[1] == 0)
         if name == "aten.scaled_dot_product_attention.default":
             return self.attend(node, state)
+        if node.name in self.tokens.written:
+            return self.weigh(node, state)
         if name in _RESHAPES:
             return self.reshape(node, state)
         if kind in _ALONG and self.along_tokens(node, _ALONG[kind]):
@@ -356,6 +406,13 @@ class _Merging:
         if not isinstance(key, Node) or key.name not in self.tokens.keys:
             return False
         node.args = (*node.args[:3], self.mask(state), *node.args[4:])
+        return True
+
+    def weigh(self, node: Node, state: _State) -> bool:
+        """The same where queries and keys, softmax and values are operators of their own."""
+        if op_name(node) == "aten.softmax.int":
+            build = _Builder(self.graph, node, f"{node.name}_counted")
+            node.args = (build(aten.add.Tensor, node.args[0], self.mask(state)), *node.args[1:])
         return True
 
     def reshape(self, node: Node, state: _State) -> bool:
