@@ -106,10 +106,14 @@ class TrainDisplay:
 def epoch_line(report: EpochReport, epochs: int) -> str:
     """Return one line that says how an epoch went."""
     skipped = ""
+    visited = sum(report.levels)
+    planned = visited + report.unvisited_samples
+    if report.unvisited_samples:
+        skipped += f"  stopped at {visited}/{planned} samples"
     if report.skipped_updates:
         skipped += f"  skipped {report.skipped_updates}/{report.steps} updates"
     if report.skipped_samples:
-        share = report.skipped_samples / (report.skipped_samples + sum(report.levels))
+        share = report.skipped_samples / (report.skipped_samples + planned)
         skipped += f"  skipped {share:.0%} of samples"
     return (
         f"epoch {report.epoch}/{epochs}  loss {loss_text(report.loss)}  "

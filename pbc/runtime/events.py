@@ -61,7 +61,8 @@ class EpochReport:
 
     loss: mean over the samples visited, before each one's update. levels: visits per level.
     steps: training iterations. skipped_updates: those without a backward. skipped_samples: those
-    that the epoch did not visit. selected: the tensors that trained, None for all.
+    that the epoch was planned without; unvisited_samples: those that an early stop left. selected:
+    the tensors that trained, None for all.
     seconds: all that training needed, by stage in `stage_seconds`; the first epoch's include
     measuring, routing and the filling of the cache.
     """
@@ -76,6 +77,7 @@ class EpochReport:
     stage_seconds: dict[str, float]
     peak_memory_bytes: int
     skipped_samples: int = 0
+    unvisited_samples: int = 0
     selected: tuple[str, ...] | None = None
 
     def longer_by(self, stage_seconds: Mapping[str, float]) -> EpochReport:

@@ -58,8 +58,11 @@ class Totals:
         for level in levels.tolist():
             self.visits[level] += 1
 
-    def report(self, epoch: int, seconds: dict[str, float], skipped_samples: int) -> EpochReport:
-        """Return what is told of an epoch, counted from 1, that took `seconds` by stage."""
+    def report(self, epoch: int, seconds: dict[str, float], planned: int, of: int) -> EpochReport:
+        """Return what is told of an epoch, counted from 1, that took `seconds` by stage.
+
+        planned: samples that it was to visit, of those that there are.
+        """
         total_seconds = sum(seconds.values())
         return EpochReport(
             epoch=epoch,
@@ -71,7 +74,8 @@ class Totals:
             seconds=total_seconds,
             stage_seconds=dict(seconds),
             peak_memory_bytes=peak_memory_bytes(),
-            skipped_samples=skipped_samples,
+            skipped_samples=of - planned,
+            unvisited_samples=planned - self.samples,
         )
 
 

@@ -102,7 +102,7 @@ class StreamTraining:
             theta = finite_parameters(self._executable)
         except DivergedError as error:
             raise _diverged(error, totals) from error
-        result = totals.report(1, meter.seconds, skipped_samples=0)
+        result = totals.report(1, meter.seconds, totals.samples, totals.samples)
         metrics.append(result.to_json())
         final = {"final": True, "epochs": 1, **head}
         write_model(

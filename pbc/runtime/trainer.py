@@ -349,9 +349,7 @@ class Trainer:
         if self._closed is not None and self._closed.complete:
             self._settle(self._closed)
         self._finite_parameters()
-        report = totals.report(
-            self.epoch + 1, meter.seconds, skipped_samples=len(self._samples) - totals.samples
-        )
+        report = totals.report(self.epoch + 1, meter.seconds, planned, len(self._samples))
         if self._selection is not None:
             report = replace(report, selected=self._selection.names)
         state.end_epoch(report.seconds)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pbc.cli.display import epoch_line
 from pbc.data import ImageFolder
 from pbc.errors import UsageError
 from pbc.runtime.events import EpochReport, Event, Note, StepReport
@@ -120,7 +121,8 @@ def test_a_head_in_closed_form_stops_inside_its_visit(tmp_path: Path) -> None:
     case.fit("mine", head="closed", stop="90%")
     (epoch,) = case.epochs
     assert sum(epoch.levels) == 64  # the first head for the time being
-    assert epoch.skipped_samples == 56
+    assert (epoch.skipped_samples, epoch.unvisited_samples) == (0, 56)
+    assert epoch_line(epoch, 1).endswith("  stopped at 64/120 samples")
     (reason,) = case.reasons
     assert "is reached, at least 90.0% were wanted" in reason
     assert Personal.open(tmp_path / "mine").evaluate(case.test).accuracy >= 0.9
