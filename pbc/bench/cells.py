@@ -34,7 +34,7 @@ class Cell:
     seconds: float
     stage_seconds: dict[str, float]
     levels: tuple[int, ...]
-    loss: float
+    loss: float | None
     accuracy: float
     energy_joules: float | None = None
     marks: tuple[tuple[float, float], ...] = ()

@@ -107,7 +107,7 @@ class Entry:
         times = self._rival.run_epoch()
         joules = meter.joules() - before - marking_joules + self._preparation_joules
         self._preparation_joules = 0.0
-        if not math.isfinite(times.loss):
+        if times.loss is not None and not math.isfinite(times.loss):
             raise PbcError(
                 f"the loss of seed {self.seed}, epoch {len(self.cells) + 1} is {times.loss}; "
                 f"--lr-of {self.name}=X gives it a lower learning rate"
@@ -246,14 +246,15 @@ def trial(
     rival.prepare(None)
     for _ in range(plan.epochs(name)):
         times = rival.run_epoch()
-        if not math.isfinite(times.loss):
+        if times.loss is not None and not math.isfinite(times.loss):
             raise PbcError(f"the loss is {times.loss}")
         if times.last:
             break
+    loss = math.inf if times.loss is None else times.loss
     theta = rival.parameters()
     if theta is None:
-        return rival.evaluate(validation), times.loss
-    return Evaluator(runtime, validation, plan.options.threads).accuracy(theta), times.loss
+        return rival.evaluate(validation), loss
+    return Evaluator(runtime, validation, plan.options.threads).accuracy(theta), loss
 
 
 def cell_line(cell: Cell, plan: MatchPlan) -> str:

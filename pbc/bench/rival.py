@@ -80,14 +80,15 @@ class EpochTimes:
     seconds: all that training needed: decoding, routing, filling a cache, checkpoints. The first
         epoch's include the preparation that training needs; loading and compiling code is none.
     stage_seconds: the same by stage (pbc.runtime.meter.STAGES).
-    levels: samples per level. loss: mean over the samples, before the update of each one's batch.
+    levels: samples per level. loss: mean over the samples, before the update of each one's batch;
+        None where nothing judges a head in closed form.
     last: whether the rival is done, however many epochs were planned.
     """
 
     seconds: float
     stage_seconds: dict[str, float]
     levels: tuple[int, ...]
-    loss: float
+    loss: float | None
     last: bool = False
 
 

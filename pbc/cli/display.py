@@ -115,8 +115,9 @@ def epoch_line(report: EpochReport, epochs: int) -> str:
     if report.skipped_samples:
         share = report.skipped_samples / (report.skipped_samples + planned)
         skipped += f"  skipped {share:.0%} of samples"
+    loss = "" if math.isnan(report.loss) else f"loss {loss_text(report.loss)}  "
     return (
-        f"epoch {report.epoch}/{epochs}  loss {loss_text(report.loss)}  "
+        f"epoch {report.epoch}/{epochs}  {loss}"
         f"{level_shares(report.levels)}  "
         f"{report.samples_per_second:.0f} samples/s{skipped}"
     )

@@ -205,7 +205,8 @@ class Report:
     # ---- how it was trained ----------------------------------------------------------------
 
     def _losses(self) -> str:
-        points = [(float(epoch["epoch"]), float(epoch["loss"])) for epoch in self.epochs]
+        judged = [epoch for epoch in self.epochs if epoch["loss"] is not None]
+        points = [(float(epoch["epoch"]), float(epoch["loss"])) for epoch in judged]
         if len(points) < 2:
             return ""
         return charts.lines(

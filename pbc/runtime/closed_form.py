@@ -37,6 +37,12 @@ _LEAST_VARIANCE = 1e-4
 _GUESSED = 0.3
 # Kept rows that judge a head for the time being.
 _GLANCED = 128
+# Fewer photos judge nothing. Where nearly all of 12 or 16 were right, MobileNetV3's logits became
+# so steep that the loss on other photos of their four classes was 22 and 2.7; guessing has 1.4.
+LEAST_JUDGES = 20
+# By the width, the factor of logits that nothing judges: channels depend on each other. The best
+# for other photos were 2^-8 to 2^-6, of one to four photos a class and 1,280 channels.
+_UNJUDGED_SHARPNESS = 4.0
 # Factors of the logits, for probabilities that mean what they say.
 _SHARPNESS = tuple(2.0 ** (step / 2) for step in range(-16, 5))
 
@@ -46,18 +52,18 @@ class Head:
     """A linear head and how it was found: weight f32[C, d], bias f32[C].
 
     sharpness: factor of the logits. accuracy, loss: of `judged` samples, each by the head that
-    would be without it.
+    would be without it; None where there are too few of them to judge it, and `judged` is 0.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     shrinkage: float
     sharpness: float
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     judged: int
 
-    def facts(self) -> dict[str, float | int]:
+    def facts(self) -> dict[str, float | int | None]:
         """Return the JSON-able facts, without the weights."""
         return {
             "shrinkage": self.shrinkage,
@@ -68,7 +74,11 @@ class Head:
         }
 
     def better_than(self, other: Head) -> bool:
-        """Say whether it is right more often, or as often and surer."""
+        """Say whether it is right more often, or as often and surer; both were judged."""
+        assert self.accuracy is not None
+        assert self.loss is not None
+        assert other.accuracy is not None
+        assert other.loss is not None
         return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
@@ -132,12 +142,14 @@ class ClassStatistics:
     def solve(self) -> Head:
         """Return the head of all that was added, its shrinkage chosen by cross-validation.
 
-        Leave-one-out on the kept rows; those of classes that have no second sample do not judge,
-        unless there are no others. From the guess on, shrinkages are tried while they get better.
-        Raises PbcError where a feature is not finite.
+        Leave-one-out on the kept rows; those of classes that have no second sample do not judge.
+        From the guess on, shrinkages are tried while they get better; where too few rows judge, it
+        is the guess. Raises PbcError where a feature is not finite.
         """
         analysis = _Analysis.of(self._with_pending())
         first = SHRINKAGES.index(self._guess())
+        if not len(analysis.judges):
+            return analysis.judged(SHRINKAGES[first])
         best = start = analysis.judged(SHRINKAGES[first])
         for others in (SHRINKAGES[first + 1 :], SHRINKAGES[:first][::-1]):
             for shrinkage in others:
@@ -217,7 +229,7 @@ class _Solved:
 
 @dataclass(frozen=True)
 class _Analysis:
-    """What all shrinkages share. means: f64[C, d] about `origin`; kept rows likewise.
+    """What all shrinkages share. means: f64[C, d] about `origin`; `judges`, kept rows, likewise.
 
     diagonal: of the covariance f64[d, d], whose rest is in `covariance`, or, of few samples, in
     their `deviations` f64[n, d] from their classes' means.
@@ -231,8 +243,8 @@ class _Analysis:
     covariance: np.ndarray | None
     deviations: np.ndarray | None
     log_priors: np.ndarray
-    kept: np.ndarray
-    kept_labels: np.ndarray
+    judges: np.ndarray
+    judges_labels: np.ndarray
 
     @classmethod
     def of(cls, sums: ClassStatistics) -> _Analysis:
@@ -256,9 +268,9 @@ class _Analysis:
             raise PbcError("a feature is not finite; no head can be made of that")
         if counts.max() == 1:  # nothing is known within any class: all together stand for each
             within = spread
-        usable = counts[sums._kept_labels] > 1
-        if not usable.any():
-            usable[:] = True
+        usable = counts[sums._kept_labels] > 1  # without its only sample a class is not known
+        if usable.sum() < LEAST_JUDGES:
+            usable[:] = False
         return cls(
             sums._origin,
             counts,
@@ -273,9 +285,12 @@ class _Analysis:
         )
 
     def judged(self, shrinkage: float, most: int = _KEPT) -> Head:
-        """Return the head of a shrinkage, judged by at most so many of the kept rows."""
-        rows, labels = self.kept[:most], self.kept_labels[:most]
+        """Return the head of a shrinkage, judged by at most so many of the rows that can."""
+        rows, labels = self.judges[:most], self.judges_labels[:most]
         solved = self._solved(rows, shrinkage)
+        if not len(rows):
+            sharpness = min(1.0, _UNJUDGED_SHARPNESS / len(self.origin))
+            return self._head(solved, shrinkage, sharpness, None, None, 0)
         scores = self._left_out(solved, labels, shrinkage)
         loss, sharpness = _sharpest(scores, labels)
         accuracy = float((scores.argmax(axis=1) == labels).mean())
@@ -285,7 +300,7 @@ class _Analysis:
         """Return the head of another one's shrinkage and sharpness; it is not judged anew."""
         shrinkage = facts["shrinkage"]
         return self._head(
-            self._solved(self.kept[:0], shrinkage),
+            self._solved(self.judges[:0], shrinkage),
             shrinkage,
             facts["sharpness"],
             facts["left_out_accuracy"],
@@ -298,8 +313,8 @@ class _Analysis:
         solved: _Solved,
         shrinkage: float,
         sharpness: float,
-        accuracy: float,
-        loss: float,
+        accuracy: float | None,
+        loss: float | None,
         judged: int,
     ) -> Head:
         offsets = 0.5 * np.einsum("ii->i", solved.means) + solved.weight @ self.origin
@@ -356,7 +371,7 @@ class _Analysis:
         # The deviation from the own mean, by what separates the sample from each mean.
         towards = samples - between[own][:, None] - between + solved.means[labels]
         distances = samples - 2 * between + np.einsum("ii->i", solved.means)
-        count = np.maximum(self.counts[labels], 2).astype(np.float64)
+        count = self.counts[labels].astype(np.float64)
         weight = (1 - shrinkage) / self.degrees * count / (count - 1)
         gain = weight / np.maximum(1 - weight * towards[own], 1e-3)
         distances += gain[:, None] * towards**2

@@ -12,7 +12,7 @@ import numpy as np
 
 from pbc.bundle import Bundle
 from pbc.errors import UsageError
-from pbc.runtime.closed_form import MOST_WIDTH, ClassStatistics, Head
+from pbc.runtime.closed_form import LEAST_JUDGES, MOST_WIDTH, ClassStatistics, Head
 from pbc.runtime.engines import Arrays, Executable
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.loop import Totals, train
@@ -21,6 +21,10 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.routing.prepared import Prepared
 from pbc.runtime.schedulers import Batch
 
+TOO_FEW = (
+    f"leave-one-out takes {LEAST_JUDGES} photos of classes with more than one; "
+    "how strong and how sure it is are guesses"
+)
 # With fewer photos a class a covariance says too little: SGD is as good.
 _LEAST_PER_CLASS = 4
 # Heads for the time being come with so many more samples each time.
@@ -242,11 +246,10 @@ def stratified(batches: Sequence[Batch], labels: np.ndarray) -> list[Batch]:
 
 def told(head: Head) -> str:
     """Return the line that says how a head was found."""
-    judges = f"{head.judged} photo{'s' if head.judged > 1 else ''}"
-    return (
-        f"head in closed form: shrinkage {head.shrinkage:g}, accuracy {head.accuracy:.1%} "
-        f"by leave-one-out on {judges}"
-    )
+    found = f"head in closed form: shrinkage {head.shrinkage:g}"
+    if head.accuracy is None:
+        return f"{found}, not judged: {TOO_FEW}"
+    return f"{found}, accuracy {head.accuracy:.1%} by leave-one-out on {head.judged} photos"
 
 
 def start_epochs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
@@ -59,7 +60,8 @@ class StepReport:
 class EpochReport:
     """An epoch that is over; also a line of metrics.jsonl.
 
-    loss: mean over the samples visited, before each one's update. levels: visits per level.
+    loss: mean over the samples visited, before each one's update; of a head in closed form, NaN
+    where nothing judges it. levels: visits per level.
     steps: training iterations. skipped_updates: those without a backward. skipped_samples: those
     that the epoch was planned without; unvisited_samples: those that an early stop left. selected:
     the tensors that trained, None for all.
@@ -97,6 +99,8 @@ class EpochReport:
         facts = asdict(self)
         if self.selected is None:
             del facts["selected"]
+        if math.isnan(self.loss):
+            facts["loss"] = None  # JSON has no NaN
         return facts
 
 

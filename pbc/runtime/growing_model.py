@@ -66,6 +66,8 @@ class GrowingModel:
         accuracy = head.accuracy
         if self.held_out is not None:
             accuracy = self.held_out.accuracy(executable, batch)
+        if accuracy is None:
+            return "nothing judges it yet"
         # Of heads that are as good, that of more samples; without held-out ones always that.
         behind = self.held_out is not None and accuracy < self._best_accuracy
         self._note(visited, accuracy)

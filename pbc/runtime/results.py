@@ -54,7 +54,7 @@ class Results:
         )
 
     def finish(
-        self, run: Prepared, epochs: int, head: Mapping[str, float | int] | None
+        self, run: Prepared, epochs: int, head: Mapping[str, float | int | None] | None
     ) -> tuple[Validation | None, dict[str, Any]]:
         """Choose the level if that is left to the run, evaluate, and write the last model.
 

@@ -34,8 +34,8 @@ _HEAD = record(
     {
         "shrinkage": number(0, 1),
         "sharpness": number(0),
-        "left_out_accuracy": number(0, 1),
-        "left_out_loss": number(),
+        "left_out_accuracy": maybe(number(0, 1)),
+        "left_out_loss": maybe(number()),
         "judged": integer(),
     }
 )
@@ -58,7 +58,7 @@ class RunState:
     spent_seconds: float = 0.0
     late: bool = False
     stopped: bool = False
-    head: dict[str, float | int] | None = None
+    head: dict[str, float | int | None] | None = None
 
     @classmethod
     def at_start(cls, levels: int) -> RunState:

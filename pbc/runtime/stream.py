@@ -6,6 +6,7 @@ samples are routed to proxies and their features computed ahead of the iteration
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -95,7 +96,8 @@ class StreamTraining:
         head: dict[str, Any] = {}
         if self._closed is not None:
             found = self._closed.settle(last=True)
-            totals.loss, head = found.loss * totals.samples, {"head": found.facts()}
+            totals.loss = totals.samples * (math.nan if found.loss is None else found.loss)
+            head = {"head": found.facts()}
             meter.lap("backward")
             self._report(Note(told(found)))
         try:

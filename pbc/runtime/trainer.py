@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -447,7 +448,9 @@ class Trainer:
         """Make the head of all samples, and tell how it was judged."""
         head = closed.settle(last=True)
         self._state.head = head.facts()
-        self._state.totals.loss = head.loss * self._state.totals.samples
+        self._state.totals.loss = self._state.totals.samples * (
+            math.nan if head.loss is None else head.loss
+        )
         self._meter.lap("backward")
         self._report(Note(told(head)))
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from test_stream import CLASSES, frames
 
+from pbc.cli.display import epoch_line
 from pbc.data import ImageFolder
 from pbc.errors import UsageError
 from pbc.runtime import closed_head
@@ -24,6 +25,7 @@ from pbc.runtime.events import EpochReport, Event, Note, Plan, SoFar, StepReport
 from pbc.runtime.head_inputs import HeadInputs
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
+from pbc.runtime.output.metrics import Metrics
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.parameters import initial_parameters
 from pbc.runtime.runtime import Runtime
@@ -91,6 +93,38 @@ def test_one_visit_replaces_the_epochs_of_a_linear_probe(tmp_path: Path) -> None
     assert case.accuracy("mine") == 1
     final = json.loads((tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["head"]["judged"] == len(case.samples)
+
+
+@pytest.mark.parametrize("per_class", [1, 3])
+@pytest.mark.parametrize("kind", ["probe", "whole"])
+def test_few_photos_make_a_head_that_nothing_judges(
+    tmp_path: Path, kind: str, per_class: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_head, "_FIRST", 1)
+    case = Case(tmp_path, kind, per_class)
+    stop = "90%" if kind == "probe" else None
+    options = case.options(checkpoint_seconds=0, stop=stop, epochs=2, batch=1)
+    events: list[Event] = []
+
+    def cut(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StepReport) and event.step == 3 * per_class:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        case.runtime.fit(case.samples, options, tmp_path / "mine", report=cut)
+    case.runtime.fit(case.samples, options, tmp_path / "mine", resume=True, report=events.append)
+    final = json.loads((tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["head"]["left_out_accuracy"] is final["head"]["left_out_loss"] is None
+    assert final["head"]["judged"] == 0
+    if kind == "probe":
+        told = [event.text for event in events if isinstance(event, Note)]
+        assert not any("leave-one-out on" in text or "stopping" in text for text in told)
+        assert any("not judged: leave-one-out takes 20 photos of classes" in text for text in told)
+        (epoch,) = (event for event in events if isinstance(event, EpochReport))
+        assert "loss" not in epoch_line(epoch, 1)
+        (line,) = Metrics(tmp_path / "mine" / "metrics.jsonl").epochs()
+        assert line["loss"] is None
 
 
 def test_elsewhere_it_starts_the_epochs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,7 +51,9 @@ class Pbc:
         spent = self._counted(report.stage_seconds)
         self._uncounted = {}
         last = self._trainer.finished
-        return EpochTimes(sum(spent.values()), spent, report.levels, report.loss, last)
+        # No run of this trainer goes on with a loss that is not finite.
+        loss = None if math.isnan(report.loss) else report.loss
+        return EpochTimes(sum(spent.values()), spent, report.levels, loss, last)
 
     def parameters(self) -> dict[str, np.ndarray]:
         return self._trainer.parameters()

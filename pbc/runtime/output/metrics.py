@@ -11,14 +11,14 @@ from pbc.errors import PbcError
 from pbc.util import strict_json
 from pbc.util.atomic import cannot_write, replace_bytes
 from pbc.util.files import read_bytes
-from pbc.util.shapes import check, dict_of, integer, list_of, number, record, text
+from pbc.util.shapes import check, dict_of, integer, list_of, maybe, number, record, text
 
 _MOST_BYTES = 256 << 20
 _EPOCH_LINE = record({"epoch": integer()}, more=True)
 _REPORT_LINE = record(
     {
         "epoch": integer(),
-        "loss": number(),
+        "loss": maybe(number()),
         "levels": list_of(integer(), 1),
         "seconds": number(0),
         "stage_seconds": dict_of(number(0)),
