@@ -24,7 +24,7 @@ from pbc.profile.processes import measured
 from pbc.profile.ratios import best_prefix, ratios
 from pbc.profile.task import COMPILED, EAGER, LOADING, PBC, STAGES, TRAINING, Task, level_name
 from pbc.util.extras import DEVICE_EXTRAS, missing
-from pbc.util.processor import cpu_name
+from pbc.util.processor import check_threads, cpu_name
 
 SCHEMA = 1
 _LATER_LOADS = 3
@@ -86,6 +86,8 @@ def measure(path: Path, options: ProfileOptions, tell: Tell) -> Profile:
 
     tell: takes a line whenever a process begins. Raises PbcError for what the user can fix.
     """
+    for count in options.threads:
+        check_threads(count)
     bundle = open_trusted(path)
     levels = _levels(bundle, options.levels)
     threads = options.threads or (len(os.sched_getaffinity(0)),)

@@ -11,6 +11,7 @@ from pbc.bundle.optimizers import optimizer_facts
 from pbc.errors import UsageError, suggest
 from pbc.runtime.objective import Objective, default_rate
 from pbc.runtime.stopping import Stop
+from pbc.util.processor import check_threads
 
 CACHES = ("off", "ram", "disk")
 CACHE_DTYPES = ("float32", "float16")
@@ -117,6 +118,7 @@ class TrainOptions:
                 continue
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise UsageError(f"{name} is {number}; it must be at least 1")
+        check_threads(self.threads)
         optimizer = optimizer_facts(self.objective.optimizer)  # which refuses what none can do
         if self.momentum != _MOMENTUM and not optimizer.takes_momentum:
             raise UsageError(

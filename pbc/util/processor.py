@@ -8,6 +8,11 @@ import platform
 from functools import cache
 from pathlib import Path
 
+from pbc.errors import UsageError
+
+# More than there are CPUs gain nothing and do no harm, until a process is not given so many.
+_THREADS_ANYWHERE = 64
+
 DECIDING_FLAGS = frozenset(
     (
         "avx",
@@ -33,6 +38,16 @@ def cores() -> int:
         return len({Path(siblings.format(thread)).read_text() for thread in threads})
     except (AttributeError, OSError):
         return os.cpu_count() or 1
+
+
+def check_threads(count: int | None) -> None:
+    """Raise UsageError for a number of threads that an engine cannot start here, or would die of.
+
+    None is as many as the engine likes.
+    """
+    most = max(_THREADS_ANYWHERE, os.cpu_count() or 1)
+    if count is not None and not 1 <= count <= most:
+        raise UsageError(f"threads is {count}; it must be in 1…{most}")
 
 
 def cpu_name() -> str:

@@ -27,7 +27,7 @@ from pbc import bundle
 from pbc.cli import main
 from pbc.cli.display import epoch_line, level_shares
 from pbc.data import ImageFolder, read_image
-from pbc.errors import PbcError
+from pbc.errors import PbcError, UsageError
 from pbc.runtime.evaluation import wilson
 from pbc.runtime.events import EpochReport, Event, Report, StepReport
 from pbc.runtime.features import cache as feature_cache
@@ -36,6 +36,7 @@ from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
 from pbc.runtime.output.personal import Personal
 from pbc.runtime.runtime import Runtime
+from pbc.util import processor
 from pbc.util.extras import install
 
 LR = ("--lr", "0.1")
@@ -844,6 +845,28 @@ def test_forget(run: Run) -> None:
     run("forget", "a", "--all")
     assert not Path("a").exists()
     assert "no folder a" in run("forget", "a", fails=1).stderr
+
+
+def test_more_threads_than_a_machine_bears_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("train", "@probe.pbc", "@photos", "-o", "mine", "--epochs", "1")
+    monkeypatch.setattr(processor, "_THREADS_ANYWHERE", 2)  # a test that fails starts no more
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for words in (
+        ("train", "@probe.pbc", "@photos", "-o", "new"),
+        ("eval", "mine", "@test"),
+        ("predict", "mine", "@test"),
+        ("bench", "@probe.pbc", "@photos", "--work", "new"),
+        ("audit", "@probe.pbc", "@photos"),
+        ("profile", "@probe.pbc", "--against", "none"),
+        ("fleet", "simulate", "@probe.pbc", "@photos", "-o", "new"),
+    ):
+        result = run(*words, "--threads", "3", fails=2)
+        assert result.stderr.splitlines()[-1].endswith("threads is 3; it must be in 1…2"), words
+    assert not Path("new").exists()
+    with pytest.raises(UsageError, match=r"threads is 1000000; it must be in 1…"):
+        processor.check_threads(1_000_000)
 
 
 def test_the_line_of_an_epoch() -> None:

@@ -20,6 +20,7 @@ from pbc.runtime.engines import Arrays, Engine, Executable, NodeTimes, Shapes
 from pbc.runtime.engines.bounds import TooManyPhotosError
 from pbc.runtime.engines.forwarding import ForwardingExecutable
 from pbc.runtime.objective import Objective
+from pbc.util.processor import check_threads
 
 _LONGEST = 200
 # The name of a result that has none.
@@ -27,8 +28,12 @@ _ONE = ""
 
 
 def load(engine: Engine, bundle: Bundle, *, threads: int | None = None) -> Executable:
-    """Make a bundle executable if it may be; raises PbcError whatever is wrong with it."""
+    """Make a bundle executable if it may be; raises PbcError whatever is wrong with it.
+
+    Raises UsageError for a number of threads that is none, or too many here.
+    """
     trust.require(bundle)
+    check_threads(threads)
     with _saying(bundle, "it cannot be loaded"):
         return GuardedExecutable(bundle, engine.load(bundle, threads=threads))
 
