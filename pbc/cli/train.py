@@ -174,7 +174,11 @@ class _Val(click.ParamType[Any]):
 @click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True)
 @threads
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder.")
-@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Start again in a folder that holds a run, which stays until there is something new.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first photo that cannot be read.")
 @click.option(
     "--checkpoint-seconds", type=float, default=_DEFAULTS.checkpoint_seconds, show_default=True
@@ -214,6 +218,7 @@ def train(
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     runtime = Runtime.open(bundle)
+    earlier = Output(out).written_at()
     try:
         display = TrainDisplay(options.epochs)
         with interrupted_by_sigterm(), display:
@@ -239,7 +244,11 @@ def train(
                 report=report,
             )
     except KeyboardInterrupt:
-        click.echo("interrupted: the same command with --resume goes on from here", err=True)
+        if overwrite and earlier and Output(out).written_at() == earlier:
+            click.echo(f"interrupted: {out} holds what it held before", err=True)
+            sys.exit(130)
+        again = "--resume instead of --overwrite" if overwrite else "--resume"
+        click.echo(f"interrupted: the same command with {again} goes on from here", err=True)
         if Output(out).model.exists():
             click.echo(f"what was learnt so far is a model that works: {out}", err=True)
         sys.exit(130)

@@ -95,17 +95,20 @@ class Runtime:
 
         `pbc.data.held_out.train_and_validation` sets photos aside for `val`, as `pbc train` does.
 
-        A folder that holds a run already needs `resume` (go on) or `overwrite` (start again).
+        A folder that holds a run already needs `resume` (go on) or `overwrite` (start again): it
+        stays until the new one has learnt something that it keeps.
         Ctrl-C writes a checkpoint, then raises KeyboardInterrupt.
         """
         output = Output(Path(out))
         trainer = Trainer(self.bundle, self.engine, samples, options, output, report, val=val)
         with output.locked(), deferred_interrupt() as interrupt:
-            if not resume:
-                trainer.check()  # while what an earlier run left is still there
-                output.clear(overwrite=overwrite)
-            output.adopt(self.bundle)
-            trainer.prepare(resume=resume, interrupt=interrupt)
+            replaces = False
+            if resume:
+                output.adopt(self.bundle)
+            else:
+                trainer.check()  # before an earlier run loses its cache
+                replaces = output.begin(self.bundle, overwrite=overwrite)
+            trainer.prepare(resume=resume, replaces=replaces, interrupt=interrupt)
             while not trainer.finished:
                 trainer.run_epoch()
             result = trainer.finish()
@@ -125,16 +128,15 @@ class Runtime:
         """Train on (image, label) pairs that come once, and write the personal model into `out`.
 
         image: uint8[H, W, 3] or floats in 0…1. label: a class name or its index in `classes`.
-        Nothing of the stream is kept. Ctrl-C ends the stream: the model is written, then
-        KeyboardInterrupt raised.
+        Nothing of the stream is kept. A run that is overwritten stays until its end. Ctrl-C ends
+        the stream: the model is written, then KeyboardInterrupt raised.
         """
         output = Output(Path(out))
         with output.locked(), deferred_interrupt() as interrupt:
             training = StreamTraining(
                 self.bundle, self.engine, tuple(classes), options, output, report, interrupt
             )
-            output.clear(overwrite=overwrite)
-            output.adopt(self.bundle)
+            output.begin(self.bundle, overwrite=overwrite)
             result = training(stream)
             if interrupt.requested:
                 raise KeyboardInterrupt
@@ -161,6 +163,7 @@ class Runtime:
         checked = checked_theta(self.bundle, theta, len(names))
         output = Output(Path(out))
         with output.locked():
-            output.clear(overwrite=overwrite)
+            output.begin(self.bundle, overwrite=overwrite)
+            output.clear()
             batch = self.bundle.manifest["batch"]
             write_model(output, self.bundle, checked, classes=names, batch=batch)

@@ -77,8 +77,6 @@ class StreamTraining:
         image: uint8[H, W, 3], or floats in 0…1, of any size. label: a class name or its index in
         `classes`. Raises PbcError for an image or label that is neither, and for an empty stream.
         """
-        metrics = Metrics(self._output.metrics)
-        metrics.rewind(0)
         totals, meter = Totals.zero(len(self._bundle.ladder)), self._meter
         run: Prepared | None = None
         meter.restart()
@@ -105,6 +103,9 @@ class StreamTraining:
         except DivergedError as error:
             raise _diverged(error, totals) from error
         result = totals.report(1, meter.seconds, totals.samples, totals.samples)
+        self._output.clear()
+        metrics = Metrics(self._output.metrics)
+        metrics.rewind(0)
         metrics.append(result.to_json())
         final = {"final": True, "epochs": 1, **head}
         write_model(

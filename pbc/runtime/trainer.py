@@ -89,6 +89,7 @@ class Trainer:
         self._meter = Meter()
         self._state = RunState.at_start(len(bundle.ladder))
         self._interrupt = Interrupt()
+        self._replaces = False
         self._saved_at = monotonic()
         self._epochs = options.epochs
         # Set by check(); the closed form is None where SGD alone makes the head.
@@ -192,13 +193,21 @@ class Trainer:
                     "a head in closed form has no steps to select for: give --head sgd"
                 )
 
-    def prepare(self, *, resume: bool = False, interrupt: Interrupt | None = None) -> None:
+    def prepare(
+        self,
+        *,
+        resume: bool = False,
+        replaces: bool = False,
+        interrupt: Interrupt | None = None,
+    ) -> None:
         """Set up parameters, routing and cache; take up the checkpoint's state on `resume`.
 
+        replaces: whether another run is in the folder, which stays until there is something learnt.
         Once `interrupt` is requested, the next step ends with a checkpoint and KeyboardInterrupt.
         """
         options = self.options
         self._interrupt = interrupt or self._interrupt
+        self._replaces = replaces
         self._metrics = Metrics(self._output.metrics)
         self._meter.restart()
         self._resumption = Resumption(self._output.checkpoint, self._identity(), options.epochs)
@@ -237,7 +246,8 @@ class Trainer:
             self._meter.seconds = dict(self._state.totals.seconds)
             with self._resumption.reading():
                 self._executable.load_optimizer_state(finite(checkpoint.part("optimizer")))
-        self._metrics.rewind(self.epoch)
+        if not replaces:
+            self._metrics.rewind(self.epoch)
         # No total of epochs bounds rounds: who is driven by them goes on with what is cached.
         if not self.finished or self._state.rounds:
             self._run = preparation.fill(self._run)
@@ -250,7 +260,7 @@ class Trainer:
         if checkpoint is not None:
             with self._resumption.reading():
                 self._run.scheduler.load_state(checkpoint.part("scheduler"))
-        else:
+        elif not replaces:
             self.save_checkpoint()
         self._report(Plan(self._epochs))
         self._meter.lap("bookkeeping")
@@ -311,9 +321,18 @@ class Trainer:
             **self._growing.facts(),
             "selection": None if self._selection is None else self._selection.state(),
         }
+        self._take_over()
         self._resumption.save(facts, parts)
         self._saved_at = monotonic()
         self._meter.lap("bookkeeping")
+
+    def _take_over(self) -> None:
+        """Remove the run that this one replaces, now that there is something to put there."""
+        if self._replaces:
+            self._output.clear()
+            self._output.adopt(self._bundle)
+            self._metrics.rewind(0)
+            self._replaces = False
 
     # ---- an epoch --------------------------------------------------------------------------
 
@@ -419,6 +438,7 @@ class Trainer:
             self._leave_model(visited)
 
     def _leave_model(self, visited: int) -> None:
+        self._take_over()
         facts = {"final": False, "epochs": self.epoch, "visited": visited}
         self._results.write(self._run.floor, facts)
 
@@ -511,6 +531,7 @@ class Trainer:
 
     def _end_epoch(self, report: EpochReport, *, last: bool) -> EpochReport:
         """Write the metrics and, after the last epoch or once it is time, a checkpoint."""
+        self._take_over()
         # The line first: on resume, lines beyond the checkpoint's epoch are dropped.
         self._metrics.append(report.to_json())
         wait = min(_SHORT_EPOCH_SECONDS, self.options.checkpoint_seconds)
@@ -542,10 +563,12 @@ class Trainer:
             raise self._diverged(error, self.step) from error
 
     def _diverged(self, error: DivergedError, step: int) -> PbcError:
+        root = self._output.root
+        left = "the earlier run is still" if self._replaces else "the last good checkpoint is"
         return PbcError(
             f"{error} in epoch {self.epoch + 1}, step {step}: lower the learning rate "
             f"(it is {self.objective.learning_rate:g}) and start again with --overwrite; "
-            f"the last good checkpoint is in {self._output.root}"
+            f"{left} in {root}"
         )
 
     # ---- going on --------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def fit(source: Bundle, photos: Path, out: Path, **settings: Any) -> list[dict[s
     return [line for line in lines if "epoch" in line]
 
 
+def test_a_share_that_is_too_small_leaves_the_run_that_it_was_to_overwrite(
+    source: Bundle, photos: Path, tmp_path: Path
+) -> None:
+    fit(source, photos, tmp_path / "run", epochs=1)
+    before = (tmp_path / "run" / "trainable.safetensors").read_bytes()
+    runtime = Runtime.open(source.path)
+    samples = ImageFolder.open(photos, runtime.spec)
+    options = TrainOptions(selector="elastic", rho=1e-5, batch=4, threads=1, routing=False)
+    with pytest.raises(PbcError, match=r"rho is 1e-05, "):
+        runtime.fit(samples, options, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "trainable.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
 def test_a_run_trains_what_was_selected_also_when_it_is_resumed(
     source: Bundle, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

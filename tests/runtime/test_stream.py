@@ -164,6 +164,12 @@ def test_what_is_no_stream_of_images(
     with pytest.raises(PbcError, match=message):
         runtime.fit_stream(pairs, CLASSES, TrainOptions(), tmp_path / "out")
     assert not (tmp_path / "out" / "model.json").exists()
+    runtime.fit_stream(frames(30), CLASSES, TrainOptions(), tmp_path / "out")
+    told = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(PbcError, match=message):
+        runtime.fit_stream(pairs, CLASSES, TrainOptions(), tmp_path / "out", overwrite=True)
+    assert Personal.open(tmp_path / "out").model["samples"] == 30
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == told
 
 
 def test_ctrl_c_ends_the_stream_and_keeps_the_model(runtime: Runtime, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from pbc.errors import PbcError, UsageError
 from pbc.runtime.evaluation import wilson
 from pbc.runtime.events import EpochReport, Event, Report, StepReport
 from pbc.runtime.features import cache as feature_cache
+from pbc.runtime.loop import Steps
 from pbc.runtime.objective import Objective
 from pbc.runtime.options import TrainOptions
 from pbc.runtime.output.checkpoint import Checkpoint
@@ -590,6 +591,90 @@ def test_a_run_that_cannot_be_leaves_the_one_that_it_was_to_overwrite(
     assert message in result.stderr
     assert theta("a") == before
     run("eval", "a", "@test")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Return what a run is made of; its costs are this device's."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != "costs.json")
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_a_run_stays_until_what_overwrites_it_has_something(assets: Path, tmp_path: Path) -> None:
+    runtime, other = (Runtime.open(assets / f"{kind}.pbc") for kind in ("probe", "maps"))
+    samples = ImageFolder.open(assets / "photos", runtime.spec)
+    settings = TrainOptions(
+        epochs=2, learning_rate=0.1, checkpoint_seconds=0, costs=assets / "costs.json"
+    )
+    other.fit(samples, settings, tmp_path / "whole")
+    out, earlier, kept, lost = tmp_path / "out", tmp_path / "earlier", 0, 0
+    runtime.fit(samples, settings, earlier, val=samples)
+    for life in range(1000):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(earlier, out)
+        left = life
+
+        def kill(event: Event) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        try:
+            other.fit(samples, settings, out, overwrite=True, report=kill)
+        except Killed:
+            if contents(out) == contents(earlier):
+                kept += 1
+                assert lost == 0
+                continue
+            lost += 1
+            other.fit(samples, settings, out, resume=True)
+            assert theta(out) == theta(tmp_path / "whole")
+            assert len(metrics(out)) == 3
+            assert not (out / "validation.json").exists()
+        else:
+            break
+    assert kept > 2
+    assert lost > 2
+    assert theta(out) == theta(tmp_path / "whole")
+
+
+def test_a_run_stays_where_what_was_to_overwrite_it_strays_off(run: Run) -> None:
+    run("train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1")
+    before = contents(Path("a"))
+    words = ["--cache", "off", "--lr", "1e30", "--overwrite"]
+    result = run("train", "@whole.pbc", "@photos", "-o", "a", *words, fails=1)
+    assert "and start again with --overwrite; the earlier run is still in a" in result.stderr
+    assert contents(Path("a")) == before
+
+
+def test_ctrl_c_says_which_run_it_leaves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1"]
+    run(*words)
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runtime, "fit", interrupted)
+    result = run(*words, "--overwrite", fails=130)
+    assert result.stderr.splitlines()[-1] == "interrupted: a holds what it held before"
+
+
+def test_ctrl_c_goes_on_with_the_run_that_overwrites_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "@probe.pbc", "@photos", "-o", "a", "--epochs", "1"]
+    run(*words)
+
+    def press(learner: Steps, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return learn(learner, *given)
+
+    learn = Steps.learn
+    monkeypatch.setattr(Steps, "learn", press)
+    result = run(*words, "--overwrite", fails=130)
+    assert "with --resume instead of --overwrite goes on from here" in result.stderr
+    facts = Checkpoint.load(Path("a/checkpoint.safetensors")).facts
+    assert (facts["epoch"], facts["step"]) == (0, 1)
 
 
 def test_two_runs_do_not_share_a_folder(assets: Path, tmp_path: Path) -> None:

@@ -123,22 +123,47 @@ class Output:
             with suppress(OSError):
                 os.close(handle)
 
-    def clear(self, *, overwrite: bool) -> None:
-        """Make room for a new run; refuses to remove one that is here unless told to."""
-        if not overwrite and (self.checkpoint.exists() or self.model.exists()):
+    @property
+    def holds_run(self) -> bool:
+        """Whether a model or a checkpoint is here."""
+        return self.checkpoint.exists() or self.model.exists()
+
+    def written_at(self) -> tuple[int, ...]:
+        """Return when checkpoint and model were written, which tells one run from the next."""
+        return tuple(
+            path.stat().st_mtime_ns for path in (self.checkpoint, self.model) if path.exists()
+        )
+
+    def begin(self, bundle: Bundle, *, overwrite: bool) -> bool:
+        """Take the folder for a new run; refuses one that holds a run unless told to overwrite it.
+
+        Returns whether one is here: it stays until `clear`, when the new one has something to keep.
+        Else the bundle's copy is here already.
+        """
+        earlier = self.holds_run
+        if earlier and not overwrite:
             raise PbcError(
                 f"{self.root} holds a run already: --resume goes on with it, "
                 "--overwrite starts again, -o names another folder"
             )
-        # Gone first: a folder is never half of one run and half of another.
+        self._discard(self.cache)  # by its own keys the new run might find features there
+        if not earlier:
+            self.clear()
+            self.adopt(bundle)
+        elif self._has(bundle):
+            self._adopted.add(bundle.digest)
+        else:
+            bundle.verify()
+        return earlier
+
+    def clear(self) -> None:
+        """Remove the run that is here; first of all, as a folder is never half of two runs."""
+        self._discard(self.model, self.checkpoint, self.trainable, self.validation)
+
+    @staticmethod
+    def _discard(*paths: Path) -> None:
         try:
-            for path in (
-                self.model,
-                self.checkpoint,
-                self.trainable,
-                self.validation,
-                self.cache,
-            ):
+            for path in paths:
                 _remove(path)
         except OSError as error:
             raise PbcError(f"cannot remove {path}: {error.strerror or error}") from error
