@@ -43,7 +43,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class LevelTrial:
-    """A run that has ended, with parameters `theta` for level 0, and photos to judge levels by."""
+    """A run that has ended, with the parameters `theta`, and photos to judge levels by."""
 
     context: RunContext
     run: Prepared
@@ -87,9 +87,8 @@ class LevelTrial:
 
     def _tried(self, level: int) -> Tried:
         found = [self._judged(level, self.theta)]
-        if level:
-            own = self._own_head(level)
-            found += [] if own is None else [self._judged(level, own)]
+        own = self._own_head(level)  # of level 0 too: the run may have learnt at cheaper ones
+        found += [] if own is None else [self._judged(level, own)]
         return max(found, key=lambda one: (one.result.accuracy, -one.result.loss))
 
     def _judged(self, level: int, theta: Theta) -> Tried:

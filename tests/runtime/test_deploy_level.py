@@ -117,6 +117,19 @@ def test_auto_tries_every_level_with_a_head_of_its_own(
         assert wanted.evaluate(case.test).accuracy == found.accuracy
 
 
+def test_level_0_is_tried_with_a_head_of_its_own_too(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    options = TrainOptions(costs=case.costs, deploy_level="auto")
+    trainer = case.runtime.trainer(case.samples, options, tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    trainer.prepare()
+    stray = {name: -np.abs(value) for name, value in trainer.parameters().items()}
+    trial = LevelTrial(trainer._context(), trainer._run, case.test, stray)
+    tried = trial()
+    assert [one.result.accuracy for one in tried] == [1, 1, 1]
+    assert not np.array_equal(tried[0].theta["head.weight"], stray["head.weight"])
+
+
 def test_the_cheapest_level_within_the_bound_is_chosen(tmp_path: Path) -> None:
     case = Case(tmp_path)
     options = TrainOptions(costs=case.costs, deploy_level="auto", max_accuracy_loss=1.0)
