@@ -248,7 +248,8 @@ def _load(
             foreign = isinstance(result, UnsupportedImageError)
             if strict:
                 fault = "cannot be read" if foreign else "is broken"
-                raise PbcError(printable(f"{names[index]} of {listing.root} {fault}: {result}"))
+                why = _reason(result)
+                raise PbcError(printable(f"{names[index]} of {listing.root} {fault}: {why}"))
             (unsupported if foreign else broken).append((names[index], _reason(result)))
             continue
         content, photo = result

@@ -105,7 +105,7 @@ def test_strict_stops_at_anything_skipped(run: Run) -> None:
     run("train", "b.pbc", "photos", "-o", "mine", "--strict")
     Path("photos/red/gone.jpg").symlink_to("nowhere")
     assert (
-        "red/gone.jpg of photos is broken: [Errno 2]"
+        "red/gone.jpg of photos is broken: No such file or directory\n"
         in run("eval", "mine", "photos", "--strict", fails=1).stderr
     )
 
