@@ -91,6 +91,7 @@ def apply(module: nn.Module, state: State, head: Collection[str], path: str) -> 
     """Load the tensors; only those of the head may be missing or of another size.
 
     Of a tensor that the model has under several names one is enough, as save_model writes it.
+    Integers where the model has floats are quantized weights without their scale, and refused.
     Raises PbcError with the first three that do not fit.
     """
     expected = module.state_dict()
@@ -103,6 +104,9 @@ def apply(module: nn.Module, state: State, head: Collection[str], path: str) -> 
             wrong.append(f"{name} is missing (expected {list(tensor.shape)})")
         elif state[name].shape != tensor.shape:
             wrong.append(f"{name} is {list(state[name].shape)} (expected {list(tensor.shape)})")
+        elif tensor.is_floating_point() and not state[name].is_floating_point():
+            found, wanted = (str(t.dtype).removeprefix("torch.") for t in (state[name], tensor))
+            wrong.append(f"{name} is {found} (expected {wanted})")
     wrong += [f"{name} is not in the model" for name in state if name not in expected]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""

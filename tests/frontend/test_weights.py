@@ -116,6 +116,15 @@ def test_a_shared_tensor_is_enough_under_one_of_its_names(tmp_path: Path) -> Non
         assert other.state_dict()[name].equal(tensor)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(kind: torch.dtype) -> None:
+    module = nn.Linear(2, 3)
+    given = {"weight": torch.ones(3, 2, dtype=kind), "bias": torch.ones(3, dtype=torch.float64)}
+    wanted = rf"weight is {str(kind).removeprefix('torch.')} \(expected float32\)$"
+    with pytest.raises(PbcError, match=wanted):
+        apply(module, given, head=(), path="w.safetensors")
+
+
 def test_a_pickle_is_told_by_its_first_bytes(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save({}, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
